@@ -1,0 +1,254 @@
+/* What differs between operating systems, as C ints and functions that answer ENOSYS where the kernel has no such call.
+ *
+ * Code branches on the HAVE_ ints and on errno, never on a platform's name. Linux calls go through syscall(2) and not through
+ * the names of the C library, which old glibc and musl lack.
+ */
+#ifndef COOPOS_COMPAT_H
+#define COOPOS_COMPAT_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#  include <pty.h>
+#  include <sys/epoll.h>
+#  include <sys/ioctl.h>
+#  include <sys/syscall.h>
+#elif defined(__APPLE__) || defined(__NetBSD__) || defined(__OpenBSD__)
+#  include <util.h>
+#else
+#  include <libutil.h>
+#endif
+
+#if defined(__linux__)
+enum { HAVE_PIDFD = 1, HAVE_RWF_NOWAIT = 1 };
+#else
+enum { HAVE_PIDFD = 0, HAVE_RWF_NOWAIT = 0 };
+#endif
+
+/* The numbers that every Linux architecture shares (asm-generic/unistd.h), for C libraries older than the calls. */
+#if defined(__linux__) && !defined(SYS_pidfd_open)
+#  define SYS_pidfd_open 434
+#endif
+#if defined(__linux__) && !defined(SYS_close_range)
+#  define SYS_close_range 436
+#endif
+
+#ifndef RWF_NOWAIT
+#  define RWF_NOWAIT 0x00000008
+#endif
+
+/* wait(2)'s option bits that a caller may give; any other is EINVAL. */
+#if defined(__linux__)
+#  define COOPOS_WAIT_OPTIONS ((int)(WNOHANG | WUNTRACED | WCONTINUED | 0x20000000u | 0x40000000u | 0x80000000u))
+#else
+#  define COOPOS_WAIT_OPTIONS (WNOHANG | WUNTRACED | WCONTINUED)
+#endif
+
+/* The most bytes one read(2) or write(2) is asked for: macOS refuses more than INT_MAX. */
+#if defined(__APPLE__)
+#  define COOPOS_IO_MAX ((size_t)INT_MAX)
+#else
+#  define COOPOS_IO_MAX ((size_t)SSIZE_MAX)
+#endif
+
+static inline int coopos_unsupported(void)
+{
+    errno = ENOSYS;
+    return -1;
+}
+
+/* ---- pidfds: Linux 5.3 (pidfd_open(2)), 5.4 (waitid(2) with P_PIDFD) ---- */
+
+static inline int coopos_pidfd_open(pid_t pid)
+{
+#if defined(__linux__)
+    return (int)syscall(SYS_pidfd_open, pid, 0);   /* always close-on-exec */
+#else
+    (void)pid;
+    return coopos_unsupported();
+#endif
+}
+
+/* Collect the ended child behind a pidfd, without waiting: its pid, 0 while it lives, or -1. The status is in wait(2)'s form. */
+static inline pid_t coopos_collect_pidfd(int pidfd, int *status, struct rusage *usage)
+{
+#if defined(__linux__)
+    siginfo_t info;
+    memset(&info, 0, sizeof info);
+    if (syscall(SYS_waitid, 3 /* P_PIDFD */, pidfd, &info, WEXITED | WNOHANG, usage) < 0)
+        return -1;
+    if (info.si_pid == 0)
+        return 0;
+    if (info.si_code == CLD_EXITED)
+        *status = (info.si_status & 0xff) << 8;
+    else
+        *status = (info.si_status & 0x7f) | (info.si_code == CLD_DUMPED ? 0x80 : 0);
+    return info.si_pid;
+#else
+    (void)pidfd; (void)status; (void)usage;
+    return (pid_t)coopos_unsupported();
+#endif
+}
+
+/* The first version of the kernel's struct pidfd_info (Linux 6.13; exit_code since 6.15). */
+struct coopos_pidfd_info {
+    uint64_t mask;         /* asked for, and on return what was answered */
+    uint64_t cgroupid;
+    uint32_t pid, tgid, ppid;
+    uint32_t ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
+    int32_t exit_code;     /* wait(2)'s raw status */
+};
+
+/* The status of a process that somebody else has reaped: 0, or -1 where the kernel does not tell. */
+static inline int coopos_pidfd_reaped_status(int pidfd, int *status)
+{
+#if defined(__linux__)
+    const uint64_t info_exit = 1u << 3;   /* PIDFD_INFO_EXIT */
+    struct coopos_pidfd_info info;
+    struct pollfd reaped = {pidfd, 0, 0};
+    int attempt;
+    for (attempt = 0; attempt < 2; attempt++) {
+        memset(&info, 0, sizeof info);
+        info.mask = info_exit;
+        if (ioctl(pidfd, _IOWR(0xFF, 11, struct coopos_pidfd_info), &info) == 0 && (info.mask & info_exit)) {
+            *status = info.exit_code;
+            return 0;
+        }
+        if (errno == ENOTTY || errno == EINVAL)
+            break;
+        /* Between the moment another thread takes the zombie and the moment the kernel lets go of it there is neither a child
+         * nor an exit record; POLLHUP marks the end of that moment. */
+        if (attempt == 0)
+            (void)poll(&reaped, 1, 50);
+    }
+    errno = ECHILD;
+    return -1;
+#else
+    (void)pidfd; (void)status;
+    return coopos_unsupported();
+#endif
+}
+
+/* ---- a set of pidfds behind one descriptor: epoll(7) ---- */
+
+static inline int coopos_set_new(void)
+{
+#if defined(__linux__)
+    return epoll_create1(EPOLL_CLOEXEC);
+#else
+    return coopos_unsupported();
+#endif
+}
+
+static inline int coopos_set_add(int set, int fd)
+{
+#if defined(__linux__)
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    event.events = EPOLLIN;
+    event.data.fd = fd;
+    return epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);
+#else
+    (void)set; (void)fd;
+    return coopos_unsupported();
+#endif
+}
+
+static inline int coopos_set_remove(int set, int fd)
+{
+#if defined(__linux__)
+    struct epoll_event event;   /* kernels before 2.6.9 want one */
+    memset(&event, 0, sizeof event);
+    return epoll_ctl(set, EPOLL_CTL_DEL, fd, &event);
+#else
+    (void)set; (void)fd;
+    return coopos_unsupported();
+#endif
+}
+
+enum { COOPOS_SET_BATCH = 64 };
+
+/* The ready members of a set, without waiting; at most COOPOS_SET_BATCH. */
+static inline int coopos_set_ready(int set, int *fds)
+{
+#if defined(__linux__)
+    struct epoll_event events[COOPOS_SET_BATCH];
+    int i, n = epoll_wait(set, events, COOPOS_SET_BATCH, 0);
+    for (i = 0; i < n; i++)
+        fds[i] = events[i].data.fd;
+    return n;
+#else
+    (void)set; (void)fds;
+    return coopos_unsupported();
+#endif
+}
+
+/* close(2) every descriptor from first to last. */
+static inline void coopos_close_run(int first, int last)
+{
+#if defined(__linux__)
+    if (syscall(SYS_close_range, (unsigned)first, (unsigned)last, 0u) == 0)
+        return;
+#endif
+    for (; first <= last; first++)
+        (void)close(first);
+}
+
+/* ---- one attempt at reading or writing that never waits, whatever the descriptor's flags: Linux 4.14/4.16 ---- */
+
+static inline ssize_t coopos_read_nowait(int fd, void *buf, size_t n)
+{
+#if defined(__linux__) && defined(SYS_preadv2)
+    struct iovec iov = {buf, n};
+    return syscall(SYS_preadv2, fd, &iov, 1L, -1L, -1L, RWF_NOWAIT);
+#else
+    (void)fd; (void)buf; (void)n;
+    return coopos_unsupported();
+#endif
+}
+
+static inline ssize_t coopos_write_nowait(int fd, const void *buf, size_t n)
+{
+#if defined(__linux__) && defined(SYS_pwritev2)
+    struct iovec iov = {(void *)buf, n};
+    return syscall(SYS_pwritev2, fd, &iov, 1L, -1L, -1L, RWF_NOWAIT);
+#else
+    (void)fd; (void)buf; (void)n;
+    return coopos_unsupported();
+#endif
+}
+
+/* ---- threads ---- */
+
+/* Start a thread that takes no signal. */
+static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
+{
+    enum { STACK_BYTES = 512 * 1024 };
+    sigset_t all, before;
+    pthread_attr_t attr;
+    int err;
+    sigfillset(&all);
+    if ((err = pthread_attr_init(&attr)) != 0)
+        return err;
+    (void)pthread_attr_setstacksize(&attr, STACK_BYTES);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+    err = pthread_create(thread, &attr, run, arg);
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    (void)pthread_attr_destroy(&attr);
+    return err;
+}
+
+#endif

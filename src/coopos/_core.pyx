@@ -1,0 +1,1424 @@
+"""The compiled core: descriptors that may have to wait, and children that may have to be waited for.
+
+The kernel keeps the books. Nothing here installs a signal handler, asks for a child it was not asked about, polls on a timer, or
+changes a descriptor's flags. Three rules hold throughout:
+
+1. Whoever waits is registered before anything that could wake it is started, and leaves by a `finally`.
+2. An object of a loop (watcher, member of an exit set) is touched only by that loop's own thread; other threads post a callback.
+3. In a forked child every object made before the fork belongs to the parent: `_generation` tells, and its descriptors and threads
+   are left alone.
+
+The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport EAGAIN, EBADF, ECHILD, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH, errno
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset, strerror
+from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
+from posix.types cimport id_t, pid_t
+from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp, read as c_read, write as c_write
+
+from coopos._posix cimport (
+    COOPOS_IO_MAX, COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, HAVE_RWF_NOWAIT, P_ALL, P_PGID, P_PID,
+    PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
+    PyObject_AsFileDescriptor, PySys_Audit, S_ISBLK, S_ISREG, WCONTINUED, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
+    WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status,
+    coopos_read_nowait, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_remove, coopos_thread_start,
+    coopos_write_nowait, forkpty as c_forkpty, fstat, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t,
+    rusage, siginfo_t, stat_t, wait4, waitid)
+
+import os
+import sys
+
+from gevent.exceptions import InvalidSwitchError
+from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
+from greenlet import getcurrent
+
+
+cdef enum:
+    READ = 1
+    WRITE = 2
+
+
+cdef object os_error(int err, str call, object subject):
+    """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
+    return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
+
+
+# ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
+
+@cython.final
+@cython.internal
+cdef class Wait:
+    """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
+    cdef object watcher
+    cdef object loop
+    cdef object switch     # of the greenlet that waits
+    cdef object queued     # the loop callback that will wake it, once close() has evicted it
+    cdef PyObject *next    # another one parked on the same descriptor, borrowed
+    cdef int fd
+    cdef int error         # errno that the waiter is to raise; 0
+
+
+@cython.final
+@cython.internal
+cdef class Parking:
+    """A hub's idle waits, kept by kind so that a re-used watcher needs only its descriptor changed."""
+    cdef object hub
+    cdef object loop
+    cdef bint is_reusable  # libuv's io watchers share a handle per descriptor and can't be re-aimed
+    cdef list idle_readers
+    cdef list idle_writers
+
+    def __cinit__(self, hub):
+        self.hub = hub
+        self.loop = hub.loop
+        self.is_reusable = not hasattr(hub.loop, "_io_watchers")
+        self.idle_readers = []
+        self.idle_writers = []
+
+    cdef Wait aim(self, int fd, int events):
+        cdef list idle = self.idle_readers if events == READ else self.idle_writers
+        cdef Wait wait
+        if idle:
+            wait = <Wait>idle.pop()
+            # Always set, also where it is the same number: only then does libev ask the kernel again, and a number that was
+            # closed and used again in the meantime is another file.
+            wait.watcher.fd = fd
+        else:
+            wait = Wait()
+            wait.loop = self.loop
+            wait.watcher = self.loop.io(fd, events)
+        wait.fd = fd
+        wait.error = 0
+        return wait
+
+    cdef int put_back(self, Wait wait, int events) except -1:
+        wait.watcher.stop()
+        if self.is_reusable:
+            (self.idle_readers if events == READ else self.idle_writers).append(wait)
+        else:
+            wait.watcher.close()
+        return 0
+
+
+# By descriptor, the last Wait parked on it, or NULL (borrowed: a parked greenlet's frame holds its Wait); close() reads it. The
+# waits of every thread's hub are here, under the GIL.
+cdef PyObject **_parked = NULL
+cdef int _parked_size = 0
+
+
+cdef Parking parking_of(object hub):
+    cdef object parking = getattr(hub, "_coopos_parking", None)
+    if parking is None or (<Parking?>parking).loop is not hub.loop:
+        parking = Parking(hub)
+        hub._coopos_parking = parking
+    return <Parking>parking
+
+
+cdef int enlist(Wait wait) except -1:
+    global _parked, _parked_size
+    cdef int fd = wait.fd
+    cdef int size
+    cdef PyObject **table
+    if fd >= _parked_size:
+        size = max(2 * fd, 64)
+        table = <PyObject **>realloc(_parked, <size_t>size * sizeof(PyObject *))
+        if table == NULL:
+            raise MemoryError
+        memset(table + _parked_size, 0, <size_t>(size - _parked_size) * sizeof(PyObject *))
+        _parked, _parked_size = table, size
+    wait.next = _parked[fd]
+    _parked[fd] = <PyObject *>wait
+    return 0
+
+
+cdef int delist(Wait wait) noexcept:
+    cdef PyObject **link = &_parked[wait.fd]
+    while link[0] != NULL:
+        if link[0] == <PyObject *>wait:
+            link[0] = wait.next
+            break
+        link = &(<Wait>link[0]).next
+    wait.next = NULL
+    return 0
+
+
+cdef int park(int fd, int events, str call) except -1:
+    """Let the others run until *fd* is ready, or raise EBADF as soon as it is closed by this module's close().
+
+    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte.
+    """
+    cdef Parking parking = parking_of(get_hub())
+    cdef Wait wait = parking.aim(fd, events)
+    wait.switch = getcurrent().switch
+    enlist(wait)
+    try:
+        wait.watcher.start(wait.switch, wait)
+        came_back = parking.hub.switch()
+        if came_back is not wait:
+            raise InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for fd {fd} in {call}")
+    finally:
+        delist(wait)
+        wait.switch = None
+        if wait.queued is not None:
+            wait.queued.stop()
+            wait.queued = None
+        parking.put_back(wait, events)
+    if wait.error:
+        raise os_error(wait.error, call, fd)
+    return 0
+
+
+cdef int evict(Wait wait) except -1:
+    """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
+    if wait.switch is not None and not wait.error:
+        wait.error = EBADF
+        wait.watcher.stop()
+        wait.queued = wait.loop.run_callback(wait.switch, wait)
+    return 0
+
+
+# ---- close -------------------------------------------------------------------------------------------------------------------
+
+@cython.final
+@cython.internal
+cdef class PutOffClose:
+    """A close(2) that has to wait until other parties' watchers on the number have been stopped."""
+    cdef int fd
+    cdef int parties       # how many have still to stop theirs
+    cdef unsigned long dev, ino
+
+    cdef bint is_same_file(self) noexcept:
+        cdef stat_t st
+        return fstat(self.fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
+
+    cdef int stopped(self) except -1:
+        self.parties -= 1
+        if self.parties == 0:
+            if _put_off.get(self.fd) is self:
+                del _put_off[self.fd]
+            # Somebody may have closed and re-used the number behind our back: then it is not ours to close.
+            if self.is_same_file():
+                c_close(self.fd)
+        return 0
+
+    def after_polling(self, check):
+        check.stop()
+        check.close()
+        self.stopped()
+
+    def evict_there(self, list waits):
+        for wait in waits:
+            evict(<Wait>wait)
+        self.stopped()
+
+
+cdef dict _put_off = {}
+
+
+cdef PutOffClose put_off(int fd):
+    cdef PutOffClose later = PutOffClose.__new__(PutOffClose)
+    cdef stat_t st
+    if fstat(fd, &st) < 0:
+        raise os_error(errno, "close", fd)
+    later.fd = fd
+    later.dev = st.st_dev
+    later.ino = st.st_ino
+    _put_off[fd] = later
+    return later
+
+
+def close(int fd):
+    """Close a file descriptor.
+
+    Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
+    in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
+    gevent socket or selector), or of another thread, is active on *fd* is the system call put off to the next turn of that
+    loop, because closing a descriptor under an active watcher can abort the process.
+
+    Args:
+        fd: int, the descriptor.
+
+    Raises:
+        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop; EIO as close(2).
+        TypeError, OverflowError: *fd* is not an int, or too large for one.
+
+    Doesn't switch greenlets. Safe in any thread and after a fork.
+
+    Source: close(2); ``gevent.os.close``, which always puts the system call off.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef PutOffClose later = None
+    cdef dict elsewhere = None
+    cdef int rc, err
+    hub = get_hub_if_exists()
+    loop = None if hub is None else hub.loop
+    if _put_off and (<object>fd) in _put_off:
+        later = <PutOffClose>_put_off[fd]
+        if later.is_same_file():
+            raise os_error(EBADF, "close", fd)
+        del _put_off[fd]
+        later = None
+    if 0 <= fd < _parked_size and _parked[fd] != NULL:
+        elsewhere = evict_all(fd, loop)
+    if elsewhere:
+        later = put_off(fd)
+        later.parties = 1 + len(elsewhere)
+        for other, waits in elsewhere.items():
+            other.run_callback_threadsafe(later.evict_there, waits)
+    if loop is not None and loop.closing_fd(fd):
+        if later is None:
+            later = put_off(fd)
+            later.parties = 1
+        check = loop.check()
+        check.start(later.after_polling, check)
+        return
+    if later is not None:
+        later.stopped()
+        return
+    with nogil:
+        rc = c_close(fd)
+        err = errno
+    if rc < 0:
+        raise os_error(err, "close", fd)
+
+
+cdef dict evict_all(int fd, object loop):
+    """Evict every greenlet parked on *fd* in *loop*; return {other loop: [Wait, ...]} for the rest, or None."""
+    cdef PyObject *link = _parked[fd]
+    cdef Wait wait
+    cdef dict elsewhere = None
+    while link != NULL:
+        wait = <Wait>link
+        link = wait.next
+        if wait.loop is loop:
+            evict(wait)
+        else:
+            if elsewhere is None:
+                elsewhere = {}
+            elsewhere.setdefault(wait.loop, []).append(wait)
+    return elsewhere
+
+
+# ---- reading and writing -----------------------------------------------------------------------------------------------------
+
+ctypedef ssize_t (*Reader)(int, void *, size_t) noexcept nogil
+ctypedef ssize_t (*Writer)(int, const void *, size_t) noexcept nogil
+
+
+cdef ssize_t plain_read(int fd, void *buf, size_t n) noexcept nogil:
+    return c_read(fd, buf, n)
+
+
+cdef ssize_t plain_write(int fd, const void *buf, size_t n) noexcept nogil:
+    return c_write(fd, buf, n)
+
+
+cdef extern from "Python.h":
+    int _PyBytes_Resize(PyObject **bytes, Py_ssize_t n) except -1
+
+
+cdef object read_once(Reader reader, int fd, Py_ssize_t n, int *err):
+    """One read of up to *n* bytes: the bytes, or None with errno in *err*. A signal handler's exception comes out.
+
+    The buffer lives only as long as the call: a greenlet that goes on to wait holds no memory for it.
+    """
+    cdef PyObject *data
+    cdef char *buf
+    cdef ssize_t nread
+    result = PyBytes_FromStringAndSize(NULL, n)
+    buf = PyBytes_AS_STRING(result)
+    while True:
+        with nogil:
+            nread = reader(fd, buf, <size_t>n)
+            err[0] = errno
+        if nread >= 0:
+            break
+        if err[0] != EINTR:
+            return None
+        PyErr_CheckSignals()
+    if nread == n:
+        return result
+    data = <PyObject *>result
+    Py_INCREF(result)
+    result = None
+    _PyBytes_Resize(&data, nread)
+    result = <object>data
+    Py_DECREF(result)
+    return result
+
+
+cdef ssize_t write_once(Writer writer, int fd, Py_buffer *view, Py_ssize_t start, int *err) except -2:
+    """One write of a buffer's rest: the number of bytes, or -1 with errno in *err*."""
+    cdef ssize_t written
+    cdef Py_ssize_t n = min(view.len - start, <Py_ssize_t>COOPOS_IO_MAX)
+    while True:
+        with nogil:
+            written = writer(fd, <char *>view.buf + start, <size_t>n)
+            err[0] = errno
+        if written >= 0 or err[0] != EINTR:
+            return written
+        PyErr_CheckSignals()
+
+
+def nb_read(int fd, Py_ssize_t n):
+    """Read up to *n* bytes from a non-blocking descriptor, letting other greenlets run while there are none.
+
+    Like :func:`os.read`, but waits on the hub where that raises BlockingIOError.
+
+    Args:
+        fd: int, a descriptor in non-blocking mode (see :func:`make_nonblocking`).
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 0 to *n* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *n* is negative;
+            otherwise as read(2).
+
+    Switches greenlets only when there is nothing to read. Killed or timed out while it waits, it has taken no byte. Works in any
+    thread's hub and in a forked child.
+
+    Source: read(2); ``gevent.os.nb_read``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int err = 0
+    if n < 0:
+        raise os_error(EINVAL, "nb_read", fd)
+    n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+    while True:
+        data = read_once(plain_read, fd, n, &err)
+        if data is not None:
+            return data
+        if err != EAGAIN:
+            raise os_error(err, "nb_read", fd)
+        park(fd, READ, "nb_read")
+
+
+def nb_write(int fd, buf):
+    """Write a buffer, or as much of it as fits, to a non-blocking descriptor, letting other greenlets run while nothing fits.
+
+    Like :func:`os.write`, but waits on the hub where that raises BlockingIOError.
+
+    Args:
+        fd: int, a descriptor in non-blocking mode (see :func:`make_nonblocking`).
+        buf: bytes-like, contiguous. It stays locked during the wait.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(buf)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as write(2).
+        TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
+
+    Switches greenlets only when nothing fits. Killed or timed out while it waits, it has written no byte. Works in any thread's
+    hub and in a forked child.
+
+    Source: write(2); ``gevent.os.nb_write``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Py_buffer view
+    cdef ssize_t written
+    cdef int err = 0
+    PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+    try:
+        while True:
+            written = write_once(plain_write, fd, &view, 0, &err)
+            if written >= 0:
+                return written
+            if err != EAGAIN:
+                raise os_error(err, "nb_write", fd)
+            park(fd, WRITE, "nb_write")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def make_nonblocking(fd):
+    """Put a descriptor into non-blocking mode.
+
+    The flag belongs to the open file description: everybody who shares it, other processes too, sees it.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+
+    Returns:
+        True if the flag was changed, None if it was set already.
+
+    Raises:
+        OSError: EBADF if *fd* is not open.
+
+    Doesn't switch greenlets.
+
+    Source: fcntl(2), F_SETFL; ``gevent.os.make_nonblocking``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int number = PyObject_AsFileDescriptor(fd)
+    cdef int flags = fcntl(number, F_GETFL)
+    if flags >= 0:
+        if flags & O_NONBLOCK:
+            return None
+        if fcntl(number, F_SETFL, flags | O_NONBLOCK) >= 0:
+            return True
+    raise os_error(errno, "make_nonblocking", number)
+
+
+# The errnos with which the kernel says that it can't tell whether this descriptor would block. Never remembered: another file of
+# the same kind may well answer.
+cdef bint is_undecided(int err) noexcept:
+    return err == EOPNOTSUPP or err == ENOSYS or err == EINVAL or err == EPERM
+
+
+cdef bint is_pollable(int fd) noexcept:
+    """Whether readiness means anything for *fd*: regular files and block devices are always ready, and block all the same."""
+    cdef stat_t st
+    return fstat(fd, &st) == 0 and not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
+
+
+def read_or_defer(int fd, Py_ssize_t n, str call):
+    """Read without a thread where the kernel can tell whether the read would block; wait on the hub where it would.
+
+    Returns bytes, or None where only a thread can make this read cooperative. Flags are not touched. An empty read is left to the
+    thread too: kernels before 5.8 returned short from the page cache, so it need not be the end of the file.
+
+    Source: preadv2(2), RWF_NOWAIT.
+    """
+    cdef int err = 0
+    if n < 0:
+        raise os_error(EINVAL, call, fd)
+    if not HAVE_RWF_NOWAIT:
+        return None
+    n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+    while True:
+        data = read_once(coopos_read_nowait, fd, n, &err)
+        if data is not None:
+            return data if data or n == 0 or is_pollable(fd) else None
+        if is_undecided(err):
+            return None
+        if err != EAGAIN:
+            raise os_error(err, call, fd)
+        if not is_pollable(fd):
+            return None
+        park(fd, READ, call)
+
+
+def write_or_defer(int fd, buf, str call):
+    """Write without a thread where the kernel can tell whether the write would block; wait on the hub where it would.
+
+    Returns how many bytes were written, or None where only a thread can make this write cooperative. Flags are not touched. On a
+    descriptor in blocking mode it returns when all is written, as write(2) does.
+
+    Source: pwritev2(2), RWF_NOWAIT.
+    """
+    cdef Py_buffer view
+    cdef Py_ssize_t done = 0
+    cdef ssize_t written
+    cdef int err = 0
+    PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+    try:
+        if not HAVE_RWF_NOWAIT:
+            return None
+        while True:
+            written = write_once(coopos_write_nowait, fd, &view, done, &err)
+            if written >= 0:
+                done += written
+                if done >= view.len or fcntl(fd, F_GETFL) & O_NONBLOCK:
+                    return done
+                continue
+            if done == 0 and is_undecided(err):
+                return None
+            if err != EAGAIN:
+                if done:
+                    return done
+                raise os_error(err, call, fd)
+            if not is_pollable(fd):
+                return done if done else None
+            park(fd, WRITE, call)
+    finally:
+        PyBuffer_Release(&view)
+
+
+# ---- children: asking the kernel from a thread -------------------------------------------------------------------------------
+
+# Counts the forks since the module was loaded, in this line of descent: an object of an older generation is the parent's.
+cdef int _generation = 0
+
+# COOPOS_CHILDREN=thread: never use pidfds, as on a system that has none.
+cdef bint _use_pidfds = HAVE_PIDFD and os.environ.get("COOPOS_CHILDREN") != "thread"
+
+
+cdef struct Asker:
+    idtype_t idtype
+    id_t id
+    int options
+    PyObject *question     # owned by whoever joins the thread
+    pthread_t thread
+
+
+cdef void *ask_kernel(void *arg) noexcept nogil:
+    """A waiter thread: looks (WNOWAIT), never collects. Until the answer is there it is no Python thread."""
+    cdef Asker *asker = <Asker *>arg
+    cdef siginfo_t info
+    cdef int before
+    while waitid(asker.idtype, asker.id, &info, asker.options) < 0 and errno == EINTR:
+        pass
+    # Only waitid is to be cancelled, never the interpreter.
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before)
+    with gil:
+        (<Question>asker.question).answer()
+    return NULL
+
+
+@cython.final
+@cython.internal
+cdef class Question:
+    """One question to waitid(2) about children, asked by one thread for all who wait for the answer.
+
+    The answer is only "look again": it goes to the async watcher of each who asked, in its own loop.
+    """
+    cdef tuple key                 # (idtype, id, options)
+    cdef Asker *asker
+    cdef list watchers             # started async watchers, one for each who asked
+    cdef bint is_answered
+    cdef int generation
+
+    def __cinit__(self, tuple key):
+        self.key = key
+        self.watchers = []
+        self.generation = _generation
+
+    cdef int start(self) except -1:
+        cdef int err
+        cdef Asker *asker = <Asker *>malloc(sizeof(Asker))
+        if asker == NULL:
+            raise MemoryError
+        asker.idtype, asker.id, asker.options = self.key
+        asker.options |= WNOWAIT
+        asker.question = <PyObject *>self
+        err = coopos_thread_start(&asker.thread, ask_kernel, asker)
+        if err:
+            free(asker)
+            raise os_error(err, "pthread_create", self.key)
+        Py_INCREF(self)
+        self.asker = asker
+        return 0
+
+    cdef int answer(self) noexcept:
+        """In the waiter thread, with the GIL."""
+        self.is_answered = True
+        if _questions.get(self.key) is self:
+            del _questions[self.key]
+        for watcher in list(self.watchers):
+            try:
+                watcher.send()
+            except Exception:
+                pass           # closed, or its loop destroyed, while we were at the others: nobody waits there
+        return 0
+
+    cdef int leave(self, watcher) except -1:
+        """The owner of *watcher* waits no longer; the last to leave ends the thread."""
+        cdef Asker *asker
+        if is_alive(watcher.loop):
+            watcher.stop()
+            watcher.close()
+        if watcher in self.watchers:
+            self.watchers.remove(watcher)
+        if self.watchers or self.asker == NULL or self.generation != _generation:
+            return 0
+        asker = self.asker
+        self.asker = NULL
+        if _questions.get(self.key) is self:
+            del _questions[self.key]
+        with nogil:
+            if not self.is_answered:
+                pthread_cancel(asker.thread)
+            pthread_join(asker.thread, NULL)
+        free(asker)
+        Py_DECREF(self)
+        return 0
+
+
+# {(idtype, id, options): the Question that is being asked}
+cdef dict _questions = {}
+
+
+cdef Question ask(idtype_t idtype, id_t id, int options, watcher):
+    """Have *watcher*, a started async watcher, sent when the kernel has news; the same question is asked once."""
+    cdef tuple key = (idtype, id, options)
+    cdef Question question = <Question>_questions.get(key)
+    if question is None:
+        question = Question(key)
+        question.watchers.append(watcher)
+        question.start()
+        if not question.is_answered:
+            _questions[key] = question
+    else:
+        question.watchers.append(watcher)
+    return question
+
+
+# ---- children: pidfds in a loop ----------------------------------------------------------------------------------------------
+
+cdef int set_ref(watcher, bint ref) except -1:
+    """Say whether an active watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
+    getattr(watcher, "_watcher_ref", watcher).ref = ref
+    return 0
+
+
+cdef bint is_alive(loop) noexcept:
+    """Whether a loop was not destroyed with its thread."""
+    try:
+        return bool(loop.ptr)
+    except Exception:
+        return False
+
+
+@cython.final
+@cython.internal
+cdef class ExitSet:
+    """The pidfds that one loop waits for, behind one descriptor and one io watcher of that loop.
+
+    One watcher for all: a forked child has one to stop, however many children live, and libev is told of none of them.
+    """
+    cdef object loop
+    cdef object watcher
+    cdef dict members      # {pidfd: Watch}
+    cdef int fd
+    cdef int holds         # members that want the loop kept alive
+
+    def __cinit__(self, loop):
+        self.loop = loop
+        self.members = {}
+        self.fd = coopos_set_new()
+        if self.fd < 0:
+            raise os_error(errno, "epoll_create1", "")
+        try:
+            self.watcher = loop.io(self.fd, READ, ref=False)
+            self.watcher.start(self.look)
+            set_ref(self.watcher, False)
+        except:
+            c_close(self.fd)
+            raise
+
+    cdef int add(self, int pidfd, Watch watch) except -1:
+        if coopos_set_add(self.fd, pidfd) < 0:
+            raise os_error(errno, "epoll_ctl", pidfd)
+        self.members[pidfd] = watch
+        return 0
+
+    cdef int remove(self, int pidfd) except -1:
+        """Forget a member, and with the last one the set."""
+        coopos_set_remove(self.fd, pidfd)
+        self.members.pop(pidfd, None)
+        if not self.members:
+            if _exit_sets.get(self.loop) is self:
+                del _exit_sets[self.loop]
+            self.shut()
+        return 0
+
+    cdef int shut(self) except -1:
+        if self.fd >= 0:
+            if is_alive(self.loop):
+                self.watcher.stop()
+                self.watcher.close()
+            c_close(self.fd)
+            self.fd = -1
+        return 0
+
+    cdef int hold(self, int change) except -1:
+        self.holds += change
+        if self.fd >= 0 and is_alive(self.loop):
+            set_ref(self.watcher, self.holds > 0)
+        return 0
+
+    def look(self):
+        """In the hub: some members' processes have ended."""
+        cdef int fds[COOPOS_SET_BATCH]
+        cdef int i, n
+        cdef Watch watch
+        n = coopos_set_ready(self.fd, fds)
+        for i in range(n):
+            # Gone, if what ran for an earlier one has dealt with it.
+            watch = <Watch>self.members.get(fds[i])
+            if watch is not None:
+                watch.fire()
+
+
+# {loop: its ExitSet}, while it has members
+cdef dict _exit_sets = {}
+
+
+cdef ExitSet exit_set_of(loop):
+    cdef ExitSet exits = <ExitSet>_exit_sets.get(loop)
+    if exits is None:
+        exits = ExitSet(loop)
+        _exit_sets[loop] = exits
+    return exits
+
+
+@cython.final
+@cython.internal
+cdef class Watch:
+    """A child's exit, as one loop waits for it: a pidfd in the loop's ExitSet, or a thread's Question where there is none."""
+    cdef Child child
+    cdef object loop
+    cdef ExitSet exits
+    cdef Question question
+    cdef object news           # the async watcher that the question sends
+    cdef list waiters          # [(switch, token), ...] of greenlets parked here
+    cdef int pidfd
+    cdef int holds
+    cdef int generation
+    cdef bint is_closed
+
+    def __cinit__(self, Child child, loop):
+        self.child = child
+        self.loop = loop
+        self.waiters = []
+        self.pidfd = -1
+        self.generation = _generation
+
+    cdef int start(self) except -1:
+        """Begin to watch. ESRCH if there is no such process any more."""
+        cdef int err
+        if _use_pidfds:
+            self.pidfd = coopos_pidfd_open(self.child.pid)
+            err = errno
+            if self.pidfd >= 0:
+                try:
+                    self.exits = exit_set_of(self.loop)
+                    self.exits.add(self.pidfd, self)
+                    self.child.told_by = "pidfd"
+                    return 0
+                except OSError as ex:
+                    # Out of descriptors for the set: a thread needs none.
+                    self.drop_pidfd()
+                    err = ex.errno
+            if err == ESRCH:
+                raise os_error(err, "pidfd_open", self.child.pid)
+        self.ask_thread()
+        self.child.told_by = "thread"
+        return 0
+
+    cdef int drop_pidfd(self) except -1:
+        cdef int pidfd = self.pidfd
+        cdef ExitSet exits = self.exits
+        self.pidfd = -1
+        self.exits = None
+        if pidfd >= 0 and self.generation == _generation:
+            if exits is not None:
+                if self.holds:
+                    exits.hold(-1)
+                exits.remove(pidfd)
+            c_close(pidfd)
+        return 0
+
+    cdef int hold(self, int change) except -1:
+        """Count who wants the loop kept alive until the child has ended."""
+        cdef bint before = self.holds > 0
+        self.holds += change
+        if before != (self.holds > 0) and self.generation == _generation:
+            if self.exits is not None:
+                self.exits.hold(change)
+            elif self.news is not None and is_alive(self.loop):
+                self.news.ref = self.holds > 0
+        return 0
+
+    cdef int shut(self) except -1:
+        """Watch no longer. In the loop's thread, unless the loop is gone."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.drop_pidfd()
+            self.leave_thread()
+        return 0
+
+    cdef int ask_thread(self) except -1:
+        """Have a thread look for us: at first, or again where its look has come to nothing."""
+        if self.question is not None:
+            if not self.question.is_answered:
+                return 0
+            self.leave_thread()
+        self.news = self.loop.async_(ref=self.holds > 0)
+        self.news.start(self.fire)
+        try:
+            self.question = ask(P_PID, self.child.pid, WEXITED, self.news)
+        except:
+            self.news.stop()
+            self.news.close()
+            raise
+        return 0
+
+    cdef int leave_thread(self) except -1:
+        cdef Question question = self.question
+        news = self.news
+        self.question = self.news = None
+        if question is not None and self.generation == _generation:
+            question.leave(news)
+        return 0
+
+    def fire(self):
+        """In the hub: the child has ended, or is said to have."""
+        if self.child.is_watched:
+            self.child.collect()
+            if self.child.state == ALIVE:
+                if self.pidfd < 0:
+                    self.ask_thread()
+                return
+            self.shut()
+        self.deliver()
+
+    def finish(self):
+        """In the loop's thread: the status became known without the loop. End the watch; the hub tells whom it concerns."""
+        if not self.is_closed:
+            self.shut()
+            if self.waiters or self.child.callback is not None:
+                self.loop.run_callback(self.deliver)
+            elif self.child.home is self:
+                call_hook_soon(self.loop)
+
+    def deliver(self):
+        """In the hub: tell the callback, then wake those who wait."""
+        cdef list waiters
+        if self.child.home is self:
+            self.child.tell()
+        while self.waiters:
+            switch, token = self.waiters.pop(0)
+            try:
+                switch(token)
+            except:
+                self.loop.handle_error(switch, *sys.exc_info())
+
+    cdef int wait(self) except -1:
+        """Park until the child may have ended."""
+        cdef object token = object()
+        cdef tuple entry = (getcurrent().switch, token)
+        if self.pidfd < 0:
+            self.ask_thread()
+        self.waiters.append(entry)
+        self.hold(1)
+        try:
+            came_back = get_hub().switch()
+            if came_back is not token:
+                raise InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for {self.child.pid}")
+        finally:
+            self.hold(-1)
+            if entry in self.waiters:
+                self.waiters.remove(entry)
+            if not self.waiters and self.child.home is not self:
+                self.shut()
+                self.child.forget(self)
+        return 0
+
+
+# ---- children: the records ---------------------------------------------------------------------------------------------------
+
+cdef enum:
+    ALIVE = 0      # as far as anybody has asked
+    ENDED = 1      # collected here; the status waits for someone to claim it
+    CLAIMED = 2    # somebody has got it
+    LOST = 3       # somebody else has collected it, and the kernel doesn't tell
+
+
+cdef object _child_hook = None
+
+
+def set_child_hook(hook):
+    """Have *hook* called, in the hub and without arguments, for every watched child that has ended."""
+    global _child_hook
+    _child_hook = hook
+
+
+cdef object _hook_queued = None
+
+
+def call_hook():
+    global _hook_queued
+    _hook_queued = None
+    if _child_hook is not None:
+        _child_hook()
+
+
+cdef int call_hook_soon(loop) except -1:
+    """One call stands for all children whose end is not yet reported, as one SIGCHLD does."""
+    global _hook_queued
+    if _child_hook is not None and (_hook_queued is None or not _hook_queued.pending):
+        _hook_queued = loop.run_callback(call_hook)
+    return 0
+
+
+@cython.final
+cdef class Child:
+    """A child process that somebody here watches or waits for; what a ``fork_and_watch`` callback is given.
+
+    Has the attributes of gevent's child watchers: pid, rpid, rstatus, loop, ref, callback, and stop() and close(), which have
+    nothing left to do once the callback is called.
+    """
+    cdef readonly int pid
+    cdef readonly object callback
+    cdef str told_by
+    cdef int status                # wait(2)'s form; valid in states ENDED and CLAIMED
+    cdef rusage usage
+    cdef int group                 # the process group it died in
+    cdef int state
+    cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
+    cdef bint is_told
+    cdef Watch home                # where the callback runs, in a watched child
+    cdef list watches              # in each loop that waits for it
+
+    def __cinit__(self, int pid):
+        self.pid = pid
+        self.watches = []
+
+    @property
+    def rpid(self):
+        return self.pid if self.state != ALIVE else 0
+
+    @property
+    def rstatus(self):
+        return self.status
+
+    @property
+    def loop(self):
+        return None if self.home is None else self.home.loop
+
+    @property
+    def ref(self):
+        return self.home is not None and self.home.holds > 0
+
+    @property
+    def mechanism(self):
+        """What tells that the child has ended: ``"pidfd"`` or ``"thread"``."""
+        return self.told_by
+
+    @property
+    def active(self):
+        return self.state == ALIVE
+
+    @property
+    def pending(self):
+        return self.state != ALIVE and not self.is_told
+
+    def stop(self):
+        """Do nothing: a watched child is collected whether or not its callback is wanted."""
+
+    def close(self):
+        """Do nothing: see :meth:`stop`."""
+
+    def __repr__(self):
+        state = ("alive", "ended", "waited for", "lost")[self.state]
+        return f"<coopos child {self.pid} {state} status={self.status}>"
+
+    cdef Watch watch_in(self, loop):
+        """This child's watch in *loop*; ESRCH if there is no such process any more."""
+        cdef Watch watch
+        for watch in self.watches:
+            if watch.loop is loop and not watch.is_closed:
+                return watch
+        watch = Watch(self, loop)
+        watch.start()
+        self.watches.append(watch)
+        return watch
+
+    cdef int forget(self, Watch watch) except -1:
+        if watch in self.watches:
+            self.watches.remove(watch)
+        if not self.watches and not self.is_watched and _children.get(self.pid) is self:
+            del _children[self.pid]
+        return 0
+
+    cdef int collect(self) except -1:
+        """Ask the kernel for the status, without waiting."""
+        cdef int pidfd = -1
+        cdef pid_t rpid
+        cdef Watch watch
+        if self.state != ALIVE:
+            return 0
+        for watch in self.watches:
+            if watch.pidfd >= 0 and watch.generation == _generation:
+                pidfd = watch.pidfd
+        # A zombie still has its group, a collected child hasn't: ask before.
+        self.group = getpgid(self.pid)
+        rpid = -1
+        if pidfd >= 0:
+            # By pidfd, since the pid may be another process by now.
+            rpid = coopos_collect_pidfd(pidfd, &self.status, &self.usage)
+        if pidfd < 0 or (rpid < 0 and errno == EINVAL):
+            rpid = wait4(self.pid, &self.status, WNOHANG, &self.usage)
+        if rpid > 0:
+            self.ended()
+        elif rpid < 0:
+            if pidfd >= 0 and coopos_pidfd_reaped_status(pidfd, &self.status) == 0:
+                self.ended()
+            else:
+                self.state = LOST
+                self.drop()
+        return 0
+
+    cdef int ended(self) except -1:
+        self.state = ENDED
+        if self.is_watched and _children.get(self.pid) is self:
+            _ended[self.pid] = self
+        wake_group_waiters()
+        return 0
+
+    cdef int drop(self) except -1:
+        """Out of the tables: nobody will be told this status again."""
+        if _children.get(self.pid) is self:
+            del _children[self.pid]
+        if _ended.get(self.pid) is self:
+            del _ended[self.pid]
+        return 0
+
+    cdef int claim(self) except -1:
+        """The caller takes the status; everybody else who waits for this child has come too late."""
+        self.state = CLAIMED
+        self.drop()
+        self.settle()
+        return 0
+
+    cdef int settle(self) except -1:
+        """End the watches that are still open, each in its own thread."""
+        cdef Watch watch
+        hub = get_hub_if_exists()
+        loop = None if hub is None else hub.loop
+        for watch in list(self.watches):
+            if watch.is_closed:
+                continue
+            if watch.loop is loop:
+                watch.finish()
+            else:
+                finish_elsewhere(watch)
+        return 0
+
+    cdef int tell(self) except -1:
+        """In the home loop's hub: run the callback, once."""
+        if not self.is_told:
+            self.is_told = True
+            try:
+                if self.callback is not None:
+                    self.callback(self)
+            except:
+                self.home.loop.handle_error(self, *sys.exc_info())
+            try:
+                call_hook()
+            except:
+                self.home.loop.handle_error(self, *sys.exc_info())
+        return 0
+
+
+cdef int finish_elsewhere(Watch watch) except -1:
+    try:
+        watch.loop.run_callback_threadsafe(watch.finish)
+    except Exception:
+        if is_alive(watch.loop):
+            raise
+        watch.shut()       # its thread has ended, and its hub with it
+    return 0
+
+
+# {pid: its Child}, while somebody watches it, waits for it, or may still ask for its status
+cdef dict _children = {}
+# {pid: Child}, oldest death first: watched children whose status nobody has asked for
+cdef dict _ended = {}
+# The parent's tables, in a forked child: kept, because freeing thousands of records would copy the pages they are on.
+cdef list _parents = []
+
+
+def watch(int pid, callback=None, loop=None, bint ref=False):
+    """Watch child *pid*, which nobody has waited for yet: collect it when it ends, keep its status, call the callback.
+
+    Never switches greenlets. Returns the :class:`Child`.
+    """
+    cdef Child child = Child(pid)
+    cdef Child before = <Child>_children.get(pid)
+    if loop is None:
+        loop = get_hub().loop
+    child.callback = callback
+    child.is_watched = True
+    if before is not None:
+        before.drop()      # the pid is used again
+    _children[pid] = child
+    try:
+        child.home = child.watch_in(loop)
+        if ref:
+            child.home.hold(1)
+    except:
+        child.drop()
+        raise
+    return child
+
+
+# ---- children: waiting -------------------------------------------------------------------------------------------------------
+
+# The async watchers of greenlets that wait for any child or any of a group; woken whenever a child was collected here, since a
+# thread that is still asking the kernel would miss that one.
+cdef list _group_waiters = []
+
+
+cdef int wake_group_waiters() except -1:
+    for news in list(_group_waiters):
+        news.send()
+    return 0
+
+
+cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
+    """Park until the kernel may have an answer."""
+    cdef Question question = None
+    cdef object token = object()
+    hub = get_hub()
+    news = hub.loop.async_()
+    news.start(getcurrent().switch, token)
+    _group_waiters.append(news)
+    try:
+        question = ask(idtype, id, options, news)
+        came_back = hub.switch()
+        if came_back is not token:
+            raise InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for children")
+    finally:
+        if news in _group_waiters:
+            _group_waiters.remove(news)
+        if question is None:
+            news.stop()
+            news.close()
+        else:
+            question.leave(news)
+    return 0
+
+
+cdef int question_options(int options) noexcept:
+    """waitpid(2)'s options as waitid(2) writes them."""
+    return WEXITED | (WSTOPPED if options & WUNTRACED else 0) | (WCONTINUED if options & WCONTINUED else 0)
+
+
+cdef object no_child(int pid):
+    return os_error(ECHILD, "waitpid", pid)
+
+
+cdef object lost_child(int pid):
+    return OSError(ECHILD, f"{strerror(ECHILD).decode()}: somebody else in this process collected child {pid}, and this kernel "
+                           f"doesn't tell its status. gevent.subprocess does that unless coopos.patch() was called; so does "
+                           f"whoever calls waitpid(-1), and ignoring SIGCHLD")
+
+
+cdef int claim_status(Child child, int *status, rusage *usage) except -1:
+    status[0] = child.status
+    usage[0] = child.usage
+    child.claim()
+    return child.pid
+
+
+cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
+    """wait4(2) for one child: its pid, or 0 under WNOHANG."""
+    cdef Child child = <Child>_children.get(pid)
+    cdef Watch watch
+    cdef int rpid
+    cdef int reports = options & (WUNTRACED | WCONTINUED)
+    while True:
+        if child is not None:
+            child.collect()
+            if child.state == ENDED:
+                return claim_status(child, status, usage)
+            if child.state == CLAIMED:
+                raise no_child(pid)
+            if child.state == LOST:
+                child.settle()
+                raise lost_child(pid)
+        if child is None or reports:
+            rpid = wait4(pid, status, options | WNOHANG, usage)
+            if rpid < 0:
+                raise os_error(errno, "waitpid", pid)
+            if rpid > 0:
+                if child is not None and (WIFEXITED(status[0]) or WIFSIGNALED(status[0])):
+                    child.status = status[0]
+                    child.usage = usage[0]
+                    child.ended()
+                    child.claim()
+                return rpid
+        if options & WNOHANG:
+            return 0
+        if reports:
+            wait_for_news(P_PID, pid, question_options(options))
+            continue
+        if child is None:
+            child = <Child>_children.get(pid)
+            if child is None:
+                child = Child(pid)
+                _children[pid] = child
+        try:
+            watch = child.watch_in(get_hub().loop)
+        except OSError as ex:
+            if not child.watches:
+                child.forget(None)
+            if ex.errno == ESRCH:
+                continue               # collected by another thread this moment: the kernel says so next time round
+            raise
+        watch.wait()
+
+
+cdef bint is_asked_for(Child child, int pid) except -1:
+    """Whether waitpid's *pid*, 0 or less, means this child."""
+    if pid == -1:
+        return True
+    return child.group == (getpgrp() if pid == 0 else -pid)
+
+
+cdef int wait_any(int pid, int options, int *status, rusage *usage) except -1:
+    """wait4(2) for any child (-1), the caller's group (0) or group -pid: a pid, or 0 under WNOHANG."""
+    cdef Child child
+    cdef int rpid
+    while True:
+        for child in _ended.values():
+            if is_asked_for(child, pid):
+                return claim_status(child, status, usage)
+        rpid = wait4(pid, status, options | WNOHANG, usage)
+        if rpid < 0:
+            raise os_error(errno, "waitpid", pid)
+        if rpid > 0:
+            child = <Child>_children.get(rpid)
+            if child is not None and (WIFEXITED(status[0]) or WIFSIGNALED(status[0])):
+                child.status = status[0]
+                child.usage = usage[0]
+                child.ended()
+                child.claim()
+            return rpid
+        if options & WNOHANG:
+            return 0
+        if pid == -1:
+            wait_for_news(P_ALL, 0, question_options(options))
+        else:
+            wait_for_news(P_PGID, getpgrp() if pid == 0 else -pid, question_options(options))
+
+
+def waitpid(int pid, int options):
+    """Wait for a child process, letting other greenlets run until it ends.
+
+    Like :func:`os.waitpid`, for any child: forked here, by the plain :func:`os.fork` or by a C library, in any thread. Of several
+    who wait for one child, one gets its status and the others ChildProcessError. The status of a watched child (see
+    :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again.
+
+    Args:
+        pid: int, a child's pid; -1 any child, 0 any of the caller's process group, ``-pgid`` any of that group.
+        options: int, 0 or any of WNOHANG, WUNTRACED, WCONTINUED.
+
+    Returns:
+        (pid, status): int and int, the raw wait status; (0, 0) under WNOHANG when there is none yet.
+
+    Raises:
+        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once. It says so if the child
+            was watched here and somebody else collected it on a kernel (before Linux 6.15) that doesn't tell the status.
+        OSError: EINVAL, unknown options.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+
+    Source: waitpid(2), pidfd_open(2), waitid(2); ``gevent.os.waitpid``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int status = 0
+    cdef int rpid
+    cdef rusage usage
+    if options & ~COOPOS_WAIT_OPTIONS:
+        raise os_error(EINVAL, "waitpid", pid)
+    rpid = (wait_one if pid > 0 else wait_any)(pid, options, &status, &usage)
+    return rpid, status if rpid else 0
+
+
+# ---- fork --------------------------------------------------------------------------------------------------------------------
+
+def forget_parent():
+    """In a forked child: what was watched and asked is the parent's. Run by the interpreter after every fork."""
+    global _generation, _children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued
+    cdef ExitSet exits
+    _generation += 1
+    for exits in _exit_sets.values():
+        close_all(sorted(exits.members))
+    _parents.append((_children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued))
+    _children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued = {}, {}, {}, {}, [], None
+
+
+cdef int close_all(list fds) except -1:
+    """close(2) each of a sorted list of descriptors, run by run."""
+    cdef int first, last, fd
+    if fds:
+        first = last = fds[0]
+        for fd in fds:
+            if fd > last + 1:
+                coopos_close_run(first, last)
+                first = fd
+            last = fd
+        coopos_close_run(first, last)
+    return 0
+
+
+def forget_parent_loops():
+    """In a forked child whose loop has been re-initialised: take the parent's exit sets out of it.
+
+    Not before: libuv would take them out of the parent's epoll, which the child shares until then.
+    """
+    cdef ExitSet exits
+    hub = get_hub_if_exists()
+    loop = None if hub is None else hub.loop
+    for tables in _parents:
+        for exits in tables[3].values():
+            if exits.loop is loop:
+                exits.shut()
+            else:
+                c_close(exits.fd)      # of a thread that is not there any more
+                exits.fd = -1
+        tables[3].clear()
+
+
+os.register_at_fork(after_in_child=forget_parent)
+
+
+cdef int before_fork(const char *event) except -1:
+    PySys_Audit(event, NULL)
+    if sys.is_finalizing():
+        raise RuntimeError("can't fork at interpreter shutdown")
+    return 0
+
+
+def fork_process():
+    """fork(2) with the interpreter's at-fork hooks; the pid in the parent, 0 in the child. No hub is looked at."""
+    cdef int pid, err
+    before_fork(b"os.fork")
+    # From here to AfterFork there is no way back into the interpreter's main loop: a starting thread that got the GIL in between
+    # would wait for the forker's locks, and the forker for the GIL.
+    PyOS_BeforeFork()
+    pid = c_fork()
+    err = errno
+    if pid == 0:
+        PyOS_AfterFork_Child()
+    else:
+        PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise os_error(err, "fork", "")
+    return pid
+
+
+def forkpty_process():
+    """forkpty(3) with the interpreter's at-fork hooks; (pid, the master's descriptor) in the parent, (0, -1) in the child."""
+    cdef int pid, err
+    cdef int master = -1
+    before_fork(b"os.forkpty")
+    PyOS_BeforeFork()
+    pid = c_forkpty(&master, NULL, NULL, NULL)
+    err = errno
+    if pid == 0:
+        PyOS_AfterFork_Child()
+    else:
+        PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise os_error(err, "forkpty", "")
+    return pid, master

@@ -1,0 +1,200 @@
+"""``python -m coopos doctor``: which mechanism serves what on this machine, each proved on a real one.
+
+A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out; it returns the name of the
+mechanism that did it. A check that hangs is ended by a timeout, and has failed. Knows the façade and `_core`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import socket
+import sys
+import tempfile
+from typing import TYPE_CHECKING
+
+import gevent
+from gevent.hub import get_hub
+
+import coopos
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHECK_TIMEOUT_S = 10.0
+MESSAGE = b"coopos"
+
+
+def _expect(got: object, wanted: object) -> None:
+    if got != wanted:
+        raise AssertionError(f"got {got!r}, expected {wanted!r}")
+
+
+def _waits(read: Callable[[], bytes], write: Callable[[], object]) -> None:
+    """*read* must wait, let *write* happen meanwhile, and bring what was written."""
+    reader = gevent.spawn(read)
+    gevent.sleep(0)
+    if reader.ready():
+        raise AssertionError(f"read did not wait: {reader.value!r}, {reader.exception!r}")
+    write()
+    _expect(reader.get(), MESSAGE)
+
+
+def _nonblocking(read_fd: int, write_fd: int) -> str:
+    """nb_read and nb_write on the two ends of something; closes them."""
+    try:
+        coopos.make_nonblocking(read_fd)
+        coopos.make_nonblocking(write_fd)
+        _waits(lambda: coopos.nb_read(read_fd, 100), lambda: coopos.nb_write(write_fd, MESSAGE))
+    finally:
+        coopos.close(read_fd)
+        coopos.close(write_fd)
+    return "read(2), write(2), and the hub while they would block"
+
+
+def _any_mode(read_fd: int) -> str:
+    """What serves tp_read on a descriptor that has data, whatever its mode."""
+    data = coopos._core.read_or_defer(read_fd, len(MESSAGE), "tp_read")
+    if data is None:
+        _expect(coopos.tp_read(read_fd, len(MESSAGE)), MESSAGE)
+        return "the threadpool"
+    _expect(data, MESSAGE)
+    return "RWF_NOWAIT"
+
+
+def check_pipe() -> str:
+    return _nonblocking(*os.pipe())
+
+
+def check_socket() -> str:
+    ours, theirs = socket.socketpair()
+    return _nonblocking(ours.detach(), theirs.detach())
+
+
+def check_pty() -> str:
+    import termios
+
+    master, slave = os.openpty()
+    attributes = termios.tcgetattr(slave)
+    attributes[3] &= ~(termios.ICANON | termios.ECHO)
+    termios.tcsetattr(slave, termios.TCSANOW, attributes)
+    return _nonblocking(slave, master)
+
+
+def check_blocking_pipe() -> str:
+    read_fd, write_fd = os.pipe()
+    try:
+        _waits(lambda: coopos.tp_read(read_fd, 100), lambda: coopos.tp_write(write_fd, MESSAGE))
+        coopos.tp_write(write_fd, MESSAGE)
+        return _any_mode(read_fd)
+    finally:
+        coopos.close(read_fd)
+        coopos.close(write_fd)
+
+
+def check_fifo() -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "fifo")
+        os.mkfifo(path)
+        fd = os.open(path, os.O_RDWR)
+        try:
+            _waits(lambda: coopos.tp_read(fd, 100), lambda: os.write(fd, MESSAGE))
+            os.write(fd, MESSAGE)
+            return _any_mode(fd)
+        finally:
+            coopos.close(fd)
+
+
+def check_file() -> str:
+    with tempfile.TemporaryFile() as file:
+        file.write(MESSAGE)
+        file.flush()
+        if hasattr(coopos, "close"):
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            return _any_mode(file.fileno())
+        file.seek(0)
+        _expect(coopos.tp_read(file.fileno(), 100), MESSAGE)
+        return "the threadpool"
+
+
+def check_close() -> str:
+    read_fd, write_fd = os.pipe()
+    coopos.make_nonblocking(read_fd)
+    outcome: list[int | None] = []
+
+    def read() -> None:
+        try:
+            coopos.nb_read(read_fd, 1)
+        except OSError as ex:
+            outcome.append(ex.errno)
+
+    reader = gevent.spawn(read)
+    gevent.sleep(0)
+    coopos.close(read_fd)
+    try:
+        again = os.dup(write_fd)
+        os.close(again)
+        _expect(again, read_fd)  # the number is free at once
+        reader.join()
+        _expect(outcome, [errno.EBADF])
+    finally:
+        coopos.close(write_fd)
+    return "close(2) at once, EBADF for whoever waits"
+
+
+def check_child() -> str:
+    ended: list[coopos._core.Child] = []
+    pid = coopos.fork_and_watch(ended.append)
+    if pid == 0:
+        os._exit(7)
+    _expect(coopos.waitpid(pid, 0), (pid, 7 << 8))
+    while not ended:
+        gevent.sleep(0)
+    return f"{ended[0].mechanism}, and no SIGCHLD handler"
+
+
+def check_any_child() -> str:
+    pid = coopos.fork()
+    if pid == 0:
+        os._exit(7)
+    _expect(coopos.waitpid(-1, 0), (pid, 7 << 8))
+    return "waitid(2) in a thread that only looks"
+
+
+def check_program() -> str:
+    pid = coopos.posix_spawn(sys.executable, [sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ))
+    _expect(coopos.waitpid(pid, 0), (pid, 7 << 8))
+    return "posix_spawn(3), watched"
+
+
+CHECKS: list[tuple[str, Callable[[], str]]] = [("regular file", check_file)]
+if hasattr(coopos, "fork"):
+    CHECKS = [
+        ("pipe", check_pipe),
+        ("socket", check_socket),
+        ("pty", check_pty),
+        ("blocking pipe", check_blocking_pipe),
+        ("FIFO", check_fifo),
+        *CHECKS,
+        ("close", check_close),
+        ("child", check_child),
+        ("any child", check_any_child),
+        ("program", check_program),
+    ]
+
+
+def main() -> int:
+    """Run every check and print a line for each; 0 if all are well, else 1."""
+    print(f"coopos {coopos.__version__} with gevent {gevent.__version__} on {type(get_hub().loop).__module__}")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    failed = 0
+    for name, check in CHECKS:
+        try:
+            with gevent.Timeout(CHECK_TIMEOUT_S, AssertionError("hung")):
+                print(f"{name:14} ok      {check()}")
+        except Exception as ex:
+            failed += 1
+            print(f"{name:14} FAILED  {type(ex).__name__}: {ex}")
+    print(f"{len(CHECKS) - failed} of {len(CHECKS)} are well")
+    return 1 if failed else 0

@@ -1,0 +1,96 @@
+"""The calls that only a thread can make cooperative: here because every platform has them.
+
+A thread is the last step. Where the kernel can say that a read or write would not block, it is made at once; where readiness means
+anything, the hub waits for it, and no thread is held. Knows `_core` (where there is one) and the hub's threadpool.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gevent.hub import get_hub
+from gevent.monkey import get_original
+
+try:
+    from coopos import _core
+except ImportError:
+    if hasattr(__import__("os"), "fork"):
+        raise  # a POSIX system without the core is a broken installation
+    _core = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
+_read = get_original("os", "read")
+_write = get_original("os", "write")
+
+
+def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    return get_hub().threadpool.apply(function, args)
+
+
+def tp_read(fd: int, n: int) -> bytes:
+    """Read up to *n* bytes from any descriptor, letting other greenlets run while it would block.
+
+    Like :func:`os.read`. The descriptor's flags don't matter and are not touched. Data that is there already, the page cache
+    included, is read at once without a thread; pipes and sockets are waited for on the hub; the rest is read in the hub's
+    threadpool.
+
+    Args:
+        fd: int, an open descriptor.
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 0 to *n* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading; EINVAL if *n* is negative; otherwise as read(2).
+
+    Switches greenlets only if it has to wait. Killed or timed out while it waits for a pipe or socket, it has taken no byte; a
+    read that is in the threadpool goes on there, and what it reads is lost. Works in any thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; ``gevent.os.tp_read``.
+
+    .. versionadded:: 0.1.0
+    """
+    if _core is not None:
+        data = _core.read_or_defer(fd, n, "tp_read")
+        if data is not None:
+            return data
+    result: bytes = _in_thread(_read, fd, n)
+    return result
+
+
+def tp_write(fd: int, buf: Buffer) -> int:
+    """Write a buffer to any descriptor, letting other greenlets run while it would block.
+
+    Like :func:`os.write`. The descriptor's flags don't matter and are not touched. What fits into a pipe or socket is written at
+    once and the hub waits for room; the rest is written in the hub's threadpool. As write(2) does, it writes all of *buf* to a
+    descriptor in blocking mode.
+
+    Args:
+        fd: int, an open descriptor.
+        buf: bytes-like, contiguous. It stays locked until the call is over.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(buf)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; EPIPE if nobody can read; otherwise as write(2).
+        TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out while it waits, it may have written a part of *buf*; a write that
+    is in the threadpool goes on there. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; ``gevent.os.tp_write``.
+
+    .. versionadded:: 0.1.0
+    """
+    if _core is not None:
+        written = _core.write_or_defer(fd, buf, "tp_write")
+        if written is not None:
+            return written
+    result: int = _in_thread(_write, fd, buf)
+    return result
