@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from gevent._config import config as _config
 
-from coopos._patch import patch, unpatch
-from coopos._threadpool import tp_read, tp_write
+from coopos._patch import patch as patch, unpatch as unpatch
+from coopos._threadpool import tp_read as tp_read, tp_write as tp_write
 
 if TYPE_CHECKING:
     from os import *  # noqa: F403
@@ -33,26 +33,34 @@ __implements__: list[str] = []
 __extensions__: list[str] = ["tp_read", "tp_write"]
 
 if hasattr(_os, "fork"):
-    from coopos._core import close, make_nonblocking, nb_read, nb_write, waitpid
-    from coopos._fork import (
-        fork,
-        fork_and_watch,
-        fork_gevent,
-        forkpty,
-        forkpty_and_watch,
-        forkpty_gevent,
-        posix_spawn,
-        posix_spawnp,
+    from coopos._core import (
+        close as close,
+        make_nonblocking as make_nonblocking,
+        nb_read as nb_read,
+        nb_write as nb_write,
+        waitpid as waitpid,
     )
+    from coopos._fork import fork as fork, fork_and_watch as fork_and_watch, fork_gevent as fork_gevent
 
-    __implements__ += ["fork", "close", "forkpty"]
-    __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "forkpty_gevent"]
-    __extensions__ += ["fork_and_watch", "fork_gevent", "forkpty_and_watch"]
+    __implements__ += ["fork", "close"]
+    __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent"]
+    if hasattr(_os, "forkpty"):
+        from coopos._fork import (
+            forkpty as forkpty,
+            forkpty_and_watch as forkpty_and_watch,
+            forkpty_gevent as forkpty_gevent,
+        )
+
+        __implements__ += ["forkpty"]
+        __extensions__ += ["forkpty_gevent", "forkpty_and_watch"]
     if _config.disable_watch_children:
         __extensions__ += ["waitpid"]
-        posix_spawn, posix_spawnp = _os.posix_spawn, _os.posix_spawnp
     else:
-        __implements__ += ["waitpid", "posix_spawn", "posix_spawnp"]
+        __implements__ += ["waitpid"]
+        if hasattr(_os, "posix_spawn"):
+            from coopos._fork import posix_spawn as posix_spawn, posix_spawnp as posix_spawnp
+
+            __implements__ += ["posix_spawn", "posix_spawnp"]
 
 #: The names taken from :mod:`os` as they are.
 __imports__: list[str] = [

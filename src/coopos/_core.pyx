@@ -26,18 +26,18 @@ from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp, re
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, HAVE_RWF_NOWAIT, P_ALL, P_PGID, P_PID,
     PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
-    PyObject_AsFileDescriptor, PySys_Audit, S_ISBLK, S_ISREG, WCONTINUED, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
+    PyObject_AsFileDescriptor, PySys_Audit, S_ISBLK, S_ISREG, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
     WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status,
     coopos_read_nowait, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_remove, coopos_thread_start,
-    coopos_write_nowait, forkpty as c_forkpty, fstat, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t,
-    rusage, siginfo_t, stat_t, wait4, waitid)
+    coopos_write_nowait, dev_t, forkpty as c_forkpty, fstat, idtype_t, ino_t, pthread_cancel, pthread_join,
+    pthread_setcancelstate, pthread_t, rusage, siginfo_t, stat_t, wait4, waitid)
 
 import os
 import sys
 
-from gevent.exceptions import InvalidSwitchError
+from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
-from greenlet import getcurrent
+from greenlet import getcurrent, greenlet
 
 
 cdef enum:
@@ -48,6 +48,28 @@ cdef enum:
 cdef object os_error(int err, str call, object subject):
     """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
     return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
+
+
+# ---- giving way to the hub ---------------------------------------------------------------------------------------------------
+
+cdef object greenlet_switch = greenlet.switch
+# {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
+cdef dict _has_switch_out = {}
+
+
+cdef object give_way(object hub, object current):
+    """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
+    if current is hub:
+        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+    cdef object kind = type(current)
+    cdef object has = _has_switch_out.get(kind)
+    if has is None:
+        has = _has_switch_out[kind] = hasattr(kind, "switch_out")
+    return hub.switch() if has else greenlet_switch(hub)
+
+
+cdef object wrong_switch(object came_back, str what):
+    return InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for {what}")
 
 
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
@@ -156,13 +178,14 @@ cdef int park(int fd, int events, str call) except -1:
     """
     cdef Parking parking = parking_of(get_hub())
     cdef Wait wait = parking.aim(fd, events)
-    wait.switch = getcurrent().switch
+    cdef object current = getcurrent()
+    wait.switch = current.switch
     enlist(wait)
     try:
         wait.watcher.start(wait.switch, wait)
-        came_back = parking.hub.switch()
+        came_back = give_way(parking.hub, current)
         if came_back is not wait:
-            raise InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for fd {fd} in {call}")
+            raise wrong_switch(came_back, f"fd {fd} in {call}")
     finally:
         delist(wait)
         wait.switch = None
@@ -192,7 +215,8 @@ cdef class PutOffClose:
     """A close(2) that has to wait until other parties' watchers on the number have been stopped."""
     cdef int fd
     cdef int parties       # how many have still to stop theirs
-    cdef unsigned long dev, ino
+    cdef dev_t dev
+    cdef ino_t ino
 
     cdef bint is_same_file(self) noexcept:
         cdef stat_t st
@@ -696,10 +720,12 @@ cdef class ExitSet:
     cdef dict members      # {pidfd: Watch}
     cdef int fd
     cdef int holds         # members that want the loop kept alive
+    cdef int generation
 
     def __cinit__(self, loop):
         self.loop = loop
         self.members = {}
+        self.generation = _generation
         self.fd = coopos_set_new()
         if self.fd < 0:
             raise os_error(errno, "epoll_create1", "")
@@ -747,6 +773,9 @@ cdef class ExitSet:
         cdef int fds[COOPOS_SET_BATCH]
         cdef int i, n
         cdef Watch watch
+        if self.generation != _generation:
+            self.shut()        # in the child of a plain fork, whose hub was re-initialised by hand
+            return
         n = coopos_set_ready(self.fd, fds)
         for i in range(n):
             # Gone, if what ran for an earlier one has dealt with it.
@@ -801,9 +830,11 @@ cdef class Watch:
                     self.exits.add(self.pidfd, self)
                     self.child.told_by = "pidfd"
                     return 0
-                except OSError as ex:
-                    # Out of descriptors for the set: a thread needs none.
+                except BaseException as ex:
                     self.drop_pidfd()
+                    if not isinstance(ex, OSError):
+                        raise
+                    # Out of descriptors for the set: a thread needs none.
                     err = ex.errno
             if err == ESRCH:
                 raise os_error(err, "pidfd_open", self.child.pid)
@@ -869,6 +900,8 @@ cdef class Watch:
 
     def fire(self):
         """In the hub: the child has ended, or is said to have."""
+        if self.generation != _generation:
+            return
         if self.child.is_watched:
             self.child.collect()
             if self.child.state == ALIVE:
@@ -889,7 +922,6 @@ cdef class Watch:
 
     def deliver(self):
         """In the hub: tell the callback, then wake those who wait."""
-        cdef list waiters
         if self.child.home is self:
             self.child.tell()
         while self.waiters:
@@ -902,15 +934,16 @@ cdef class Watch:
     cdef int wait(self) except -1:
         """Park until the child may have ended."""
         cdef object token = object()
-        cdef tuple entry = (getcurrent().switch, token)
+        cdef object current = getcurrent()
+        cdef tuple entry = (current.switch, token)
         if self.pidfd < 0:
             self.ask_thread()
         self.waiters.append(entry)
         self.hold(1)
         try:
-            came_back = get_hub().switch()
+            came_back = give_way(get_hub(), current)
             if came_back is not token:
-                raise InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for {self.child.pid}")
+                raise wrong_switch(came_back, f"child {self.child.pid}")
         finally:
             self.hold(-1)
             if entry in self.waiters:
@@ -973,6 +1006,8 @@ cdef class Child:
     cdef int state
     cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
     cdef bint is_told
+    cdef bint is_discarded         # nobody will ask for the status
+    cdef bint is_owned             # the status is for who asks by pid: a group's waiters are not given it
     cdef Watch home                # where the callback runs, in a watched child
     cdef list watches              # in each loop that waits for it
 
@@ -986,6 +1021,8 @@ cdef class Child:
 
     @property
     def rstatus(self):
+        if self.state == LOST:
+            raise lost_child(self.pid)
         return self.status
 
     @property
@@ -1014,6 +1051,13 @@ cdef class Child:
 
     def close(self):
         """Do nothing: see :meth:`stop`."""
+
+    def discard(self):
+        """Nobody will ask for this child's status any more: forget it as soon as it is collected."""
+        if self.state == ALIVE:
+            self.is_discarded = True
+        else:
+            self.drop()
 
     def __repr__(self):
         state = ("alive", "ended", "waited for", "lost")[self.state]
@@ -1067,7 +1111,7 @@ cdef class Child:
 
     cdef int ended(self) except -1:
         self.state = ENDED
-        if self.is_watched and _children.get(self.pid) is self:
+        if self.is_watched and not self.is_owned and _children.get(self.pid) is self:
             _ended[self.pid] = self
         wake_group_waiters()
         return 0
@@ -1102,14 +1146,17 @@ cdef class Child:
         return 0
 
     cdef int tell(self) except -1:
-        """In the home loop's hub: run the callback, once."""
+        """In the home loop's hub: run the callback, once, and keep nothing alive that it refers to."""
+        callback, self.callback = self.callback, None
         if not self.is_told:
             self.is_told = True
             try:
-                if self.callback is not None:
-                    self.callback(self)
+                if callback is not None:
+                    callback(self)
             except:
                 self.home.loop.handle_error(self, *sys.exc_info())
+            if self.is_discarded:
+                self.drop()
             try:
                 call_hook()
             except:
@@ -1135,8 +1182,10 @@ cdef dict _ended = {}
 cdef list _parents = []
 
 
-def watch(int pid, callback=None, loop=None, bint ref=False):
+def watch(int pid, callback=None, loop=None, bint ref=False, bint owned=False):
     """Watch child *pid*, which nobody has waited for yet: collect it when it ends, keep its status, call the callback.
+
+    An *owned* child's status is only for those who ask for its pid: waiting for any child doesn't bring it.
 
     Never switches greenlets. Returns the :class:`Child`.
     """
@@ -1146,16 +1195,23 @@ def watch(int pid, callback=None, loop=None, bint ref=False):
         loop = get_hub().loop
     child.callback = callback
     child.is_watched = True
+    child.is_owned = owned
     if before is not None:
         before.drop()      # the pid is used again
     _children[pid] = child
+    child.home = Watch(child, loop)
     try:
-        child.home = child.watch_in(loop)
+        child.home.start()
+        child.watches.append(child.home)
         if ref:
             child.home.hold(1)
-    except:
+    except BaseException as ex:
         child.drop()
-        raise
+        if not (isinstance(ex, OSError) and ex.errno == ESRCH):
+            raise
+        # Collected by somebody else already, or by the kernel because SIGCHLD is ignored.
+        child.state = LOST
+        child.home.finish()
     return child
 
 
@@ -1182,9 +1238,9 @@ cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
     _group_waiters.append(news)
     try:
         question = ask(idtype, id, options, news)
-        came_back = hub.switch()
+        came_back = give_way(hub, getcurrent())
         if came_back is not token:
-            raise InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for children")
+            raise wrong_switch(came_back, "children")
     finally:
         if news in _group_waiters:
             _group_waiters.remove(news)
@@ -1198,7 +1254,7 @@ cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
 
 cdef int question_options(int options) noexcept:
     """waitpid(2)'s options as waitid(2) writes them."""
-    return WEXITED | (WSTOPPED if options & WUNTRACED else 0) | (WCONTINUED if options & WCONTINUED else 0)
+    return WEXITED | (WSTOPPED if options & WUNTRACED else 0) | options & ~(WNOHANG | WUNTRACED)
 
 
 cdef object no_child(int pid):
@@ -1223,7 +1279,8 @@ cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
     cdef Child child = <Child>_children.get(pid)
     cdef Watch watch
     cdef int rpid
-    cdef int reports = options & (WUNTRACED | WCONTINUED)
+    # Stops and continues are asked of the kernel, and so is whatever needs Linux's __WALL and its like.
+    cdef int special = options & ~WNOHANG
     while True:
         if child is not None:
             child.collect()
@@ -1234,7 +1291,7 @@ cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
             if child.state == LOST:
                 child.settle()
                 raise lost_child(pid)
-        if child is None or reports:
+        if child is None or special:
             rpid = wait4(pid, status, options | WNOHANG, usage)
             if rpid < 0:
                 raise os_error(errno, "waitpid", pid)
@@ -1247,7 +1304,7 @@ cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
                 return rpid
         if options & WNOHANG:
             return 0
-        if reports:
+        if special:
             wait_for_news(P_PID, pid, question_options(options))
             continue
         if child is None:
@@ -1384,7 +1441,7 @@ os.register_at_fork(after_in_child=forget_parent)
 
 cdef int before_fork(const char *event) except -1:
     PySys_Audit(event, NULL)
-    if sys.is_finalizing():
+    if sys.version_info >= (3, 12) and sys.is_finalizing():
         raise RuntimeError("can't fork at interpreter shutdown")
     return 0
 

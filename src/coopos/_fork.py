@@ -7,6 +7,7 @@ core takes the parent's watchers out of the loop. Knows `_core` and `gevent.hub.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import gevent.os
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # What gevent.signal puts there runs the SIGCHLD handlers that were set through it.
-_core.set_child_hook(lambda: gevent.os._on_child_hook())
+_core.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[attr-defined]
 
 
 def _revive_hub() -> None:
@@ -166,7 +167,7 @@ if config.disable_watch_children:
 
 else:
 
-    def fork(*args: Any, **kwargs: Any) -> int:
+    def fork(*args: Any, **kwargs: Any) -> int:  # type: ignore[misc]
         """Fork, and watch the child: :func:`fork_and_watch`, whose arguments it takes.
 
         With GEVENT_NOWAITPID in the environment when the module is imported, it takes none and doesn't watch.
@@ -175,7 +176,7 @@ else:
         """
         return fork_and_watch(*args, **kwargs)
 
-    def forkpty(*args: Any, **kwargs: Any) -> tuple[int, int]:
+    def forkpty(*args: Any, **kwargs: Any) -> tuple[int, int]:  # type: ignore[misc]
         """Fork with a pseudo-terminal, and watch the child: :func:`forkpty_and_watch`, whose arguments it takes.
 
         With GEVENT_NOWAITPID in the environment when the module is imported, it takes none and doesn't watch.
@@ -210,5 +211,6 @@ def _spawner(name: str) -> Callable[..., int]:
     return spawn
 
 
-posix_spawn = _spawner("posix_spawn")
-posix_spawnp = _spawner("posix_spawnp")
+if hasattr(os, "posix_spawn"):
+    posix_spawn = _spawner("posix_spawn")
+    posix_spawnp = _spawner("posix_spawnp")

@@ -8,9 +8,9 @@ what is written at `_NoSigchld`.
 from __future__ import annotations
 
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
-import gevent
 import gevent.os
 
 if TYPE_CHECKING:
@@ -46,18 +46,35 @@ class _LoopOfPopen:
         vars(popen)["_loop"] = loop
 
 
-def _fork_and_watch_for_popen(callback: Any = None, loop: Any = None, ref: bool = False, fork: Any = None) -> int:
-    """``gevent.subprocess.fork_and_watch``: its *fork* is the plain one, whose child runs no gevent before it execs."""
-    import coopos
+def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object) -> int:
+    """``gevent.subprocess.fork_and_watch``: its *fork* is the plain one, whose child runs no gevent before it execs.
 
-    if isinstance(loop, _NoSigchld):
-        loop = loop._watched_loop
-    return coopos.fork_and_watch(callback, loop, ref, coopos._core.fork_process)
+    *on_child* is a method of the Popen, whom the child belongs to: nobody who waits for any child is given its status, and the
+    status is kept no longer than the Popen. Where somebody else has collected the child and its status is lost, *on_child* isn't
+    called, since it would make up a returncode.
+    """
+    from coopos import _core
+
+    popen = on_child.__self__
+
+    def ended(child: _core.Child) -> None:
+        try:
+            child.rstatus  # noqa: B018
+        except ChildProcessError as ex:
+            popen.result.set_exception(ex)
+        else:
+            on_child(child)
+
+    pid = _core.fork_process()
+    if pid:
+        child = _core.watch(pid, ended, loop._watched_loop, ref, True)
+        weakref.finalize(popen, child.discard).atexit = False
+    return pid
 
 
 def _replacements() -> list[tuple[ModuleType, str, Any, Any]]:
     """[(module, name, gevent's function, ours), ...]: what patch() may replace, whether or not it has."""
-    import gevent.subprocess
+    from gevent import subprocess as gevent_subprocess
 
     import coopos
 
@@ -67,14 +84,14 @@ def _replacements() -> list[tuple[ModuleType, str, Any, Any]]:
         found += [(module, name, gevents, ours) for module in (gevent.os, os)]
     if "fork" in _gevents_own:
         found.append((gevent, "fork", _gevents_own["fork"], coopos.fork))
-        found.append((gevent.subprocess, "fork_and_watch", _gevents_own["fork_and_watch"], _fork_and_watch_for_popen))
+        found.append((gevent_subprocess, "fork_and_watch", _gevents_own["fork_and_watch"], _fork_and_watch_for_popen))
     return found
 
 
 def patch() -> None:
     """Put coopos under a program that uses gevent.
 
-    Replaces the functions of ``gevent.os``; those of :mod:`os` that ``gevent.monkey`` has replaced, before or after this call (never
+    Replaces the functions of ``gevent.os``; those of :mod:`os` that ``gevent.monkey`` has replaced or will replace (never
     ``os.read`` and ``os.write``); ``gevent.fork``; and what ``gevent.subprocess`` forks and watches with, so that it installs no
     SIGCHLD handler any more. Names that other modules have imported before stay as they are. A second call does nothing.
 
@@ -84,7 +101,7 @@ def patch() -> None:
 
     .. versionadded:: 0.1.0
     """
-    import gevent.subprocess
+    from gevent import subprocess as gevent_subprocess
 
     import coopos
 
@@ -95,7 +112,7 @@ def patch() -> None:
         if getattr(module, name, None) is gevents:
             setattr(module, name, ours)
     if hasattr(os, "fork"):
-        popen: Any = gevent.subprocess.Popen
+        popen: Any = gevent_subprocess.Popen
         popen._loop = _LoopOfPopen()
 
 
@@ -108,12 +125,12 @@ def unpatch() -> None:
 
     .. versionadded:: 0.1.0
     """
-    import gevent.subprocess
+    from gevent import subprocess as gevent_subprocess
 
     for module, name, gevents, ours in _replacements():
         if getattr(module, name, None) is ours:
             setattr(module, name, gevents)
-    popen: Any = gevent.subprocess.Popen
+    popen: Any = gevent_subprocess.Popen
     if "_loop" in vars(popen):
         del popen._loop
 
