@@ -33,9 +33,9 @@
 #endif
 
 #if defined(__linux__)
-enum { HAVE_PIDFD = 1, HAVE_RWF_NOWAIT = 1 };
+enum { HAVE_PIDFD = 1 };
 #else
-enum { HAVE_PIDFD = 0, HAVE_RWF_NOWAIT = 0 };
+enum { HAVE_PIDFD = 0 };
 #endif
 
 /* The numbers that every Linux architecture shares (asm-generic/unistd.h), for C libraries older than the calls. */

@@ -24,13 +24,13 @@ from posix.types cimport id_t, pid_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp, read as c_read, write as c_write
 
 from coopos._posix cimport (
-    COOPOS_IO_MAX, COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, HAVE_RWF_NOWAIT, P_ALL, P_PGID, P_PID,
+    COOPOS_IO_MAX, COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, POLLIN, POLLOUT,
     PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
     PyObject_AsFileDescriptor, PySys_Audit, S_ISBLK, S_ISREG, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
     WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status,
     coopos_read_nowait, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_remove, coopos_thread_start,
-    coopos_write_nowait, dev_t, forkpty as c_forkpty, fstat, idtype_t, ino_t, pthread_cancel, pthread_join,
-    pthread_setcancelstate, pthread_t, rusage, siginfo_t, stat_t, wait4, waitid)
+    coopos_write_nowait, dev_t, forkpty as c_forkpty, fstat, idtype_t, ino_t, poll, pollfd, pthread_cancel,
+    pthread_join, pthread_setcancelstate, pthread_t, rusage, siginfo_t, stat_t, wait4, waitid)
 
 import os
 import sys
@@ -510,65 +510,90 @@ cdef bint is_pollable(int fd) noexcept:
     return fstat(fd, &st) == 0 and not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
 
 
+cdef bint is_nonblocking(int fd) noexcept:
+    cdef int flags = fcntl(fd, F_GETFL)
+    return flags >= 0 and flags & O_NONBLOCK
+
+
+cdef int park_until_ready(int fd, int events, str call) except -1:
+    """Park, unless *fd* is ready at this moment. What can't be waited for is always ready to poll(2)."""
+    cdef pollfd request
+    request.fd = fd
+    request.events = POLLIN if events == READ else POLLOUT
+    request.revents = 0
+    if poll(&request, 1, 0) == 0:
+        park(fd, events, call)
+    return 0
+
+
 def read_or_defer(int fd, Py_ssize_t n, str call):
     """Read without a thread where the kernel can tell whether the read would block; wait on the hub where it would.
 
-    Returns bytes, or None where only a thread can make this read cooperative. Flags are not touched. An empty read is left to the
-    thread too: kernels before 5.8 returned short from the page cache, so it need not be the end of the file.
+    Returns bytes, or None where only a thread can make this read cooperative. Then there was something to read: a descriptor whose
+    readiness means anything has been waited for. Flags are not touched. An empty read is left to the thread too: kernels before 5.8
+    returned short from the page cache, so it need not be the end of the file.
 
     Source: preadv2(2), RWF_NOWAIT.
     """
+    cdef Reader reader = coopos_read_nowait
     cdef int err = 0
     if n < 0:
         raise os_error(EINVAL, call, fd)
-    if not HAVE_RWF_NOWAIT:
-        return None
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     while True:
-        data = read_once(coopos_read_nowait, fd, n, &err)
+        data = read_once(reader, fd, n, &err)
         if data is not None:
             return data if data or n == 0 or is_pollable(fd) else None
-        if is_undecided(err):
+        if err == EAGAIN or is_undecided(err):
+            if not is_pollable(fd):
+                return None
+            if err == EAGAIN:
+                park(fd, READ, call)
+                continue
+            if is_nonblocking(fd) and reader != plain_read:
+                reader = plain_read
+                continue
+            park_until_ready(fd, READ, call)
             return None
-        if err != EAGAIN:
-            raise os_error(err, call, fd)
-        if not is_pollable(fd):
-            return None
-        park(fd, READ, call)
+        raise os_error(err, call, fd)
 
 
 def write_or_defer(int fd, buf, str call):
     """Write without a thread where the kernel can tell whether the write would block; wait on the hub where it would.
 
-    Returns how many bytes were written, or None where only a thread can make this write cooperative. Flags are not touched. On a
-    descriptor in blocking mode it returns when all is written, as write(2) does.
+    Returns how many bytes were written, or None where only a thread can make this write cooperative; nothing is written then, and a
+    descriptor whose readiness means anything has been waited for. Flags are not touched. On a descriptor in blocking mode it
+    returns when all is written, as write(2) does.
 
     Source: pwritev2(2), RWF_NOWAIT.
     """
     cdef Py_buffer view
+    cdef Writer writer = coopos_write_nowait
     cdef Py_ssize_t done = 0
     cdef ssize_t written
     cdef int err = 0
     PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
     try:
-        if not HAVE_RWF_NOWAIT:
-            return None
         while True:
-            written = write_once(coopos_write_nowait, fd, &view, done, &err)
+            written = write_once(writer, fd, &view, done, &err)
             if written >= 0:
                 done += written
-                if done >= view.len or fcntl(fd, F_GETFL) & O_NONBLOCK:
+                if done >= view.len or is_nonblocking(fd):
                     return done
-                continue
-            if done == 0 and is_undecided(err):
+            elif err == EAGAIN and is_pollable(fd):
+                park(fd, WRITE, call)
+            elif done:
+                return done
+            elif err == EAGAIN or is_undecided(err):
+                if not is_pollable(fd):
+                    return None
+                if is_nonblocking(fd) and writer != plain_write:
+                    writer = plain_write
+                    continue
+                park_until_ready(fd, WRITE, call)
                 return None
-            if err != EAGAIN:
-                if done:
-                    return done
+            else:
                 raise os_error(err, call, fd)
-            if not is_pollable(fd):
-                return done if done else None
-            park(fd, WRITE, call)
     finally:
         PyBuffer_Release(&view)
 

@@ -12,6 +12,15 @@ cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object) except -1
 
 
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    short POLLIN, POLLOUT
+    int poll(pollfd *fds, unsigned long n, int timeout_ms)
+
+
 cdef extern from "<signal.h>" nogil:
     ctypedef struct siginfo_t:
         pass
@@ -62,7 +71,7 @@ cdef extern from "<pthread.h>" nogil:
 
 
 cdef extern from "_compat.h" nogil:
-    int HAVE_PIDFD, HAVE_RWF_NOWAIT
+    int HAVE_PIDFD
     int COOPOS_WAIT_OPTIONS
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH

@@ -35,8 +35,8 @@ def tp_read(fd: int, n: int) -> bytes:
     """Read up to *n* bytes from any descriptor, letting other greenlets run while it would block.
 
     Like :func:`os.read`. The descriptor's flags don't matter and are not touched. Data that is there already, the page cache
-    included, is read at once without a thread; pipes and sockets are waited for on the hub; the rest is read in the hub's
-    threadpool.
+    included, is read at once without a thread. What can be waited for (pipes, sockets, FIFOs, terminals) is waited for on the hub.
+    The rest, and blocking FIFOs and terminals once they are ready, is read in the hub's threadpool.
 
     Args:
         fd: int, an open descriptor.
@@ -48,8 +48,8 @@ def tp_read(fd: int, n: int) -> bytes:
     Raises:
         OSError: EBADF if *fd* is not open for reading; EINVAL if *n* is negative; otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits for a pipe or socket, it has taken no byte; a
-    read that is in the threadpool goes on there, and what it reads is lost. Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte; a read that is
+    in the threadpool goes on there, and what it reads is lost. Works in any thread's hub and in a forked child.
 
     Source: preadv2(2), RWF_NOWAIT; ``gevent.os.tp_read``.
 
@@ -67,7 +67,7 @@ def tp_write(fd: int, buf: Buffer) -> int:
     """Write a buffer to any descriptor, letting other greenlets run while it would block.
 
     Like :func:`os.write`. The descriptor's flags don't matter and are not touched. What fits into a pipe or socket is written at
-    once and the hub waits for room; the rest is written in the hub's threadpool. As write(2) does, it writes all of *buf* to a
+    once, and the hub waits for room; other files are written in the hub's threadpool. As write(2) does, it writes all of *buf* to a
     descriptor in blocking mode.
 
     Args:
