@@ -1,4 +1,4 @@
-"""The one compiled module. Everything that can be said without code is in pyproject.toml.
+"""The compiled modules. Everything that can be said without code is in pyproject.toml.
 
 Three switches in the environment, each "1" or unset:
 
@@ -52,23 +52,27 @@ if WERROR:
     # What the C that Cython writes always does: callbacks that ignore an argument, and tables filled from the front.
     compile_args += ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
-core = Extension(
-    "coopos._core",
-    ["src/coopos/_core.pyx"],
-    include_dirs=["src/coopos"],  # _compat.h
-    define_macros=macros,
-    extra_compile_args=compile_args,
-    extra_link_args=["-pthread"],
-    # forkpty(3): in libc on macOS and from glibc 2.34 on, where libutil is still there, empty.
-    libraries=[] if sys.platform == "darwin" else ["util"],
-)
-# setuptools hands these to Cython when it builds the extension, and only then: asking for metadata compiles nothing.
-core.cython_directives = directives
-core.cython_c_in_temp = not LINETRACE
+extensions = [
+    Extension(
+        f"coopos.{name}",
+        [f"src/coopos/{name}.pyx"],
+        include_dirs=["src/coopos"],  # _compat.h
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=["-pthread"],
+        # forkpty(3): in libc on macOS and from glibc 2.34 on, where libutil is still there, empty.
+        libraries=[] if sys.platform == "darwin" else ["util"],
+    )
+    for name in ("_core", "_children")
+]
+for extension in extensions:
+    # setuptools hands these to Cython when it builds the extension, and only then: asking for metadata compiles nothing.
+    extension.cython_directives = directives
+    extension.cython_c_in_temp = not LINETRACE
 
 setup(
-    # The core calls POSIX directly; elsewhere the package is Python alone.
-    ext_modules=[core] if os.name == "posix" else [],
+    # The compiled modules call POSIX directly; elsewhere the package is Python alone.
+    ext_modules=extensions if os.name == "posix" else [],
     # Always anew: the switches above are not among what setuptools compares timestamps of.
     options={"build_ext": {"force": True}},
 )

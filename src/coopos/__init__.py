@@ -33,12 +33,12 @@ __implements__: list[str] = []
 __extensions__: list[str] = ["tp_read", "tp_write"]
 
 if hasattr(_os, "fork"):
+    from coopos._children import waitpid as waitpid
     from coopos._core import (
         close as close,
         make_nonblocking as make_nonblocking,
         nb_read as nb_read,
         nb_write as nb_write,
-        waitpid as waitpid,
     )
     from coopos._fork import fork as fork, fork_and_watch as fork_and_watch, fork_gevent as fork_gevent
 

@@ -153,30 +153,33 @@ static inline int coopos_set_new(void)
 #endif
 }
 
-static inline int coopos_set_add(int set, int fd)
+/* A member tells once that it is readable, and again when it is re-armed. */
+static inline int coopos_set_change(int set, int op, int fd)
 {
 #if defined(__linux__)
     struct epoll_event event;
     memset(&event, 0, sizeof event);
-    event.events = EPOLLIN;
+    event.events = EPOLLIN | EPOLLONESHOT;
     event.data.fd = fd;
-    return epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);
+    return epoll_ctl(set, op, fd, &event);
 #else
-    (void)set; (void)fd;
+    (void)set; (void)op; (void)fd;
     return coopos_unsupported();
 #endif
 }
 
-static inline int coopos_set_remove(int set, int fd)
-{
-#if defined(__linux__)
-    struct epoll_event event;   /* kernels before 2.6.9 want one */
-    memset(&event, 0, sizeof event);
-    return epoll_ctl(set, EPOLL_CTL_DEL, fd, &event);
-#else
-    (void)set; (void)fd;
-    return coopos_unsupported();
+#if !defined(__linux__)
+enum { EPOLL_CTL_ADD, EPOLL_CTL_MOD };
 #endif
+
+static inline int coopos_set_add(int set, int fd)
+{
+    return coopos_set_change(set, EPOLL_CTL_ADD, fd);
+}
+
+static inline int coopos_set_rearm(int set, int fd)
+{
+    return coopos_set_change(set, EPOLL_CTL_MOD, fd);
 }
 
 enum { COOPOS_SET_BATCH = 64 };

@@ -1,7 +1,7 @@
 """``python -m coopos doctor``: which mechanism serves what on this machine, each proved on a real one.
 
 A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out; it returns the name of the
-mechanism that did it. A check that hangs is ended by a timeout, and has failed. Knows the façade and `_core`.
+mechanism that did it. A check that hangs is ended by a timeout, and has failed. Knows the façade and `_children`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def check_close() -> str:
 
 
 def check_child() -> str:
-    ended: list[coopos._core.Child] = []
+    ended: list[coopos._children.Child] = []
     pid = coopos.fork_and_watch(ended.append)
     if pid == 0:
         os._exit(7)

@@ -1,8 +1,8 @@
 """The fork family: what happens in parent and child, in order, in one place. POSIX only.
 
 In the parent: fork, then watch, with nothing in between that could switch greenlets, so that no child ends unnoticed. In the child:
-the interpreter's at-fork hooks (by which the core forgets the parent's children), then gevent's hub is re-initialised, then the
-core takes the parent's watchers out of the loop. Knows `_core` and `gevent.hub.reinit`.
+the interpreter's at-fork hooks (by which `_children` forgets the parent's), then gevent's hub is re-initialised, then the parent's
+watchers are taken out of the loop. Knows `_children` and `gevent.hub.reinit`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from gevent._config import config
 from gevent.hub import reinit
 from gevent.monkey import get_original
 
-from coopos import _core
+from coopos import _children
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 # What gevent.signal puts there runs the SIGCHLD handlers that were set through it.
-_core.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[attr-defined]
+_children.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[attr-defined]
 
 
 def _revive_hub() -> None:
     reinit()
-    _core.forget_parent_loops()
+    _children.forget_parent_loops()
 
 
 def fork_gevent() -> int:
@@ -48,7 +48,7 @@ def fork_gevent() -> int:
 
     .. versionadded:: 0.1.0
     """
-    pid = _core.fork_process()
+    pid = _children.fork_process()
     if not pid:
         _revive_hub()
     return pid
@@ -71,7 +71,7 @@ def forkpty_gevent() -> tuple[int, int]:
 
     .. versionadded:: 0.1.0
     """
-    pid, master_fd = _core.forkpty_process()
+    pid, master_fd = _children.forkpty_process()
     if not pid:
         _revive_hub()
     return pid, master_fd
@@ -113,7 +113,7 @@ def fork_and_watch(
     _check_callback(callback)
     pid = fork()
     if pid:
-        _core.watch(pid, callback, loop, ref)
+        _children.watch(pid, callback, loop, ref)
     return pid
 
 
@@ -145,7 +145,7 @@ def forkpty_and_watch(
     _check_callback(callback)
     pid, master_fd = forkpty()
     if pid:
-        _core.watch(pid, callback, loop, ref)
+        _children.watch(pid, callback, loop, ref)
     return pid, master_fd
 
 
@@ -191,7 +191,7 @@ def _spawner(name: str) -> Callable[..., int]:
 
     def spawn(*args: Any, **kwargs: Any) -> int:
         pid = raw(*args, **kwargs)
-        _core.watch(pid)
+        _children.watch(pid)
         return pid
 
     spawn.__name__ = spawn.__qualname__ = name

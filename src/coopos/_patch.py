@@ -53,11 +53,11 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
     status is kept no longer than the Popen. Where somebody else has collected the child and its status is lost, *on_child* isn't
     called, since it would make up a returncode.
     """
-    from coopos import _core
+    from coopos import _children
 
     popen = on_child.__self__
 
-    def ended(child: _core.Child) -> None:
+    def ended(child: _children.Child) -> None:
         try:
             child.rstatus  # noqa: B018
         except ChildProcessError as ex:
@@ -65,9 +65,9 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
         else:
             on_child(child)
 
-    pid = _core.fork_process()
+    pid = _children.fork_process()
     if pid:
-        child = _core.watch(pid, ended, loop._watched_loop, ref, True)
+        child = _children.watch(pid, ended, loop._watched_loop, ref, True)
         weakref.finalize(popen, child.discard).atexit = False
     return pid
 

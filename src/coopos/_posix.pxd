@@ -81,7 +81,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_pidfd_reaped_status(int pidfd, int *status)
     int coopos_set_new()
     int coopos_set_add(int set, int fd)
-    int coopos_set_remove(int set, int fd)
+    int coopos_set_rearm(int set, int fd)
     int coopos_set_ready(int set, int *fds)
     void coopos_close_run(int first, int last)
     ssize_t coopos_read_nowait(int fd, void *buf, size_t n)
