@@ -17,8 +17,8 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ECHILD, EINTR, EINVAL, ESRCH, errno
-from libc.stdlib cimport free, malloc
-from libc.string cimport strerror
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset, strerror
 from posix.types cimport id_t, pid_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp
 
@@ -158,6 +158,51 @@ cdef Question ask(idtype_t idtype, id_t id, int options, watcher):
 
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
 
+# By descriptor, 1 where it is a pidfd of ours. In C and not in the members' dicts, because a forked child goes through it: counting
+# references to thousands of ints would copy the pages they are on.
+cdef unsigned char *_is_pidfd = NULL
+cdef int _is_pidfd_size = 0
+
+
+cdef int open_pidfd(int pid) except -2:
+    """A pidfd, or -1 with errno."""
+    global _is_pidfd, _is_pidfd_size
+    cdef unsigned char *table
+    cdef int size
+    cdef int fd = coopos_pidfd_open(pid)
+    if fd >= _is_pidfd_size:
+        size = max(2 * fd, 256)
+        table = <unsigned char *>realloc(_is_pidfd, size)
+        if table == NULL:
+            c_close(fd)
+            raise MemoryError
+        memset(table + _is_pidfd_size, 0, size - _is_pidfd_size)
+        _is_pidfd, _is_pidfd_size = table, size
+    if fd >= 0:
+        _is_pidfd[fd] = 1
+    return fd
+
+
+cdef int close_pidfd(int fd) noexcept:
+    _is_pidfd[fd] = 0
+    return c_close(fd)
+
+
+cdef int close_all_pidfds() noexcept:
+    """Run by run: thousands of close(2) take milliseconds."""
+    cdef int first
+    cdef int fd = 0
+    while fd < _is_pidfd_size:
+        first = fd
+        while fd < _is_pidfd_size and _is_pidfd[fd]:
+            _is_pidfd[fd] = 0
+            fd += 1
+        if fd > first:
+            coopos_close_run(first, fd - 1)
+        fd += 1
+    return 0
+
+
 cdef int set_ref(watcher, bint ref) except -1:
     """Say whether an active watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
     getattr(watcher, "_watcher_ref", watcher).ref = ref
@@ -294,7 +339,7 @@ cdef class Watch:
         """Begin to watch. ESRCH if there is no such process any more."""
         cdef int err
         if _use_pidfds:
-            self.pidfd = coopos_pidfd_open(self.child.pid)
+            self.pidfd = open_pidfd(self.child.pid)
             err = errno
             if self.pidfd >= 0:
                 try:
@@ -324,7 +369,7 @@ cdef class Watch:
                 if self.holds:
                     exits.hold(-1)
                 exits.remove(pidfd)
-            c_close(pidfd)
+            close_pidfd(pidfd)
         return 0
 
     cdef int hold(self, int change) except -1:
@@ -888,27 +933,11 @@ def waitpid(int pid, int options):
 def forget_parent():
     """In a forked child: what was watched and asked is the parent's. Run by the interpreter after every fork."""
     global _generation, _children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued, _hook_is_due
-    cdef ExitSet exits
     _generation += 1
     _hook_is_due = False
-    for exits in _exit_sets.values():
-        close_all(sorted(exits.members))
+    close_all_pidfds()
     _parents.append((_children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued))
     _children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued = {}, {}, {}, {}, [], None
-
-
-cdef int close_all(list fds) except -1:
-    """close(2) each of a sorted list of descriptors, run by run."""
-    cdef int first, last, fd
-    if fds:
-        first = last = fds[0]
-        for fd in fds:
-            if fd > last + 1:
-                coopos_close_run(first, last)
-                first = fd
-            last = fd
-        coopos_close_run(first, last)
-    return 0
 
 
 def forget_parent_loops():

@@ -13,6 +13,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_Import
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.stdlib cimport realloc
@@ -26,7 +27,6 @@ from coopos._posix cimport (
 
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
-from greenlet import getcurrent, greenlet
 
 
 cdef object os_error(int err, str call, object subject):
@@ -36,7 +36,13 @@ cdef object os_error(int err, str call, object subject):
 
 # ---- giving way to the hub ---------------------------------------------------------------------------------------------------
 
-cdef object greenlet_switch = greenlet.switch
+# greenlet's C API (greenlet.h), a table that its capsule points to: as quick as it gets, and no header to build with.
+ctypedef object (*GetCurrent)()
+ctypedef object (*Switch)(object greenlet, PyObject *args, PyObject *kwargs)
+cdef void **greenlet_api = <void **>PyCapsule_Import("greenlet._C_API", 0)
+cdef GetCurrent current_greenlet = <GetCurrent>greenlet_api[4]
+cdef Switch greenlet_switch = <Switch>greenlet_api[6]
+
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
 cdef dict _has_switch_out = {}
 # The last type that had none.
@@ -55,11 +61,11 @@ cdef object give_way(object hub, object current):
         if _has_switch_out[kind]:
             return hub.switch()
         _plain_kind = kind
-    return greenlet_switch(hub)
+    return greenlet_switch(hub, NULL, NULL)
 
 
 cdef object wrong_switch(object came_back, str what):
-    return InvalidSwitchError(f"switched into {getcurrent()!r} with {came_back!r}: it waits for {what}")
+    return InvalidSwitchError(f"switched into {current_greenlet()!r} with {came_back!r}: it waits for {what}")
 
 
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ cdef int park(int fd, int events, str call) except -1:
     """
     cdef Parking parking = parking_of(get_hub())
     cdef Wait wait = parking.aim(fd, events)
-    cdef object current = getcurrent()
+    cdef object current = current_greenlet()
     wait.switch = current.switch
     enlist(wait)
     try:
