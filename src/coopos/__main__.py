@@ -47,7 +47,7 @@ def main() -> int | None:
         print(f"python -m coopos: unknown option {arguments[0]}", file=sys.stderr)
         return 2
     sys.argv[:] = arguments
-    if not os.path.isdir(arguments[0]):
+    if not os.path.isdir(arguments[0]) and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
     runpy.run_path(arguments[0], run_name="__main__")
     return None

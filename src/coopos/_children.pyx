@@ -5,7 +5,7 @@ hold throughout:
 
 1. Whoever waits is registered before anything that could wake it is started, and leaves by a `finally`.
 2. An object of a loop (watcher, member of an exit set) is touched only by that loop's own thread; other threads post a callback.
-3. In a forked child every object made before the fork belongs to the parent: `_generation` tells, and its descriptors and threads
+3. In a forked child every object made before the fork belongs to the parent: `generation` tells, and its descriptors and threads
    are left alone.
 
 From the bottom up: a Question is put to waitid(2) by a thread; an ExitSet holds the pidfds that one loop waits for; a Watch is one
@@ -22,12 +22,12 @@ from libc.string cimport memset, strerror
 from posix.types cimport id_t, pid_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp
 
-from coopos._core cimport READ, give_way, os_error, wrong_switch
+from coopos._core cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
 from coopos._posix cimport (
     COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child,
-    PyOS_AfterFork_Parent, PyOS_BeforeFork, PySys_Audit, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED,
-    coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status, coopos_set_add, coopos_set_new,
-    coopos_set_ready, coopos_set_rearm, coopos_thread_start, forkpty as c_forkpty, idtype_t, pthread_cancel, pthread_join,
+    PyOS_AfterFork_Parent, PyOS_BeforeFork, PySys_Audit, Py_IsInitialized, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
+    WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status, coopos_set_add,
+    coopos_set_new, coopos_set_ready, coopos_set_rearm, coopos_thread_start, forkpty as c_forkpty, idtype_t, pthread_cancel, pthread_join,
     pthread_setcancelstate, pthread_t, rusage, siginfo_t, wait4, waitid)
 
 import os
@@ -38,9 +38,6 @@ from greenlet import getcurrent
 
 
 # ---- asking the kernel from a thread -----------------------------------------------------------------------------------------
-
-# Counts the forks since the module was loaded, in this line of descent: an object of an older generation is the parent's.
-cdef int _generation = 0
 
 # COOPOS_CHILDREN=thread: never use pidfds, as on a system that has none.
 cdef bint _use_pidfds = HAVE_PIDFD and os.environ.get("COOPOS_CHILDREN") != "thread"
@@ -63,6 +60,8 @@ cdef void *ask_kernel(void *arg) noexcept nogil:
         pass
     # Only waitid is to be cancelled, never the interpreter.
     pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before)
+    if not Py_IsInitialized():
+        return NULL            # the process outlives the interpreter for a moment, and this thread with it
     with gil:
         (<Question>asker.question).answer()
     return NULL
@@ -79,12 +78,12 @@ cdef class Question:
     cdef Asker *asker
     cdef list watchers             # started async watchers, one for each who asked
     cdef bint is_answered
-    cdef int generation
+    cdef int born                  # generation
 
     def __cinit__(self, tuple key):
         self.key = key
         self.watchers = []
-        self.generation = _generation
+        self.born = generation
 
     cdef int start(self) except -1:
         cdef int err
@@ -122,7 +121,7 @@ cdef class Question:
             watcher.close()
         if watcher in self.watchers:
             self.watchers.remove(watcher)
-        if self.watchers or self.asker == NULL or self.generation != _generation:
+        if self.watchers or self.asker == NULL or self.born != generation:
             return 0
         asker = self.asker
         self.asker = NULL
@@ -158,8 +157,8 @@ cdef Question ask(idtype_t idtype, id_t id, int options, watcher):
 
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
 
-# By descriptor, 1 where it is a pidfd of ours. In C and not in the members' dicts, because a forked child goes through it: counting
-# references to thousands of ints would copy the pages they are on.
+# By descriptor, 1 where it is a pidfd of ours. In C and not in the members' dicts, because a forked child goes through it:
+# counting references to thousands of ints would copy the pages they are on.
 cdef unsigned char *_is_pidfd = NULL
 cdef int _is_pidfd_size = 0
 
@@ -209,14 +208,6 @@ cdef int set_ref(watcher, bint ref) except -1:
     return 0
 
 
-cdef bint is_alive(loop) noexcept:
-    """Whether a loop was not destroyed with its thread."""
-    try:
-        return bool(loop.ptr)
-    except Exception:
-        return False
-
-
 @cython.final
 @cython.internal
 cdef class ExitSet:
@@ -229,12 +220,12 @@ cdef class ExitSet:
     cdef dict members      # {pidfd: Watch}
     cdef int fd
     cdef int holds         # members that want the loop kept alive
-    cdef int generation
+    cdef int born                  # generation
 
     def __cinit__(self, loop):
         self.loop = loop
         self.members = {}
-        self.generation = _generation
+        self.born = generation
         self.fd = coopos_set_new()
         if self.fd < 0:
             raise os_error(errno, "epoll_create1", "")
@@ -286,7 +277,7 @@ cdef class ExitSet:
         cdef int fds[COOPOS_SET_BATCH]
         cdef int i, n
         cdef Watch watch
-        if self.generation != _generation:
+        if self.born != generation:
             self.shut()        # in the child of a plain fork, whose hub was re-initialised by hand
             return
         n = coopos_set_ready(self.fd, fds)
@@ -325,7 +316,7 @@ cdef class Watch:
     cdef list waiters          # [(switch, token), ...] of greenlets parked here
     cdef int pidfd
     cdef int holds
-    cdef int generation
+    cdef int born                  # generation
     cdef bint is_closed
 
     def __cinit__(self, Child child, loop):
@@ -333,7 +324,7 @@ cdef class Watch:
         self.loop = loop
         self.waiters = []
         self.pidfd = -1
-        self.generation = _generation
+        self.born = generation
 
     cdef int start(self) except -1:
         """Begin to watch. ESRCH if there is no such process any more."""
@@ -359,12 +350,34 @@ cdef class Watch:
         self.child.told_by = "thread"
         return 0
 
+    def start_there(self, bint ref):
+        """In the loop's thread, for a child that another one has forked."""
+        if self.child.state == ALIVE:
+            self.start_or_lose(ref)
+        else:
+            self.finish()
+
+    cdef int start_or_lose(self, bint ref) except -1:
+        """Begin to watch our own child. If it is there no more, somebody else has collected it, or, because SIGCHLD is ignored, the
+        kernel.
+        """
+        try:
+            self.start()
+        except OSError as ex:
+            if ex.errno != ESRCH:
+                raise
+            self.child.lose()
+        else:
+            if ref:
+                self.hold(1)
+        return 0
+
     cdef int drop_pidfd(self) except -1:
         cdef int pidfd = self.pidfd
         cdef ExitSet exits = self.exits
         self.pidfd = -1
         self.exits = None
-        if pidfd >= 0 and self.generation == _generation:
+        if pidfd >= 0 and self.born == generation:
             if exits is not None:
                 if self.holds:
                     exits.hold(-1)
@@ -376,7 +389,7 @@ cdef class Watch:
         """Count who wants the loop kept alive until the child has ended."""
         cdef bint before = self.holds > 0
         self.holds += change
-        if before != (self.holds > 0) and self.generation == _generation:
+        if before != (self.holds > 0) and self.born == generation:
             if self.exits is not None:
                 self.exits.hold(change)
             elif self.news is not None and is_alive(self.loop):
@@ -411,7 +424,7 @@ cdef class Watch:
         cdef Question question = self.question
         news = self.news
         self.question = self.news = None
-        if question is not None and self.generation == _generation:
+        if question is not None and self.born == generation:
             question.leave(news)
         return 0
 
@@ -421,16 +434,16 @@ cdef class Watch:
 
     cdef int fire(self) except -1:
         """In the hub: the child has ended, or is said to have."""
-        if self.generation != _generation:
+        if self.born != generation:
             return 0
-        if self.child.is_watched:
+        # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
+        if self.child.is_watched or self.waiters:
             self.child.collect()
-            if self.child.state == ALIVE:
-                if self.pidfd < 0:
-                    self.ask_thread()
-                return 0
+        if self.child.state != ALIVE:
             self.shut()
-        self.tell_all()
+            self.tell_all()
+        elif self.pidfd < 0:
+            self.ask_thread()
         return 0
 
     def finish(self):
@@ -502,6 +515,7 @@ def set_child_hook(hook):
 # Whether a watched child has ended since the hook was called, and the loop callback that will call it.
 cdef bint _hook_is_due = False
 cdef object _hook_queued = None
+cdef object _hook_loop = None
 
 
 cdef int call_hook(loop) except -1:
@@ -518,8 +532,9 @@ cdef int call_hook(loop) except -1:
 
 
 cdef int call_hook_soon(loop) except -1:
-    global _hook_queued
-    if _hook_is_due and (_hook_queued is None or not _hook_queued.pending):
+    global _hook_queued, _hook_loop
+    if _hook_is_due and (_hook_loop is not loop or not _hook_queued.pending):
+        _hook_loop = loop
         _hook_queued = loop.run_callback(run_queued_hook, loop)
     return 0
 
@@ -544,8 +559,6 @@ cdef class Child:
     cdef int state
     cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
     cdef bint is_told
-    cdef bint is_discarded         # nobody will ask for the status
-    cdef bint is_owned             # the status is for who asks by pid: a group's waiters are not given it
     cdef Watch home                # where the callback runs, in a watched child
     cdef list watches              # in each loop that waits for it
 
@@ -590,12 +603,10 @@ cdef class Child:
     def close(self):
         """Do nothing: see :meth:`stop`."""
 
-    def discard(self):
-        """Nobody will ask for this child's status any more: forget it as soon as it is collected."""
-        if self.state == ALIVE:
-            self.is_discarded = True
-        else:
-            self.drop()
+    def claim_status(self):
+        """Take the status, if it is there and nobody has: who waits for the child from now on gets ChildProcessError."""
+        if self.state == ENDED:
+            self.claim()
 
     def __repr__(self):
         state = ("alive", "ended", "waited for", "lost")[self.state]
@@ -627,7 +638,7 @@ cdef class Child:
         if self.state != ALIVE:
             return 0
         for watch in self.watches:
-            if watch.pidfd >= 0 and watch.generation == _generation:
+            if watch.pidfd >= 0 and watch.born == generation:
                 pidfd = watch.pidfd
         # A zombie still has its group, a collected child hasn't: ask before.
         self.group = getpgid(self.pid)
@@ -643,8 +654,7 @@ cdef class Child:
             if pidfd >= 0 and coopos_pidfd_reaped_status(pidfd, &self.status) == 0:
                 self.ended()
             else:
-                self.state = LOST
-                self.drop()
+                self.lose()
         return 0
 
     cdef int ended(self) except -1:
@@ -652,9 +662,15 @@ cdef class Child:
         self.state = ENDED
         if self.is_watched:
             _hook_is_due = True
-        if self.is_watched and not self.is_owned and _children.get(self.pid) is self:
+        if self.is_watched and _children.get(self.pid) is self:
             _ended[self.pid] = self
         wake_group_waiters()
+        return 0
+
+    cdef int lose(self) except -1:
+        self.state = LOST
+        self.drop()
+        self.settle()
         return 0
 
     cdef int drop(self) except -1:
@@ -682,8 +698,8 @@ cdef class Child:
                 continue
             if watch.loop is loop:
                 watch.finish()
-            else:
-                finish_elsewhere(watch)
+            elif not post(watch.loop, watch.finish):
+                watch.shut()       # its thread has ended, and its hub with it
         return 0
 
     cdef int tell(self) except -1:
@@ -696,19 +712,7 @@ cdef class Child:
                     callback(self)
             except:
                 self.home.loop.handle_error(self, *sys.exc_info())
-            if self.is_discarded:
-                self.drop()
         return 0
-
-
-cdef int finish_elsewhere(Watch watch) except -1:
-    try:
-        watch.loop.run_callback_threadsafe(watch.finish)
-    except Exception:
-        if is_alive(watch.loop):
-            raise
-        watch.shut()       # its thread has ended, and its hub with it
-    return 0
 
 
 # {pid: its Child}, while somebody watches it, waits for it, or may still ask for its status
@@ -719,36 +723,38 @@ cdef dict _ended = {}
 cdef list _parents = []
 
 
-def watch(int pid, callback=None, loop=None, bint ref=False, bint owned=False):
-    """Watch child *pid*, which nobody has waited for yet: collect it when it ends, keep its status, call the callback.
+def check_loop(loop):
+    """Refuse what is no event loop of gevent, or was destroyed."""
+    if not hasattr(loop, "run_callback_threadsafe"):
+        raise TypeError(f"loop must be an event loop of gevent or None, not {loop!r}")
+    if not is_alive(loop):
+        raise ValueError("operation on destroyed loop")
 
-    An *owned* child's status is only for those who ask for its pid: waiting for any child doesn't bring it.
+
+def watch(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
+    """Watch child *pid*, which nobody has waited for yet: collect it when it ends, keep its status, call the callback.
 
     Never switches greenlets. Returns the :class:`Child`.
     """
-    cdef Child child = Child(pid)
+    cdef Child child = Child(as_int(pid))
     cdef Child before = <Child>_children.get(pid)
     if loop is None:
         loop = get_hub().loop
     child.callback = callback
     child.is_watched = True
-    child.is_owned = owned
     if before is not None:
         before.drop()      # the pid is used again
     _children[pid] = child
     child.home = Watch(child, loop)
+    child.watches.append(child.home)
     try:
-        child.home.start()
-        child.watches.append(child.home)
-        if ref:
-            child.home.hold(1)
-    except BaseException as ex:
+        if loop is get_hub().loop:
+            child.home.start_or_lose(ref)
+        else:
+            post(loop, child.home.start_there, (ref,))
+    except:
         child.drop()
-        if not (isinstance(ex, OSError) and ex.errno == ESRCH):
-            raise
-        # Collected by somebody else already, or by the kernel because SIGCHLD is ignored.
-        child.state = LOST
-        child.home.finish()
+        raise
     return child
 
 
@@ -761,7 +767,10 @@ cdef list _group_waiters = []
 
 cdef int wake_group_waiters() except -1:
     for news in list(_group_waiters):
-        news.send()
+        if is_alive(news.loop):
+            news.send()
+        else:
+            _group_waiters.remove(news)
     return 0
 
 
@@ -804,6 +813,12 @@ cdef object lost_child(int pid):
                            f"whoever calls waitpid(-1), and ignoring SIGCHLD")
 
 
+cdef bint is_used_again(int pid) noexcept:
+    """Whether the pid of a child that was collected belongs to another child of ours by now."""
+    cdef siginfo_t info
+    return waitid(P_PID, pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0
+
+
 cdef int claim_status(Child child, int *status, rusage *usage) except -1:
     status[0] = child.status
     usage[0] = child.usage
@@ -820,13 +835,16 @@ cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
     cdef int special = options & ~WNOHANG
     while True:
         if child is not None:
+            if child.state == ENDED and is_used_again(pid):
+                child.drop()
+                child = None
+                continue
             child.collect()
             if child.state == ENDED:
                 return claim_status(child, status, usage)
             if child.state == CLAIMED:
                 raise no_child(pid)
             if child.state == LOST:
-                child.settle()
                 raise lost_child(pid)
         if child is None or special:
             rpid = wait4(pid, status, options | WNOHANG, usage)
@@ -872,8 +890,10 @@ cdef int wait_any(int pid, int options, int *status, rusage *usage) except -1:
     cdef Child child
     cdef int rpid
     while True:
-        for child in _ended.values():
-            if is_asked_for(child, pid):
+        for child in list(_ended.values()):
+            if is_used_again(child.pid):
+                child.drop()
+            elif is_asked_for(child, pid):
                 return claim_status(child, status, usage)
         rpid = wait4(pid, status, options | WNOHANG, usage)
         if rpid < 0:
@@ -894,7 +914,7 @@ cdef int wait_any(int pid, int options, int *status, rusage *usage) except -1:
             wait_for_news(P_PGID, getpgrp() if pid == 0 else -pid, question_options(options))
 
 
-def waitpid(int pid, int options):
+def waitpid(Py_ssize_t pid, options):
     """Wait for a child process, letting other greenlets run until it ends.
 
     Like :func:`os.waitpid`, for any child: forked here, by the plain :func:`os.fork` or by a C library, in any thread. Of several
@@ -920,11 +940,13 @@ def waitpid(int pid, int options):
     .. versionadded:: 0.1.0
     """
     cdef int status = 0
+    cdef int which = as_int(pid)
+    cdef int flags = as_int(options)
     cdef int rpid
     cdef rusage usage
-    if options & ~COOPOS_WAIT_OPTIONS:
+    if flags & ~COOPOS_WAIT_OPTIONS:
         raise os_error(EINVAL, "waitpid", pid)
-    rpid = (wait_one if pid > 0 else wait_any)(pid, options, &status, &usage)
+    rpid = (wait_one if which > 0 else wait_any)(which, flags, &status, &usage)
     return rpid, status if rpid else 0
 
 
@@ -932,12 +954,11 @@ def waitpid(int pid, int options):
 
 def forget_parent():
     """In a forked child: what was watched and asked is the parent's. Run by the interpreter after every fork."""
-    global _generation, _children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued, _hook_is_due
-    _generation += 1
+    global _children, _ended, _questions, _exit_sets, _group_waiters, _hook_loop, _hook_is_due
     _hook_is_due = False
     close_all_pidfds()
-    _parents.append((_children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued))
-    _children, _ended, _questions, _exit_sets, _group_waiters, _hook_queued = {}, {}, {}, {}, [], None
+    _parents.append((_children, _ended, _questions, _exit_sets, _group_waiters, _hook_loop))
+    _children, _ended, _questions, _exit_sets, _group_waiters, _hook_loop = {}, {}, {}, {}, [], None
 
 
 def forget_parent_loops():

@@ -25,6 +25,9 @@ from coopos._posix cimport (
     COOPOS_IO_MAX, POLLIN, POLLOUT, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISBLK, S_ISREG, coopos_read_nowait,
     coopos_write_nowait, dev_t, fstat, ino_t, poll, pollfd, stat_t)
 
+import os
+import sys
+
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 
@@ -32,6 +35,15 @@ from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 cdef object os_error(int err, str call, object subject):
     """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
     return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
+
+
+cdef int as_int(Py_ssize_t number) except? -1:
+    """A C int for what os functions take as one. Their arguments are declared Py_ssize_t, which Cython, as `os` does, takes from
+    integers alone; into a C int it would also put a float.
+    """
+    if number != <int>number:
+        raise OverflowError("signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum")
+    return <int>number
 
 
 # ---- giving way to the hub ---------------------------------------------------------------------------------------------------
@@ -68,6 +80,43 @@ cdef object wrong_switch(object came_back, str what):
     return InvalidSwitchError(f"switched into {current_greenlet()!r} with {came_back!r}: it waits for {what}")
 
 
+# ---- other threads' loops ----------------------------------------------------------------------------------------------------
+
+# Counts the forks since the module was loaded, in this line of descent: what is of an older generation was made by the parent.
+generation = 0
+
+
+def count_generation():
+    """Run by the interpreter in every forked child."""
+    global generation
+    cdef PutOffClose later
+    generation += 1
+    for later in list(_put_off.values()):
+        later.forget_other_threads()
+
+
+os.register_at_fork(after_in_child=count_generation)
+
+
+cdef bint is_alive(object loop) noexcept:
+    """Whether a loop was not destroyed with its thread."""
+    try:
+        return bool(loop.ptr)
+    except Exception:
+        return False
+
+
+cdef bint post(object loop, object callback, tuple args=()) except -1:
+    """Have *callback* run in the thread of *loop*; False if the loop is destroyed."""
+    try:
+        loop.run_callback_threadsafe(callback, *args)
+    except Exception:
+        if is_alive(loop):
+            raise
+        return False
+    return True
+
+
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
 
 @cython.final
@@ -75,12 +124,14 @@ cdef object wrong_switch(object came_back, str what):
 cdef class Wait:
     """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
     cdef object watcher
+    cdef object hub
     cdef object loop
     cdef object switch     # of the greenlet that waits
     cdef object queued     # the loop callback that will wake it, once close() has evicted it
     cdef PyObject *next    # another one parked on the same descriptor, borrowed
     cdef int fd
     cdef int error         # errno that the waiter is to raise; 0
+    cdef int born          # generation
 
 
 @cython.final
@@ -115,11 +166,23 @@ cdef class Parking:
             wait.watcher.fd = fd
         else:
             wait = Wait()
+            wait.hub = self.hub
             wait.loop = self.loop
-            wait.watcher = self.loop.io(fd, events)
+            wait.watcher = self.make_watcher(fd, events)
         wait.fd = fd
         wait.error = 0
+        wait.born = generation
         return wait
+
+    cdef object make_watcher(self, int fd, int events):
+        cdef int flags = -1
+        if not self.is_reusable:
+            flags = fcntl(fd, F_GETFL)
+        watcher = self.loop.io(fd, events)
+        # libuv has made the file non-blocking, for everybody who shares it.
+        if flags >= 0 and not flags & O_NONBLOCK:
+            fcntl(fd, F_SETFL, flags)
+        return watcher
 
     cdef int put_back(self, Wait wait, int events) except -1:
         wait.watcher.stop()
@@ -224,6 +287,7 @@ cdef class PutOffClose:
     """A close(2) that has to wait until other parties' watchers on the number have been stopped."""
     cdef int fd
     cdef int parties       # how many have still to stop theirs
+    cdef bint is_polled    # whether the loop of the thread that called close() is one of them
     cdef dev_t dev
     cdef ino_t ino
 
@@ -239,6 +303,13 @@ cdef class PutOffClose:
             # Somebody may have closed and re-used the number behind our back: then it is not ours to close.
             if self.is_same_file():
                 c_close(self.fd)
+        return 0
+
+    cdef int forget_other_threads(self) except -1:
+        """In a forked child."""
+        if self.parties > self.is_polled:
+            self.parties = 1 + self.is_polled
+            self.stopped()
         return 0
 
     def after_polling(self, check):
@@ -267,7 +338,7 @@ cdef PutOffClose put_off(int fd):
     return later
 
 
-def close(int fd):
+def close(Py_ssize_t fd):
     """Close a file descriptor.
 
     Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
@@ -288,6 +359,10 @@ def close(int fd):
 
     .. versionadded:: 0.1.0
     """
+    close_fd(as_int(fd))
+
+
+cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
     cdef dict elsewhere = None
     cdef int rc, err
@@ -303,24 +378,26 @@ def close(int fd):
         elsewhere = evict_all(fd, loop)
     if elsewhere:
         later = put_off(fd)
-        later.parties = 1 + len(elsewhere)
+        later.parties = 1
         for other, waits in elsewhere.items():
-            other.run_callback_threadsafe(later.evict_there, waits)
+            later.parties += post(other, later.evict_there, (waits,))
     if loop is not None and loop.closing_fd(fd):
         if later is None:
             later = put_off(fd)
             later.parties = 1
+        later.is_polled = True
         check = loop.check()
         check.start(later.after_polling, check)
-        return
+        return 0
     if later is not None:
         later.stopped()
-        return
+        return 0
     with nogil:
         rc = c_close(fd)
         err = errno
     if rc < 0:
         raise os_error(err, "close", fd)
+    return 0
 
 
 cdef dict evict_all(int fd, object loop):
@@ -333,7 +410,7 @@ cdef dict evict_all(int fd, object loop):
         link = wait.next
         if wait.loop is loop:
             evict(wait)
-        else:
+        elif wait.born == generation and wait.hub.thread_ident in sys._current_frames():   # else its thread is no more
             if elsewhere is None:
                 elsewhere = {}
             elsewhere.setdefault(wait.loop, []).append(wait)
@@ -411,7 +488,7 @@ cdef ssize_t write_once(Writer writer, int fd, Py_buffer *view, Py_ssize_t start
         PyErr_CheckSignals()
 
 
-def nb_read(int fd, Py_ssize_t n):
+def nb_read(Py_ssize_t fd, Py_ssize_t n):
     """Read up to *n* bytes from a non-blocking descriptor, letting other greenlets run while there are none.
 
     Like :func:`os.read`, but waits on the hub where that raises BlockingIOError.
@@ -434,20 +511,21 @@ def nb_read(int fd, Py_ssize_t n):
 
     .. versionadded:: 0.1.0
     """
+    cdef int number = as_int(fd)
     cdef int err = 0
     if n < 0:
         raise os_error(EINVAL, "nb_read", fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     while True:
-        data = read_once(plain_read, fd, n, &err)
+        data = read_once(plain_read, number, n, &err)
         if data is not None:
             return data
         if err != EAGAIN:
             raise os_error(err, "nb_read", fd)
-        park(fd, READ, "nb_read")
+        park(number, READ, "nb_read")
 
 
-def nb_write(int fd, buf):
+def nb_write(Py_ssize_t fd, buf):
     """Write a buffer, or as much of it as fits, to a non-blocking descriptor, letting other greenlets run while nothing fits.
 
     Like :func:`os.write`, but waits on the hub where that raises BlockingIOError.
@@ -471,18 +549,19 @@ def nb_write(int fd, buf):
 
     .. versionadded:: 0.1.0
     """
+    cdef int number = as_int(fd)
     cdef Py_buffer view
     cdef ssize_t written
     cdef int err = 0
     PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
     try:
         while True:
-            written = write_once(plain_write, fd, &view, 0, &err)
+            written = write_once(plain_write, number, &view, 0, &err)
             if written >= 0:
                 return written
             if err != EAGAIN:
                 raise os_error(err, "nb_write", fd)
-            park(fd, WRITE, "nb_write")
+            park(number, WRITE, "nb_write")
     finally:
         PyBuffer_Release(&view)
 
@@ -523,10 +602,12 @@ cdef bint is_undecided(int err) noexcept:
     return err == EOPNOTSUPP or err == ENOSYS or err == EINVAL or err == EPERM
 
 
-cdef bint is_pollable(int fd) noexcept:
+cdef bint is_pollable(int fd, str call) except -1:
     """Whether readiness means anything for *fd*: regular files and block devices are always ready, and block all the same."""
     cdef stat_t st
-    return fstat(fd, &st) == 0 and not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
+    if fstat(fd, &st) < 0:
+        raise os_error(errno, call, fd)
+    return not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
 
 
 cdef bint is_nonblocking(int fd) noexcept:
@@ -545,7 +626,7 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
     return 0
 
 
-def read_or_defer(int fd, Py_ssize_t n, str call):
+def read_or_defer(Py_ssize_t fd, Py_ssize_t n, str call):
     """Read without a thread where the kernel can tell whether the read would block; wait on the hub where it would.
 
     Returns bytes, or None where only a thread can make this read cooperative. Then there was something to read: a descriptor whose
@@ -554,30 +635,31 @@ def read_or_defer(int fd, Py_ssize_t n, str call):
 
     Source: preadv2(2), RWF_NOWAIT.
     """
+    cdef int number = as_int(fd)
     cdef Reader reader = coopos_read_nowait
     cdef int err = 0
     if n < 0:
         raise os_error(EINVAL, call, fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     while True:
-        data = read_once(reader, fd, n, &err)
+        data = read_once(reader, number, n, &err)
         if data is not None:
-            return data if data or n == 0 or is_pollable(fd) else None
+            return data if data or n == 0 or is_pollable(number, call) else None
         if err == EAGAIN or is_undecided(err):
-            if not is_pollable(fd):
+            if not is_pollable(number, call):
                 return None
             if err == EAGAIN:
-                park(fd, READ, call)
+                park(number, READ, call)
                 continue
-            if is_nonblocking(fd) and reader != plain_read:
+            if is_nonblocking(number) and reader != plain_read:
                 reader = plain_read
                 continue
-            park_until_ready(fd, READ, call)
+            park_until_ready(number, READ, call)
             return None
         raise os_error(err, call, fd)
 
 
-def write_or_defer(int fd, buf, str call):
+def write_or_defer(Py_ssize_t fd, buf, str call):
     """Write without a thread where the kernel can tell whether the write would block; wait on the hub where it would.
 
     Returns how many bytes were written, or None where only a thread can make this write cooperative; nothing is written then, and a
@@ -586,6 +668,7 @@ def write_or_defer(int fd, buf, str call):
 
     Source: pwritev2(2), RWF_NOWAIT.
     """
+    cdef int number = as_int(fd)
     cdef Py_buffer view
     cdef Writer writer = coopos_write_nowait
     cdef Py_ssize_t done = 0
@@ -594,22 +677,22 @@ def write_or_defer(int fd, buf, str call):
     PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
     try:
         while True:
-            written = write_once(writer, fd, &view, done, &err)
+            written = write_once(writer, number, &view, done, &err)
             if written >= 0:
                 done += written
-                if done >= view.len or is_nonblocking(fd):
+                if done >= view.len or is_nonblocking(number):
                     return done
-            elif err == EAGAIN and is_pollable(fd):
-                park(fd, WRITE, call)
+            elif err == EAGAIN and is_pollable(number, call):
+                park(number, WRITE, call)
             elif done:
                 return done
             elif err == EAGAIN or is_undecided(err):
-                if not is_pollable(fd):
+                if not is_pollable(number, call):
                     return None
-                if is_nonblocking(fd) and writer != plain_write:
+                if is_nonblocking(number) and writer != plain_write:
                     writer = plain_write
                     continue
-                park_until_ready(fd, WRITE, call)
+                park_until_ready(number, WRITE, call)
                 return None
             else:
                 raise os_error(err, call, fd)

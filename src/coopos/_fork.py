@@ -77,9 +77,11 @@ def forkpty_gevent() -> tuple[int, int]:
     return pid, master_fd
 
 
-def _check_callback(callback: object) -> None:
+def _check(callback: object, loop: object) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, not {callback!r}")
+    if loop is not None:
+        _children.check_loop(loop)
 
 
 def fork_and_watch(
@@ -101,7 +103,7 @@ def fork_and_watch(
         int: in the parent the child's pid, in the child 0.
 
     Raises:
-        TypeError: *callback* is not callable; before anything is forked.
+        TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed; before anything is forked.
         OSError: as fork(2).
 
     Doesn't switch greenlets. Works in any thread's hub.
@@ -110,7 +112,7 @@ def fork_and_watch(
 
     .. versionadded:: 0.1.0
     """
-    _check_callback(callback)
+    _check(callback, loop)
     pid = fork()
     if pid:
         _children.watch(pid, callback, loop, ref)
@@ -133,7 +135,7 @@ def forkpty_and_watch(
         (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
 
     Raises:
-        TypeError: *callback* is not callable; before anything is forked.
+        TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed; before anything is forked.
         OSError: as forkpty(3).
 
     Doesn't switch greenlets. Works in any thread's hub.
@@ -142,7 +144,7 @@ def forkpty_and_watch(
 
     .. versionadded:: 0.1.0
     """
-    _check_callback(callback)
+    _check(callback, loop)
     pid, master_fd = forkpty()
     if pid:
         _children.watch(pid, callback, loop, ref)
@@ -154,12 +156,32 @@ if config.disable_watch_children:
     def fork() -> int:
         """Fork without watching the child, because GEVENT_NOWAITPID is set: :func:`fork_gevent`.
 
+        Returns:
+            int: in the parent the child's pid, in the child 0.
+
+        Raises:
+            OSError: as fork(2).
+
+        Doesn't switch greenlets. Works in any thread's hub.
+
+        Source: fork(2); ``gevent.os.fork``.
+
         .. versionadded:: 0.1.0
         """
         return fork_gevent()
 
     def forkpty() -> tuple[int, int]:
         """Fork with a pseudo-terminal without watching the child, because GEVENT_NOWAITPID is set: :func:`forkpty_gevent`.
+
+        Returns:
+            (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
+
+        Raises:
+            OSError: as forkpty(3).
+
+        Doesn't switch greenlets. Works in any thread's hub.
+
+        Source: forkpty(3); ``gevent.os.forkpty``.
 
         .. versionadded:: 0.1.0
         """
@@ -172,6 +194,16 @@ else:
 
         With GEVENT_NOWAITPID in the environment when the module is imported, it takes none and doesn't watch.
 
+        Returns:
+            int: in the parent the child's pid, in the child 0.
+
+        Raises:
+            OSError: as fork(2).
+
+        Doesn't switch greenlets. Works in any thread's hub.
+
+        Source: fork(2); ``gevent.os.fork``.
+
         .. versionadded:: 0.1.0
         """
         return fork_and_watch(*args, **kwargs)
@@ -180,6 +212,16 @@ else:
         """Fork with a pseudo-terminal, and watch the child: :func:`forkpty_and_watch`, whose arguments it takes.
 
         With GEVENT_NOWAITPID in the environment when the module is imported, it takes none and doesn't watch.
+
+        Returns:
+            (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
+
+        Raises:
+            OSError: as forkpty(3).
+
+        Doesn't switch greenlets. Works in any thread's hub.
+
+        Source: forkpty(3); ``gevent.os.forkpty``.
 
         .. versionadded:: 0.1.0
         """
@@ -201,6 +243,9 @@ def _spawner(name: str) -> Callable[..., int]:
 
     Returns:
         int: the child's pid.
+
+    Raises:
+        OSError: as :func:`os.{name}`.
 
     Doesn't switch greenlets. Works in any thread's hub. The parent stands still for a vfork, however large it is.
 

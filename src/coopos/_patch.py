@@ -7,17 +7,25 @@ what is written at `_NoSigchld`.
 
 from __future__ import annotations
 
+import functools
 import os
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gevent.os
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from collections.abc import Callable
 
-# {name: gevent.os's own function}, from the first patch() on.
-_gevents_own: dict[str, Any] = {}
+
+class _Replacement(NamedTuple):
+    owner: Any  # a module or class
+    name: str
+    gevents: Any
+    ours: Any
+
+
+# What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
+_replacements: list[_Replacement] = []
 
 
 class _NoSigchld:
@@ -49,9 +57,8 @@ class _LoopOfPopen:
 def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object) -> int:
     """``gevent.subprocess.fork_and_watch``: its *fork* is the plain one, whose child runs no gevent before it execs.
 
-    *on_child* is a method of the Popen, whom the child belongs to: nobody who waits for any child is given its status, and the
-    status is kept no longer than the Popen. Where somebody else has collected the child and its status is lost, *on_child* isn't
-    called, since it would make up a returncode.
+    *on_child* is a method of the Popen. Where somebody else has collected the child and its status is lost, it isn't called, since
+    it would make up a returncode.
     """
     from coopos import _children
 
@@ -67,24 +74,43 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
 
     pid = _children.fork_process()
     if pid:
-        child = _children.watch(pid, ended, loop._watched_loop, ref, True)
-        weakref.finalize(popen, child.discard).atexit = False
+        popen._coopos_child = _children.watch(pid, ended, loop._watched_loop, ref)
     return pid
 
 
-def _replacements() -> list[tuple[ModuleType, str, Any, Any]]:
-    """[(module, name, gevent's function, ours), ...]: what patch() may replace, whether or not it has."""
+def _claiming(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A Popen's wait or poll that, once it has told the returncode, has waited for the child: waitpid() doesn't tell it again."""
+
+    @functools.wraps(method)
+    def wait_or_poll(popen: Any, *args: Any, **kwargs: Any) -> Any:
+        returncode = method(popen, *args, **kwargs)
+        child = vars(popen).get("_coopos_child")
+        if returncode is not None and child is not None:
+            child.claim_status()
+            del popen._coopos_child
+        return returncode
+
+    return wait_or_poll
+
+
+def _find_replacements() -> list[_Replacement]:
     from gevent import subprocess as gevent_subprocess
 
     import coopos
 
-    found: list[tuple[ModuleType, str, Any, Any]] = []
-    for name, gevents in _gevents_own.items():
-        ours = getattr(coopos, name)
-        found += [(module, name, gevents, ours) for module in (gevent.os, os)]
-    if "fork" in _gevents_own:
-        found.append((gevent, "fork", _gevents_own["fork"], coopos.fork))
-        found.append((gevent_subprocess, "fork_and_watch", _gevents_own["fork_and_watch"], _fork_and_watch_for_popen))
+    found = []
+    for name in coopos.__implements__ + coopos.__extensions__:
+        if hasattr(gevent.os, name):
+            gevents, ours = getattr(gevent.os, name), getattr(coopos, name)
+            found += [_Replacement(module, name, gevents, ours) for module in (gevent.os, os)]
+    if hasattr(os, "fork"):
+        popen = gevent_subprocess.Popen
+        found += [
+            _Replacement(gevent, "fork", gevent.os.fork, coopos.fork),
+            _Replacement(gevent_subprocess, "fork_and_watch", gevent.os.fork_and_watch, _fork_and_watch_for_popen),
+            _Replacement(popen, "wait", popen.wait, _claiming(popen.wait)),
+            _Replacement(popen, "poll", popen.poll, _claiming(popen.poll)),
+        ]
     return found
 
 
@@ -103,14 +129,11 @@ def patch() -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
-    import coopos
-
-    if not _gevents_own:
-        names = coopos.__implements__ + coopos.__extensions__
-        _gevents_own.update((name, getattr(gevent.os, name)) for name in names if hasattr(gevent.os, name))
-    for module, name, gevents, ours in _replacements():
-        if getattr(module, name, None) is gevents:
-            setattr(module, name, ours)
+    if not _replacements:
+        _replacements.extend(_find_replacements())
+    for owner, name, gevents, ours in _replacements:
+        if getattr(owner, name, None) is gevents:
+            setattr(owner, name, ours)
     if hasattr(os, "fork"):
         popen: Any = gevent_subprocess.Popen
         popen._loop = _LoopOfPopen()
@@ -127,9 +150,9 @@ def unpatch() -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
-    for module, name, gevents, ours in _replacements():
-        if getattr(module, name, None) is ours:
-            setattr(module, name, gevents)
+    for owner, name, gevents, ours in _replacements:
+        if getattr(owner, name, None) is ours:
+            setattr(owner, name, gevents)
     popen: Any = gevent_subprocess.Popen
     if "_loop" in vars(popen):
         del popen._loop

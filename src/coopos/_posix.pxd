@@ -6,6 +6,7 @@ from posix.types cimport pid_t, id_t
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
     int PySys_Audit(const char *event, const char *format, ...) except -1
+    int Py_IsInitialized() nogil
     void PyOS_BeforeFork()
     void PyOS_AfterFork_Child()
     void PyOS_AfterFork_Parent()

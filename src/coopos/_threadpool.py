@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gevent.exceptions import BlockingSwitchOutError
 from gevent.hub import get_hub
 from gevent.monkey import get_original
+from greenlet import getcurrent
 
 try:
     from coopos import _core
@@ -28,7 +30,11 @@ _write = get_original("os", "write")
 
 
 def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    return get_hub().threadpool.apply(function, args)
+    hub = get_hub()
+    if getcurrent() is hub:
+        # Before the thread is asked: what it would read then would be nobody's.
+        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+    return hub.threadpool.apply(function, args)
 
 
 def tp_read(fd: int, n: int) -> bytes:

@@ -1,0 +1,27 @@
+"""What holds for every test: it ends, and leaves no descriptor, child or active watcher behind."""
+
+import gc
+
+import pytest
+
+from .support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, leftovers, open_fds, turn_loop
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _past():
+    forget_the_past()
+
+
+@pytest.fixture(autouse=True)
+def _clean(_past):
+    """Fail a test that waits for ever, or leaks a descriptor, a child or an active watcher."""
+    before = open_fds()
+    with deadline(TEST_DEADLINE_S):
+        yield
+        turn_loop()
+    gc.collect()
+    found = leftovers(before)
+    if found:
+        end_what_runs()
+        gc.freeze()  # what is left is not the next test's
+        pytest.fail("left behind: " + "; ".join(found), pytrace=False)

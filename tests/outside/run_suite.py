@@ -1,0 +1,183 @@
+"""Run one outside suite in this interpreter and print what became of it, as one JSON object, on standard output.
+
+    python run_suite.py [--patch none|gevent|coopos] [--excluded] MODULE
+
+`--patch` says what lies under the tests: `none` is the plain interpreter, the baseline; `gevent` is
+`gevent.monkey.patch_all()` alone, to see what gevent does by itself (it may hang: run it under a timeout);
+`coopos`, the default, is that plus `coopos.patch()`. `--excluded` runs only the tests that the table leaves out.
+GEVENT_LOOP and COOPOS_CHILDREN work as everywhere.
+
+Invariants: nothing is imported before the patches that a monkey-patched program would import after them, so the
+standard library's modules that are bound at import time (pty, unittest, tempfile) see the patched names;
+whatever the tests print goes to standard error; the exit status is 0 when the suite ran to its end, whether or
+not its tests passed: the judgement is the caller's.
+"""
+
+import argparse
+import sys
+
+#: {top-level package: what to do where a suite is not installed}
+HOW_TO_INSTALL = {
+    "gevent": "gevent's wheels bring its tests: install gevent from PyPI",
+    "test": "install CPython's tests (Debian: libpython3.N-testsuite; Fedora: python3-test; Alpine: python3-tests)",
+}
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("module", metavar="MODULE", help="a module named in suites.py")
+    parser.add_argument("--patch", choices=["none", "gevent", "coopos"], default="coopos")
+    parser.add_argument("--excluded", action="store_true", help="run only the tests that the table leaves out")
+    return parser.parse_args(argv)
+
+
+def install_patches(patch):
+    """Put *patch* under this interpreter; with coopos, make sure that it really lies there."""
+    if patch == "none":
+        return
+    import os
+
+    if patch == "gevent":
+        # Set, it would bring coopos in with patch_all(), and this mode shows gevent without it.
+        os.environ.pop("COOPOS_PATCH", None)
+
+    from gevent import monkey
+
+    monkey.patch_all()
+    if patch == "coopos":
+        import gevent.os
+
+        import coopos
+
+        coopos.patch()
+        # A patch() that did nothing would leave gevent's own suites green.
+        for name in coopos.__implements__:
+            assert getattr(os, name) is getattr(coopos, name), f"os.{name} is not coopos's"
+            assert getattr(gevent.os, name) is getattr(coopos, name), f"gevent.os.{name} is not coopos's"
+        assert gevent.os.nb_read is coopos.nb_read, "gevent.os.nb_read is not coopos's"
+
+
+def lengthen_guard():
+    """Give each test of gevent's the time that gevent gives it on a busy machine: 15 s, not 2, until it counts as hung."""
+    from gevent.testing import params
+    from gevent.testing.testcase import TestCase
+
+    # Not by pretending to be one of gevent's CI services: there a test that fails is skipped instead.
+    TestCase.__timeout__ = params.CI_TIMEOUT
+
+
+def test_name(test, module):
+    """The id of *test* without its module; of a subtest, that of the test it belongs to."""
+    return getattr(test, "test_case", test).id().removeprefix(module + ".")
+
+
+def each_test(suite):
+    """The single tests of *suite*, however deep they are nested."""
+    import unittest
+
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from each_test(test)
+        else:
+            yield test
+
+
+def pick_tests(module, excluded_names, only_excluded):
+    """The tests of *module* to be run, as a TestSuite. LookupError: a left-out name that the suite does not have."""
+    import importlib
+    import unittest
+
+    if module.startswith("gevent."):
+        lengthen_guard()
+    all_tests = unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(module))
+    by_name = {test_name(test, module): test for test in each_test(all_tests)}
+    unknown = sorted(excluded_names - by_name.keys())
+    if unknown:
+        raise LookupError(f"{module} has no {', '.join(unknown)}: correct the table")
+    # The suite's order is kept: TestSuite calls class and module fixtures between neighbours.
+    return unittest.TestSuite(
+        test for name, test in by_name.items() if (name in excluded_names) == only_excluded
+    )
+
+
+def run_tests(tests, module):
+    """Run *tests*; the outcome as {"passed": [name …], "failed": {name: traceback}, "skipped": {name: reason}}."""
+    import unittest
+
+    started = []
+
+    class Result(unittest.TextTestResult):
+        def startTest(self, test):  # noqa: N802 (unittest's name)
+            started.append(test_name(test, module))
+            super().startTest(test)
+
+    # Verbose, so that after a hang the last line of standard error names the test.
+    runner = unittest.TextTestRunner(stream=sys.stderr, verbosity=2, resultclass=Result)
+    result = runner.run(tests)
+
+    failed = {test_name(test, module): text for test, text in result.failures + result.errors}
+    for test in result.unexpectedSuccesses:
+        failed[test_name(test, module)] = "unexpected success"
+    skipped = {test_name(test, module): reason for test, reason in result.skipped}
+    passed = [name for name in started if name not in failed and name not in skipped]
+    return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def describe_environment():
+    """What the outcome depends on: versions, the loop and how children are watched."""
+    import os
+    import platform
+
+    about = {"python": platform.python_version(), "children": os.environ.get("COOPOS_CHILDREN", "")}
+    if "gevent" in sys.modules:
+        import gevent
+
+        about["gevent"] = gevent.__version__
+        about["loop"] = gevent.config.loop.__module__
+    return about
+
+
+def main(argv):
+    args = parse_args(argv)
+    install_patches(args.patch)
+
+    # Only from here on: see the invariants above.
+    import faulthandler
+    import json
+    import os
+    import signal
+    import unittest
+
+    from suites import SUITES
+
+    # The caller of a hung run asks where it hangs before ending it. A watchdog thread here would be one more
+    # thread for every fork in the suite.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+    report_fd = os.dup(1)
+    os.dup2(2, 1)
+
+    excluded = SUITES[args.module]
+    report = {"module": args.module, "patch": args.patch, "unavailable": None, "excluded": excluded}
+    report |= {"passed": [], "failed": {}, "skipped": {}, "left_children": False}
+    try:
+        tests = pick_tests(args.module, excluded.keys(), args.excluded)
+    except ModuleNotFoundError as exc:
+        report["unavailable"] = f"{exc}; {HOW_TO_INSTALL[args.module.partition('.')[0]]}"
+    except unittest.SkipTest as exc:
+        report["unavailable"] = f"it skips itself: {exc}"
+    else:
+        report.update(run_tests(tests, args.module))
+        # Whether a waitpid(-1) found children that nobody had waited for; regrtest, too, holds that against a suite.
+        support = sys.modules.get("test.support")
+        report["left_children"] = bool(getattr(support, "environment_altered", False))
+    report.update(describe_environment())
+
+    sys.stdout.flush()
+    with open(report_fd, "w") as stream:
+        json.dump(report, stream, indent=1)
+        stream.write("\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

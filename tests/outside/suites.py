@@ -1,0 +1,29 @@
+"""The table of outside suites: whose tests coopos runs, and which single tests it leaves out.
+
+A suite is a module of gevent's or CPython's own tests, run as it is installed, never copied or edited. A test
+that cannot pass over coopos is named here with the reason, and only here; the runner leaves out nothing else.
+Two things keep the table honest: `run_suite.py` refuses a name that the suite does not have, and
+`test_outside.py` runs the left-out tests by themselves and fails when one of them passes.
+"""
+
+_MOCKS_PRIVATE_NAMES = (
+    "puts mocks in place of gevent.os's private _read, _write and get_hub and counts the calls made to them; "
+    "a compiled nb_read and nb_write call read(2) and write(2)"
+)
+
+#: {module: {test id, without the module: why it is left out}}
+SUITES = {
+    "gevent.tests.test__os": {
+        "TestOS_nb.test_event_closed_on_read": _MOCKS_PRIVATE_NAMES,
+        "TestOS_nb.test_event_closed_on_read_error": _MOCKS_PRIVATE_NAMES,
+        "TestOS_nb.test_event_closed_on_write": _MOCKS_PRIVATE_NAMES,
+        "TestOS_nb.test_event_closed_on_write_error": _MOCKS_PRIVATE_NAMES,
+    },
+    "gevent.tests.test__subprocess": {
+        "TestPopen.test_subprocess_in_native_thread": (
+            "asserts gevent's own limit, that a native thread cannot start a child process; over coopos it can"
+        ),
+    },
+    "test.test_pty": {},
+    "test.test_popen": {},
+}

@@ -1,0 +1,103 @@
+"""gevent's and CPython's own tests pass over coopos what they pass without it.
+
+Each suite of the table runs twice, each time in a fresh interpreter and under a time limit: as it is (the
+baseline: gevent's suites over gevent, CPython's over plain CPython) and under gevent.monkey plus coopos.patch().
+What the baseline passes must pass over coopos; what fails in the baseline, on this machine, is not held against
+coopos and is named in pytest's summary. The children inherit the environment, so GEVENT_LOOP and COOPOS_CHILDREN
+choose what is tested.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SUITES = runpy.run_path(str(HERE / "suites.py"))["SUITES"]
+
+#: The longest suite takes about 10 s. A guard against hangs; two of them end before the deadline of a whole test.
+TIME_LIMIT_S = 45
+
+#: How long a hung interpreter has to print its traceback.
+DUMP_GRACE_S = 1
+
+
+def run_suite(module, patch, directory, *options):
+    """Run *module* over *patch* in a fresh interpreter with *directory* as its own; the runner's report."""
+    # Files, not pipes: a grandchild that outlives the run would hold a pipe open.
+    report_path, log_path = directory / f"{patch}.json", directory / f"{patch}.log"
+    with open(report_path, "wb") as stdout, open(log_path, "wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "run_suite.py"), "--patch", patch, *options, module],
+            cwd=directory,
+            # Not a terminal: test_pty changes the size of the one it finds, and expects less of itself then.
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            # A group of its own, to be ended with the children it started.
+            start_new_session=True,
+        )
+    try:
+        process.wait(TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        # Ask where it hangs: the answer goes to the log.
+        process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(DUMP_GRACE_S)
+        pytest.fail(f"{module} over {patch}: hung for {TIME_LIMIT_S} s\n{read_log(log_path)}")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode != 0:
+        pytest.fail(f"{module} over {patch}: exit status {process.returncode}\n{read_log(log_path)}")
+    return json.loads(report_path.read_text())
+
+
+def read_log(path):
+    return path.read_text(errors="backslashreplace")
+
+
+def skip_unavailable(report, record_property):
+    """Skip, and say so in the summary, when the suite of *report* cannot be run here."""
+    if report["unavailable"] is not None:
+        reason = f"{report['module']} NOT RUN: {report['unavailable']}"
+        record_property("outside suite", reason)
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("module", SUITES)
+def test_suite_passes_what_it_passes_unpatched(module, tmp_path, record_property):
+    """Whatever the suite passes by itself it passes over coopos, and it skips nothing more."""
+    baseline = run_suite(module, "none", tmp_path)
+    skip_unavailable(baseline, record_property)
+    outcome = run_suite(module, "coopos", tmp_path)
+
+    excused = sorted(baseline["failed"])
+    record_property(
+        "outside suite",
+        f"{module}: {len(outcome['passed'])} passed over coopos, {len(outcome['failed'])} failed, "
+        f"{len(outcome['skipped'])} skipped, {len(outcome['excluded'])} left out by name"
+        + "".join(f"\n  fails without coopos, too, on this machine: {name}" for name in excused),
+    )
+
+    assert outcome["passed"], "no test ran"
+    broken = sorted(outcome["failed"].keys() - baseline["failed"].keys())
+    assert not broken, "\n".join(f"{name}: {outcome['failed'][name]}" for name in broken)
+    assert outcome["skipped"].keys() <= baseline["skipped"].keys(), "skips that the suite does not make by itself"
+    assert set(baseline["passed"]) <= set(outcome["passed"]), "the same tests, all of them"
+    assert outcome["left_children"] <= baseline["left_children"], "waitpid(-1) still gives children that were waited for"
+
+
+@pytest.mark.parametrize("module", [module for module, excluded in SUITES.items() if excluded])
+def test_left_out_tests_still_cannot_pass(module, tmp_path, record_property):
+    """A left-out test that passes over coopos no longer belongs in the table."""
+    outcome = run_suite(module, "coopos", tmp_path, "--excluded")
+    skip_unavailable(outcome, record_property)
+    assert outcome["failed"].keys() == SUITES[module].keys(), "take out of the table what passes or is skipped"
