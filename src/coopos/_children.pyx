@@ -26,9 +26,9 @@ from coopos._core cimport READ, as_int, generation, give_way, is_alive, os_error
 from coopos._posix cimport (
     COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child,
     PyOS_AfterFork_Parent, PyOS_BeforeFork, PySys_Audit, Py_IsInitialized, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
-    WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status, coopos_set_add,
-    coopos_set_new, coopos_set_ready, coopos_set_rearm, coopos_thread_start, forkpty as c_forkpty, idtype_t, pthread_cancel, pthread_join,
-    pthread_setcancelstate, pthread_t, rusage, siginfo_t, wait4, waitid)
+    WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status,
+    coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm, coopos_thread_start, forkpty as c_forkpty, idtype_t,
+    pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, rusage, siginfo_t, wait4, waitid)
 
 import os
 import sys

@@ -84,6 +84,8 @@ def _claiming(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wait_or_poll(popen: Any, *args: Any, **kwargs: Any) -> Any:
         returncode = method(popen, *args, **kwargs)
+        if returncode is None and popen.result.exception is not None:
+            raise popen.result.exception
         child = vars(popen).get("_coopos_child")
         if returncode is not None and child is not None:
             child.claim_status()
