@@ -611,7 +611,9 @@ def test_subprocess_child_that_somebody_else_collects():
         """
         import subprocess
         steal = monkey.get_original("os", "waitpid")
-        process = subprocess.Popen(["/bin/sh", "-c", "exit 3"])
+        reader, writer = os.pipe()
+        process = subprocess.Popen(["/bin/sh", "-c", "read line; exit 3"], stdin=reader)
+        monkey.get_original("os", "close")(writer)  # it ends while the hub doesn't run
         assert steal(-1, 0) == (process.pid, 3 << 8)
         try:
             returncode = process.wait()

@@ -766,6 +766,8 @@ cdef list _group_waiters = []
 
 
 cdef int wake_group_waiters() except -1:
+    if not _group_waiters:
+        return 0
     for news in list(_group_waiters):
         if is_alive(news.loop):
             news.send()
@@ -833,12 +835,11 @@ cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
     cdef int rpid
     # Stops and continues are asked of the kernel, and so is whatever needs Linux's __WALL and its like.
     cdef int special = options & ~WNOHANG
+    if child is not None and child.state == ENDED and is_used_again(pid):
+        child.drop()
+        child = None
     while True:
         if child is not None:
-            if child.state == ENDED and is_used_again(pid):
-                child.drop()
-                child = None
-                continue
             child.collect()
             if child.state == ENDED:
                 return claim_status(child, status, usage)
