@@ -25,7 +25,7 @@ GEVENT = {
     "_children": {"gevent.hub", "greenlet"},
     "_fork": {"gevent.hub", "gevent.os", "gevent.monkey", "gevent._config"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
-    "_patch": {"gevent", "gevent.os", "gevent.subprocess"},
+    "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},
     "_doctor": {"gevent", "gevent.hub"},
     "__main__": {"gevent.monkey"},

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gevent.os
+from gevent.monkey import get_original
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,10 @@ def _find_replacements() -> list[_Replacement]:
     for name in coopos.__implements__ + coopos.__extensions__:
         if hasattr(gevent.os, name):
             gevents, ours = getattr(gevent.os, name), getattr(coopos, name)
-            found += [_Replacement(module, name, gevents, ours) for module in (gevent.os, os)]
+            found.append(_Replacement(gevent.os, name, gevents, ours))
+            # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
+            if hasattr(os, name) and gevents is not get_original("os", name):
+                found.append(_Replacement(os, name, gevents, ours))
     if hasattr(os, "fork"):
         popen = gevent_subprocess.Popen
         found += [
