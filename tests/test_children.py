@@ -568,6 +568,83 @@ assert sorted(os.listdir("/dev/fd")) == fds
     )
 
 
+IN_A_SEND = """
+import os, threading, gevent, coopos
+from gevent.libuv import watcher
+
+reader, writer = os.pipe()
+pid = coopos.fork()
+if pid == 0:
+    os.close(writer)
+    os.read(reader, 1)
+    os._exit(7)
+
+parked, in_send, go_on, results = threading.Event(), threading.Event(), threading.Event(), []
+send = watcher.async_.send
+
+def send_slowly(self, *args):
+    '''As if the other thread got the GIL in the middle.'''
+    if threading.current_thread() is thread and parked.is_set() and not in_send.is_set():
+        in_send.set()
+        assert go_on.wait(30)
+    return send(self, *args)
+
+watcher.async_.send = send_slowly
+
+def outcome(*args):
+    try:
+        return coopos.waitpid(*args)
+    except Exception as ex:
+        return type(ex)
+
+def run():
+    waiter = gevent.spawn(outcome, -1, 0)
+    gevent.sleep(0)
+    parked.set()
+    results.append(waiter.get())
+    gevent.get_hub().destroy(destroy_loop=True)
+
+other = gevent.spawn(outcome, -1, 0)
+gevent.sleep(0)
+thread = threading.Thread(target=run)
+thread.start()
+assert parked.wait(30)
+os.close(writer)
+assert in_send.wait(30)  # the thread has collected the child, and is about to tell the others
+"""
+needs_libuv = pytest.mark.skipif(LOOP != "libuv", reason="in libev no other thread runs while a watcher is sent")
+
+
+@needs_libuv
+def test_waitpid_while_another_thread_is_telling():
+    """A thread that has collected a child and is telling others who wait doesn't share the status with one who asks just then."""
+    run_script(
+        IN_A_SEND
+        + """
+results.append(outcome(pid, os.WNOHANG))
+go_on.set()
+thread.join()
+results.append(other.get())
+assert sorted(map(repr, results)) == sorted(map(repr, [(pid, 7 << 8), ChildProcessError, ChildProcessError])), results
+"""
+    )
+
+
+@needs_libuv
+def test_waitpid_killed_while_another_thread_is_telling():
+    """Nor is it harmed when one whom it is about to tell waits no longer."""
+    run_script(
+        IN_A_SEND
+        + """
+other.kill()
+gevent.idle()
+go_on.set()
+thread.join()
+assert results == [(pid, 7 << 8)], results
+"""
+    )
+
+
 @both_spawns
 def test_waitpid_each_thread_its_own_child(spawn):
     """Threads start and wait at the same time; each gets its own child's status."""
