@@ -33,7 +33,7 @@ __implements__: list[str] = []
 __extensions__: list[str] = ["tp_read", "tp_write"]
 
 if hasattr(_os, "fork"):
-    from coopos._children import waitpid as waitpid
+    from coopos._wait import waitpid as waitpid
     from coopos._core import (
         close as close,
         make_nonblocking as make_nonblocking,

@@ -1,12 +1,14 @@
 """Children that may have to be waited for, and fork.
 
-The kernel keeps the books. Nothing here installs a signal handler, asks for a child it was not asked about, or polls. Three rules
+The kernel keeps the books. Nothing here installs a signal handler, asks for a child it was not asked about, or polls. Four rules
 hold throughout:
 
 1. Whoever waits is registered before anything that could wake it is started, and leaves by a `finally`.
 2. An object of a loop (watcher, member of an exit set) is touched only by that loop's own thread; other threads post a callback.
 3. In a forked child every object made before the fork belongs to the parent: `generation` tells, and its descriptors and threads
    are left alone.
+4. To tell anybody anything can let other threads run (libuv's watchers release the GIL): a record is first brought to its new
+   state, and then others are told.
 
 From the bottom up: a Question is put to waitid(2) by a thread; an ExitSet holds the pidfds that one loop waits for; a Watch is one
 child in one loop, by either; a Child is the record of one child, with a Watch in each loop that waits. The module knows libc,
@@ -19,17 +21,18 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ECHILD, EINTR, EINVAL, ESRCH, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
-from posix.types cimport id_t, pid_t
-from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp
+from posix.types cimport id_t
+from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getuid
 
 from coopos._core cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
 from coopos._posix cimport (
-    COOPOS_SET_BATCH, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child,
-    PyOS_AfterFork_Parent, PyOS_BeforeFork, PySys_Audit, Py_IsInitialized, WEXITED, WIFEXITED, WIFSIGNALED, WNOHANG, WNOWAIT,
-    WSTOPPED, WUNTRACED, coopos_close_run, coopos_collect_pidfd, coopos_pidfd_open, coopos_pidfd_reaped_status,
-    coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm, coopos_thread_start, forkpty as c_forkpty, idtype_t,
-    pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, rusage, siginfo_t, wait4, waitid)
+    COOPOS_SET_BATCH, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
+    PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_collect_pidfd, coopos_peek,
+    coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm,
+    coopos_thread_start, coopos_wait, forkpty as c_forkpty, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate,
+    pthread_t, siginfo_t, waitid)
 
+import atexit
 import os
 import sys
 
@@ -47,23 +50,27 @@ cdef struct Asker:
     idtype_t idtype
     id_t id
     int options
+    int *bell              # to be rung; NULL if there was no descriptor for one: then *question* is told
     PyObject *question     # owned by whoever joins the thread
     pthread_t thread
 
 
 cdef void *ask_kernel(void *arg) noexcept nogil:
-    """A waiter thread: looks (WNOWAIT), never collects. Until the answer is there it is no Python thread."""
+    """A waiter thread: looks (WNOWAIT), never collects, and rings. It is no Python thread, and needs no GIL, which a hub that is
+    always busy would not leave it for seconds.
+    """
     cdef Asker *asker = <Asker *>arg
     cdef siginfo_t info
     cdef int before
     while waitid(asker.idtype, asker.id, &info, asker.options) < 0 and errno == EINTR:
         pass
+    if asker.bell != NULL:
+        coopos_bell_ring(asker.bell)
+        return NULL
     # Only waitid is to be cancelled, never the interpreter.
     pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before)
-    if not Py_IsInitialized():
-        return NULL            # the process outlives the interpreter for a moment, and this thread with it
     with gil:
-        (<Question>asker.question).answer()
+        (<Question>asker.question).ring()
     return NULL
 
 
@@ -72,17 +79,21 @@ cdef void *ask_kernel(void *arg) noexcept nogil:
 cdef class Question:
     """One question to waitid(2) about children, asked by one thread for all who wait for the answer.
 
-    The answer is only "look again": it goes to the async watcher of each who asked, in its own loop.
+    The answer is only "look again": a descriptor becomes readable, and each who asked has an io watcher for it in its own loop.
+    Where no descriptor is left, each has an async watcher.
     """
     cdef tuple key                 # (idtype, id, options)
+    cdef dict table                # _questions or _exit_questions
     cdef Asker *asker
-    cdef list watchers             # started async watchers, one for each who asked
-    cdef bint is_answered
+    cdef list listeners            # (loop, watcher) of each who asked
+    cdef int bell[2]
+    cdef bint has_bell
     cdef int born                  # generation
 
-    def __cinit__(self, tuple key):
+    def __cinit__(self, tuple key, dict table):
         self.key = key
-        self.watchers = []
+        self.table = table
+        self.listeners = []
         self.born = generation
 
     cdef int start(self) except -1:
@@ -90,116 +101,188 @@ cdef class Question:
         cdef Asker *asker = <Asker *>malloc(sizeof(Asker))
         if asker == NULL:
             raise MemoryError
+        self.has_bell = coopos_bell_new(self.bell) == 0
         asker.idtype, asker.id, asker.options = self.key
         asker.options |= WNOWAIT
+        asker.bell = self.bell if self.has_bell else NULL
         asker.question = <PyObject *>self
         err = coopos_thread_start(&asker.thread, ask_kernel, asker)
         if err:
             free(asker)
+            if self.has_bell:
+                coopos_bell_close(self.bell)
             raise os_error(err, "pthread_create", self.key)
         Py_INCREF(self)
         self.asker = asker
+        _asked.add(self)
         return 0
 
-    cdef int answer(self) noexcept:
-        """In the waiter thread, with the GIL."""
-        self.is_answered = True
-        if _questions.get(self.key) is self:
-            del _questions[self.key]
-        for watcher in list(self.watchers):
+    cdef tuple tell(self, loop, bint ref, callback, tuple args):
+        """Have ``callback(*args)`` run in *loop*'s hub when there is news. Returns what to :meth:`leave` with."""
+        watcher = loop.io(self.bell[0], READ, ref=ref) if self.has_bell else loop.async_(ref=ref)
+        cdef tuple listener = (loop, watcher)      # libuv's io watchers don't tell their loop
+        self.listeners.append(listener)
+        try:
+            watcher.start(self.hear, callback, args)
+            set_ref(watcher, ref)
+        except:
+            self.leave(listener)
+            raise
+        return listener
+
+    def hear(self, callback, args):
+        """In the hub: there is news."""
+        if self.born != generation:
+            self.shut()            # it is the parent's
+            return
+        self.close_to_others()
+        callback(*args)
+
+    cdef int close_to_others(self) except -1:
+        """Who asks from now on asks anew."""
+        if self.table.get(self.key) is self:
+            del self.table[self.key]
+        return 0
+
+    cdef int ring(self) noexcept:
+        """Wake all who asked, from any thread."""
+        if self.has_bell:
+            coopos_bell_ring(self.bell)
+            return 0
+        self.close_to_others()
+        for _, watcher in list(self.listeners):
             try:
                 watcher.send()
             except Exception:
                 pass           # closed, or its loop destroyed, while we were at the others: nobody waits there
         return 0
 
-    cdef int leave(self, watcher) except -1:
-        """The owner of *watcher* waits no longer; the last to leave ends the thread."""
-        cdef Asker *asker
-        if is_alive(watcher.loop):
+    cdef int leave(self, tuple listener) except -1:
+        """The listener waits no longer; the last to leave ends the thread."""
+        loop, watcher = listener
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+        if is_alive(loop):
             watcher.stop()
             watcher.close()
-        if watcher in self.watchers:
-            self.watchers.remove(watcher)
-        if self.watchers or self.asker == NULL or self.born != generation:
+        if not self.is_wanted():
+            self.end()
+        return 0
+
+    cdef bint is_wanted(self) except -1:
+        """Whether anybody waits whose loop was not destroyed."""
+        for loop, _ in self.listeners:
+            if is_alive(loop):
+                return True
+        return False
+
+    cdef int end(self) except -1:
+        cdef Asker *asker = self.asker
+        if asker == NULL or self.born != generation:
             return 0
-        asker = self.asker
         self.asker = NULL
-        if _questions.get(self.key) is self:
-            del _questions[self.key]
+        self.close_to_others()
+        _asked.discard(self)
         with nogil:
-            if not self.is_answered:
-                pthread_cancel(asker.thread)
+            pthread_cancel(asker.thread)
             pthread_join(asker.thread, NULL)
         free(asker)
+        if self.has_bell:
+            coopos_bell_close(self.bell)
         Py_DECREF(self)
         return 0
 
+    cdef int shut(self) except -1:
+        """In a forked child: nobody here has asked. There is no thread either."""
+        hub = get_hub_if_exists()
+        loop = None if hub is None else hub.loop
+        for listening_loop, watcher in self.listeners:
+            if listening_loop is loop:
+                watcher.stop()
+                watcher.close()
+        self.listeners.clear()
+        if self.has_bell:
+            self.has_bell = False
+            coopos_bell_close(self.bell)
+        return 0
 
-# {(idtype, id, options): the Question that is being asked}
+
+# {(idtype, id, options): the Question that is being asked}: those for the end of one child, and the others
+cdef dict _exit_questions = {}
 cdef dict _questions = {}
+# Every Question that has a thread; those that were answered too.
+cdef set _asked = set()
 
 
-cdef Question ask(idtype_t idtype, id_t id, int options, watcher):
-    """Have *watcher*, a started async watcher, sent when the kernel has news; the same question is asked once."""
-    cdef tuple key = (idtype, id, options)
-    cdef Question question = <Question>_questions.get(key)
+cdef Question ask(idtype_t idtype, id_t id, int options):
+    """The question whether the kernel has news, asked once however many ask it. Whoever gets it calls its tell() at once."""
+    cdef tuple key = (idtype, id, options & ~WNOWAIT)
+    cdef dict table = _exit_questions if idtype == P_PID and options & ~WNOWAIT == WEXITED else _questions
+    cdef Question question = <Question>table.get(key)
     if question is None:
-        question = Question(key)
-        question.watchers.append(watcher)
+        question = Question(key, table)
         question.start()
-        if not question.is_answered:
-            _questions[key] = question
-    else:
-        question.watchers.append(watcher)
+        table[key] = question
     return question
+
+
+def end_deaf_questions():
+    """Run at exit: a thread that has no bell and gets its answer later would find no interpreter to tell."""
+    cdef Question question
+    for question in list(_asked):
+        if not question.has_bell:
+            question.end()
+
+
+atexit.register(end_deaf_questions)
 
 
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
 
-# By descriptor, 1 where it is a pidfd of ours. In C and not in the members' dicts, because a forked child goes through it:
-# counting references to thousands of ints would copy the pages they are on.
-cdef unsigned char *_is_pidfd = NULL
-cdef int _is_pidfd_size = 0
+# By descriptor, the Watch whose pidfd it is, or NULL (borrowed: its Child holds it). In C, because a forked child goes through it,
+# and to count references to thousands of objects would copy the pages they are on.
+cdef PyObject **_watch_of = NULL
+cdef int _watch_of_size = 0
+
+# {errno: how often the kernel has refused a pidfd}
+cdef dict _refusals = {}
 
 
 cdef int open_pidfd(int pid) except -2:
     """A pidfd, or -1 with errno."""
-    global _is_pidfd, _is_pidfd_size
-    cdef unsigned char *table
+    global _watch_of, _watch_of_size
+    cdef PyObject **table
     cdef int size
     cdef int fd = coopos_pidfd_open(pid)
-    if fd >= _is_pidfd_size:
+    if fd >= _watch_of_size:
         size = max(2 * fd, 256)
-        table = <unsigned char *>realloc(_is_pidfd, size)
+        table = <PyObject **>realloc(_watch_of, <size_t>size * sizeof(PyObject *))
         if table == NULL:
             c_close(fd)
             raise MemoryError
-        memset(table + _is_pidfd_size, 0, size - _is_pidfd_size)
-        _is_pidfd, _is_pidfd_size = table, size
-    if fd >= 0:
-        _is_pidfd[fd] = 1
+        memset(table + _watch_of_size, 0, <size_t>(size - _watch_of_size) * sizeof(PyObject *))
+        _watch_of, _watch_of_size = table, size
     return fd
 
 
-cdef int close_pidfd(int fd) noexcept:
-    _is_pidfd[fd] = 0
-    return c_close(fd)
-
-
 cdef int close_all_pidfds() noexcept:
-    """Run by run: thousands of close(2) take milliseconds."""
+    """In a forked child. Run by run: thousands of close(2) take milliseconds."""
     cdef int first
     cdef int fd = 0
-    while fd < _is_pidfd_size:
+    while fd < _watch_of_size:
         first = fd
-        while fd < _is_pidfd_size and _is_pidfd[fd]:
-            _is_pidfd[fd] = 0
+        while fd < _watch_of_size and _watch_of[fd] != NULL:
+            _watch_of[fd] = NULL
             fd += 1
         if fd > first:
             coopos_close_run(first, fd - 1)
         fd += 1
     return 0
+
+
+def count_refusals():
+    """How often a child could not be watched by pidfd, in this process: {errno: int}. A thread has watched it."""
+    return dict(_refusals)
 
 
 cdef int set_ref(watcher, bint ref) except -1:
@@ -217,14 +300,13 @@ cdef class ExitSet:
     """
     cdef object loop
     cdef object watcher
-    cdef dict members      # {pidfd: Watch}
     cdef int fd
-    cdef int holds         # members that want the loop kept alive
+    cdef int members
+    cdef int holds                 # members that want the loop kept alive
     cdef int born                  # generation
 
     def __cinit__(self, loop):
         self.loop = loop
-        self.members = {}
         self.born = generation
         self.fd = coopos_set_new()
         if self.fd < 0:
@@ -237,32 +319,38 @@ cdef class ExitSet:
             c_close(self.fd)
             raise
 
-    cdef int add(self, int pidfd, Watch watch) except -1:
-        if coopos_set_add(self.fd, pidfd) < 0:
-            raise os_error(errno, "epoll_ctl", pidfd)
-        self.members[pidfd] = watch
+    cdef int add(self, Watch watch) except -1:
+        if coopos_set_add(self.fd, watch.pidfd) < 0:
+            raise os_error(errno, "epoll_ctl", watch.pidfd)
+        _watch_of[watch.pidfd] = <PyObject *>watch
+        self.members += 1
         return 0
 
-    cdef int remove(self, int pidfd) except -1:
+    cdef int remove(self, Watch watch) except -1:
         """Forget a member that is about to be closed, and with the last one the set.
 
         Closing takes it out of the kernel's set, unless another process has a copy; then it may tell once more, of a number that
         is not a member any more or is another one's, who finds his child alive.
         """
-        self.members.pop(pidfd, None)
+        _watch_of[watch.pidfd] = NULL
+        self.members -= 1
         if not self.members:
-            if _exit_sets.get(self.loop) is self:
-                del _exit_sets[self.loop]
-            self.shut()
+            self.dissolve()
         return 0
 
+    cdef int dissolve(self) except -1:
+        if _exit_sets.get(self.loop) is self:
+            del _exit_sets[self.loop]
+        return self.shut()
+
     cdef int shut(self) except -1:
-        if self.fd >= 0:
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
             if is_alive(self.loop):
                 self.watcher.stop()
                 self.watcher.close()
-            c_close(self.fd)
-            self.fd = -1
+            c_close(fd)
         return 0
 
     cdef int hold(self, int change) except -1:
@@ -283,11 +371,12 @@ cdef class ExitSet:
         n = coopos_set_ready(self.fd, fds)
         for i in range(n):
             # Gone, if what ran for an earlier one has dealt with it.
-            watch = <Watch>self.members.get(fds[i])
-            if watch is not None:
-                watch.fire()
-                if watch.pidfd >= 0:
-                    coopos_set_rearm(self.fd, watch.pidfd)
+            if _watch_of[fds[i]] != NULL:
+                watch = <Watch>_watch_of[fds[i]]
+                if watch.exits is self:
+                    watch.fire()
+                    if watch.pidfd >= 0:
+                        coopos_set_rearm(self.fd, watch.pidfd)
         # Once for all of them, as one SIGCHLD stands for several.
         call_hook(self.loop)
 
@@ -310,13 +399,15 @@ cdef class Watch:
     """A child's exit, as one loop waits for it: a pidfd in the loop's ExitSet, or a thread's Question where there is none."""
     cdef Child child
     cdef object loop
-    cdef ExitSet exits
-    cdef Question question
-    cdef object news           # the async watcher that the question sends
-    cdef list waiters          # [(switch, token), ...] of greenlets parked here
+    cdef ExitSet exits             # while the pidfd is in it
+    cdef Question question         # while a thread asks for us
+    cdef tuple news                # by which it tells us
+    cdef list waiters              # of the greenlets parked here, their switch
+    cdef list callbacks            # to be told, or None
     cdef int pidfd
     cdef int holds
     cdef int born                  # generation
+    cdef bint is_lasting           # somebody watches in this loop, whether or not anybody waits
     cdef bint is_closed
 
     def __cinit__(self, Child child, loop):
@@ -335,10 +426,13 @@ cdef class Watch:
             if self.pidfd >= 0:
                 try:
                     self.exits = exit_set_of(self.loop)
-                    self.exits.add(self.pidfd, self)
+                    self.exits.add(self)
                     self.child.told_by = "pidfd"
                     return 0
                 except BaseException as ex:
+                    if self.exits is not None and not self.exits.members:
+                        self.exits.dissolve()
+                    self.exits = None
                     self.drop_pidfd()
                     if not isinstance(ex, OSError):
                         raise
@@ -346,16 +440,24 @@ cdef class Watch:
                     err = ex.errno
             if err == ESRCH:
                 raise os_error(err, "pidfd_open", self.child.pid)
+            _refusals[err] = _refusals.get(err, 0) + 1
         self.ask_thread()
         self.child.told_by = "thread"
         return 0
 
     def start_there(self, bint ref):
-        """In the loop's thread, for a child that another one has forked."""
+        """In the loop's thread."""
         if self.child.state == ALIVE:
             self.start_or_lose(ref)
         else:
             self.finish()
+
+    def tell_again(self, bint ref):
+        """In the loop's thread, when a callback was added to a watch that is there already."""
+        if self.child.state != ALIVE:
+            self.tell_all_soon()
+        elif ref:
+            self.hold(1)
 
     cdef int start_or_lose(self, bint ref) except -1:
         """Begin to watch our own child. If it is there no more, somebody else has collected it, or, because SIGCHLD is ignored, the
@@ -375,14 +477,14 @@ cdef class Watch:
     cdef int drop_pidfd(self) except -1:
         cdef int pidfd = self.pidfd
         cdef ExitSet exits = self.exits
-        self.pidfd = -1
-        self.exits = None
         if pidfd >= 0 and self.born == generation:
+            self.exits = None
             if exits is not None:
                 if self.holds:
                     exits.hold(-1)
-                exits.remove(pidfd)
-            close_pidfd(pidfd)
+                exits.remove(self)
+            c_close(pidfd)
+        self.pidfd = -1
         return 0
 
     cdef int hold(self, int change) except -1:
@@ -393,7 +495,7 @@ cdef class Watch:
             if self.exits is not None:
                 self.exits.hold(change)
             elif self.news is not None and is_alive(self.loop):
-                self.news.ref = self.holds > 0
+                set_ref(self.news[1], self.holds > 0)
         return 0
 
     cdef int shut(self) except -1:
@@ -405,24 +507,15 @@ cdef class Watch:
         return 0
 
     cdef int ask_thread(self) except -1:
-        """Have a thread look for us: at first, or again where its look has come to nothing."""
-        if self.question is not None:
-            if not self.question.is_answered:
-                return 0
-            self.leave_thread()
-        self.news = self.loop.async_(ref=self.holds > 0)
-        self.news.start(self.fire_from_thread)
-        try:
-            self.question = ask(P_PID, self.child.pid, WEXITED, self.news)
-        except:
-            self.news.stop()
-            self.news.close()
-            raise
+        """Have a thread look for us."""
+        cdef Question question = ask(P_PID, self.child.pid, WEXITED)
+        self.news = question.tell(self.loop, self.holds > 0, self.fire_from_thread, ())
+        self.question = question
         return 0
 
     cdef int leave_thread(self) except -1:
         cdef Question question = self.question
-        news = self.news
+        cdef tuple news = self.news
         self.question = self.news = None
         if question is not None and self.born == generation:
             question.leave(news)
@@ -443,6 +536,7 @@ cdef class Watch:
             self.shut()
             self.tell_all()
         elif self.pidfd < 0:
+            self.leave_thread()    # its look has come to nothing: again
             self.ask_thread()
         return 0
 
@@ -450,58 +544,57 @@ cdef class Watch:
         """In the loop's thread: the status became known without the loop. End the watch; the hub tells whom it concerns."""
         if not self.is_closed:
             self.shut()
-            if self.waiters or self.child.callback is not None:
-                self.loop.run_callback(self.tell_all_from_queue)
-            elif self.child.home is self:
-                call_hook_soon(self.loop)
+            self.tell_all_soon()
+
+    cdef int tell_all_soon(self) except -1:
+        if self.waiters or self.callbacks:
+            self.loop.run_callback(self.tell_all_from_queue)
+        elif self.is_lasting:
+            call_hook_soon(self.loop)
+        return 0
 
     def tell_all_from_queue(self):
         self.tell_all()
         call_hook(self.loop)
 
     cdef int tell_all(self) except -1:
-        """In the hub: tell the callback, then wake those who wait."""
-        if self.child.home is self:
-            self.child.tell()
+        """In the hub: run the callbacks, once, and keep nothing alive that they refer to; then wake those who wait."""
+        callbacks, self.callbacks = self.callbacks, None
+        if callbacks:
+            for callback in callbacks:
+                try:
+                    callback(self.child)
+                except:
+                    self.loop.handle_error(self.child, *sys.exc_info())
         while self.waiters:
-            switch, token = self.waiters.pop(0)
+            switch = self.waiters.pop(0)
             try:
-                switch(token)
+                switch(switch)
             except:
                 self.loop.handle_error(switch, *sys.exc_info())
         return 0
 
     cdef int wait(self) except -1:
         """Park until the child may have ended."""
-        cdef object token = object()
         cdef object current = getcurrent()
-        cdef tuple entry = (current.switch, token)
-        if self.pidfd < 0:
-            self.ask_thread()
-        self.waiters.append(entry)
+        cdef object switch = current.switch      # a new object each time: it also proves who has woken us
+        self.waiters.append(switch)
         self.hold(1)
         try:
             came_back = give_way(get_hub(), current)
-            if came_back is not token:
+            if came_back is not switch:
                 raise wrong_switch(came_back, f"child {self.child.pid}")
         finally:
             self.hold(-1)
-            if entry in self.waiters:
-                self.waiters.remove(entry)
-            if not self.waiters and self.child.home is not self:
+            if self.waiters and switch in self.waiters:
+                self.waiters.remove(switch)
+            if not self.waiters and not self.is_lasting:
                 self.shut()
                 self.child.forget(self)
         return 0
 
 
 # ---- the records -------------------------------------------------------------------------------------------------------------
-
-cdef enum:
-    ALIVE = 0      # as far as anybody has asked
-    ENDED = 1      # collected here; the status waits for someone to claim it
-    CLAIMED = 2    # somebody has got it
-    LOST = 3       # somebody else has collected it, and the kernel doesn't tell
-
 
 cdef object _child_hook = None
 
@@ -550,17 +643,6 @@ cdef class Child:
     Has the attributes of gevent's child watchers: pid, rpid, rstatus, loop, ref, callback, and stop() and close(), which have
     nothing left to do once the callback is called.
     """
-    cdef readonly int pid
-    cdef readonly object callback
-    cdef str told_by
-    cdef int status                # wait(2)'s form; valid in states ENDED and CLAIMED
-    cdef rusage usage
-    cdef int group                 # the process group it died in
-    cdef int state
-    cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
-    cdef bint is_told
-    cdef Watch home                # where the callback runs, in a watched child
-    cdef list watches              # in each loop that waits for it
 
     def __cinit__(self, int pid):
         self.pid = pid
@@ -574,15 +656,20 @@ cdef class Child:
     def rstatus(self):
         if self.state == LOST:
             raise lost_child(self.pid)
-        return self.status
+        return self.report.status
 
     @property
     def loop(self):
-        return None if self.home is None else self.home.loop
+        return None if self.home is None else (<Watch>self.home).loop
 
     @property
     def ref(self):
-        return self.home is not None and self.home.holds > 0
+        return self.home is not None and (<Watch>self.home).holds > 0
+
+    @property
+    def callback(self):
+        cdef list callbacks = None if self.home is None else (<Watch>self.home).callbacks
+        return callbacks[0] if callbacks else None
 
     @property
     def mechanism(self):
@@ -595,7 +682,7 @@ cdef class Child:
 
     @property
     def pending(self):
-        return self.state != ALIVE and not self.is_told
+        return self.state != ALIVE and self.callback is not None
 
     def stop(self):
         """Do nothing: a watched child is collected whether or not its callback is wanted."""
@@ -610,30 +697,38 @@ cdef class Child:
 
     def __repr__(self):
         state = ("alive", "ended", "waited for", "lost")[self.state]
-        return f"<coopos child {self.pid} {state} status={self.status}>"
+        return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
-    cdef Watch watch_in(self, loop):
-        """This child's watch in *loop*; ESRCH if there is no such process any more."""
+    cdef int wait(self) except -1:
+        """Park in this thread's hub until the child may have ended. ESRCH if there is no such process any more."""
         cdef Watch watch
+        cdef Watch found = None
+        loop = get_hub().loop
         for watch in self.watches:
             if watch.loop is loop and not watch.is_closed:
-                return watch
-        watch = Watch(self, loop)
-        watch.start()
-        self.watches.append(watch)
-        return watch
+                found = watch
+        if found is None:
+            found = Watch(self, loop)
+            try:
+                found.start()
+            except:
+                self.forget(found)
+                raise
+            self.watches.append(found)
+        return found.wait()
 
-    cdef int forget(self, Watch watch) except -1:
+    cdef int forget(self, watch) except -1:
+        """A watch that nobody needs any more, and with the last one the record, unless somebody may still ask for the status."""
         if watch in self.watches:
             self.watches.remove(watch)
-        if not self.watches and not self.is_watched and _children.get(self.pid) is self:
-            del _children[self.pid]
+        if not self.watches and not self.is_watched and children.get(self.pid) is self:
+            del children[self.pid]
         return 0
 
     cdef int collect(self) except -1:
         """Ask the kernel for the status, without waiting."""
         cdef int pidfd = -1
-        cdef pid_t rpid
+        cdef int rc
         cdef Watch watch
         if self.state != ALIVE:
             return 0
@@ -642,29 +737,45 @@ cdef class Child:
                 pidfd = watch.pidfd
         # A zombie still has its group, a collected child hasn't: ask before.
         self.group = getpgid(self.pid)
-        rpid = -1
+        rc = -1
         if pidfd >= 0:
             # By pidfd, since the pid may be another process by now.
-            rpid = coopos_collect_pidfd(pidfd, &self.status, &self.usage)
-        if pidfd < 0 or (rpid < 0 and errno == EINVAL):
-            rpid = wait4(self.pid, &self.status, WNOHANG, &self.usage)
-        if rpid > 0:
-            self.ended()
-        elif rpid < 0:
-            if pidfd >= 0 and coopos_pidfd_reaped_status(pidfd, &self.status) == 0:
-                self.ended()
-            else:
-                self.lose()
+            rc = coopos_collect_pidfd(pidfd, &self.report)
+        if pidfd < 0 or (rc < 0 and errno == EINVAL):
+            rc = coopos_wait(P_PID, self.pid, WEXITED, &self.report)
+        if rc < 0 and pidfd >= 0:
+            rc = coopos_pidfd_reaped(pidfd, &self.report)
+            self.report.pid = self.pid
+            self.report.uid = getuid()
+        if rc < 0:
+            self.lose()
+        elif self.report.pid > 0:
+            self.state = ENDED
+            if self.is_watched:
+                self.inode = coopos_pidfd_inode(pidfd)
+                if children.get(self.pid) is self:
+                    ended[self.pid] = self
+            self.tell_others()
         return 0
 
-    cdef int ended(self) except -1:
+    cdef int collected(self, const Report *report) except -1:
+        """The caller has asked the kernel itself, and keeps what it got."""
+        self.report = report[0]
+        return self.claim()
+
+    cdef int tell_others(self) except -1:
+        """Those who must hear of the end without having watched for this child."""
         global _hook_is_due
-        self.state = ENDED
         if self.is_watched:
             _hook_is_due = True
-        if self.is_watched and _children.get(self.pid) is self:
-            _ended[self.pid] = self
-        wake_group_waiters()
+        cdef Question question
+        if _questions:
+            # A thread that asks for any child would miss this one; a stop that is waited for will not come.
+            for question in list(_questions.values()):
+                if question.is_wanted():
+                    question.ring()
+                else:
+                    question.end()
         return 0
 
     cdef int lose(self) except -1:
@@ -675,138 +786,75 @@ cdef class Child:
 
     cdef int drop(self) except -1:
         """Out of the tables: nobody will be told this status again."""
-        if _children.get(self.pid) is self:
-            del _children[self.pid]
-        if _ended.get(self.pid) is self:
-            del _ended[self.pid]
+        if children.get(self.pid) is self:
+            del children[self.pid]
+        if ended and ended.get(self.pid) is self:
+            del ended[self.pid]
         return 0
 
     cdef int claim(self) except -1:
         """The caller takes the status; everybody else who waits for this child has come too late."""
+        cdef bint was_alive = self.state == ALIVE
         self.state = CLAIMED
         self.drop()
+        if was_alive:
+            self.tell_others()
         self.settle()
         return 0
 
     cdef int settle(self) except -1:
         """End the watches that are still open, each in its own thread."""
         cdef Watch watch
+        cdef list still_open = None
+        for watch in self.watches:
+            if not watch.is_closed:
+                if still_open is None:
+                    still_open = []
+                still_open.append(watch)
+        if still_open is None:
+            return 0
         hub = get_hub_if_exists()
         loop = None if hub is None else hub.loop
-        for watch in list(self.watches):
-            if watch.is_closed:
-                continue
+        for watch in still_open:
             if watch.loop is loop:
                 watch.finish()
             elif not post(watch.loop, watch.finish):
                 watch.shut()       # its thread has ended, and its hub with it
         return 0
 
-    cdef int tell(self) except -1:
-        """In the home loop's hub: run the callback, once, and keep nothing alive that it refers to."""
-        callback, self.callback = self.callback, None
-        if not self.is_told:
-            self.is_told = True
-            try:
-                if callback is not None:
-                    callback(self)
-            except:
-                self.home.loop.handle_error(self, *sys.exc_info())
+    cdef int add_callback(self, callback, loop, bint ref) except -1:
+        """Watch in *loop* from now on; where the child has ended already, the callback is called in the loop's next turn."""
+        cdef Watch watch
+        cdef Watch found = None
+        cdef bint is_new
+        for watch in self.watches:
+            if watch.loop is loop and (watch.is_lasting or not watch.is_closed):
+                found = watch
+        is_new = found is None
+        if is_new:
+            found = Watch(self, loop)
+            self.watches.append(found)
+        found.is_lasting = True
+        if self.home is None:
+            self.home = found
+        if callback is not None:
+            if found.callbacks is None:
+                found.callbacks = []
+            found.callbacks.append(callback)
+        begin = found.start_there if is_new else found.tell_again
+        if loop is get_hub().loop:
+            begin(ref)
+        else:
+            post(loop, begin, (ref,))
         return 0
 
 
 # {pid: its Child}, while somebody watches it, waits for it, or may still ask for its status
-cdef dict _children = {}
+cdef dict children = {}
 # {pid: Child}, oldest death first: watched children whose status nobody has asked for
-cdef dict _ended = {}
+cdef dict ended = {}
 # The parent's tables, in a forked child: kept, because freeing thousands of records would copy the pages they are on.
 cdef list _parents = []
-
-
-def check_loop(loop):
-    """Refuse what is no event loop of gevent, or was destroyed."""
-    if not hasattr(loop, "run_callback_threadsafe"):
-        raise TypeError(f"loop must be an event loop of gevent or None, not {loop!r}")
-    if not is_alive(loop):
-        raise ValueError("operation on destroyed loop")
-
-
-def watch(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
-    """Watch child *pid*, which nobody has waited for yet: collect it when it ends, keep its status, call the callback.
-
-    Never switches greenlets. Returns the :class:`Child`.
-    """
-    cdef Child child = Child(as_int(pid))
-    cdef Child before = <Child>_children.get(pid)
-    if loop is None:
-        loop = get_hub().loop
-    child.callback = callback
-    child.is_watched = True
-    if before is not None:
-        before.drop()      # the pid is used again
-    _children[pid] = child
-    child.home = Watch(child, loop)
-    child.watches.append(child.home)
-    try:
-        if loop is get_hub().loop:
-            child.home.start_or_lose(ref)
-        else:
-            post(loop, child.home.start_there, (ref,))
-    except:
-        child.drop()
-        raise
-    return child
-
-
-# ---- waiting -----------------------------------------------------------------------------------------------------------------
-
-# The async watchers of greenlets that wait for any child or any of a group; woken whenever a child was collected here, since a
-# thread that is still asking the kernel would miss that one.
-cdef list _group_waiters = []
-
-
-cdef int wake_group_waiters() except -1:
-    if not _group_waiters:
-        return 0
-    for news in list(_group_waiters):
-        if is_alive(news.loop):
-            news.send()
-        else:
-            _group_waiters.remove(news)
-    return 0
-
-
-cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
-    """Park until the kernel may have an answer."""
-    cdef Question question = None
-    cdef object token = object()
-    hub = get_hub()
-    news = hub.loop.async_()
-    news.start(getcurrent().switch, token)
-    _group_waiters.append(news)
-    try:
-        question = ask(idtype, id, options, news)
-        came_back = give_way(hub, getcurrent())
-        if came_back is not token:
-            raise wrong_switch(came_back, "children")
-    finally:
-        if news in _group_waiters:
-            _group_waiters.remove(news)
-        if question is None:
-            news.stop()
-            news.close()
-        else:
-            question.leave(news)
-    return 0
-
-
-cdef int question_options(int options) noexcept:
-    """waitpid(2)'s options as waitid(2) writes them."""
-    return WEXITED | (WSTOPPED if options & WUNTRACED else 0) | options & ~(WNOHANG | WUNTRACED)
-
-
-cdef object no_child(int pid):
-    return os_error(ECHILD, "waitpid", pid)
 
 
 cdef object lost_child(int pid):
@@ -817,167 +865,110 @@ cdef object lost_child(int pid):
 
 cdef bint is_used_again(int pid) noexcept:
     """Whether the pid of a child that was collected belongs to another child of ours by now."""
-    cdef siginfo_t info
-    return waitid(P_PID, pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0
+    return coopos_peek(pid) == 0
 
 
-cdef int claim_status(Child child, int *status, rusage *usage) except -1:
-    status[0] = child.status
-    usage[0] = child.usage
-    child.claim()
-    return child.pid
+def check_loop(loop):
+    """Refuse what is no event loop of gevent, or was destroyed."""
+    if not hasattr(loop, "run_callback_threadsafe"):
+        raise TypeError(f"loop must be an event loop of gevent or None, not {loop!r}")
+    if not is_alive(loop):
+        raise ValueError("operation on destroyed loop")
 
 
-cdef int wait_one(int pid, int options, int *status, rusage *usage) except -1:
-    """wait4(2) for one child: its pid, or 0 under WNOHANG."""
-    cdef Child child = <Child>_children.get(pid)
-    cdef Watch watch
-    cdef int rpid
-    # Stops and continues are asked of the kernel, and so is whatever needs Linux's __WALL and its like.
-    cdef int special = options & ~WNOHANG
-    if child is not None and child.state == ENDED and is_used_again(pid):
+cdef Child record(int pid, callback, loop, bint ref, Child child):
+    """Watch *child*, or *pid* as a child that there is no record of."""
+    if loop is None:
+        loop = get_hub().loop
+    if child is None:
+        child = Child(pid)
+    child.is_watched = True
+    children[pid] = child
+    try:
+        child.add_callback(callback, loop, ref)
+    except:
         child.drop()
-        child = None
-    while True:
-        if child is not None:
-            child.collect()
-            if child.state == ENDED:
-                return claim_status(child, status, usage)
-            if child.state == CLAIMED:
-                raise no_child(pid)
-            if child.state == LOST:
-                raise lost_child(pid)
-        if child is None or special:
-            rpid = wait4(pid, status, options | WNOHANG, usage)
-            if rpid < 0:
-                raise os_error(errno, "waitpid", pid)
-            if rpid > 0:
-                if child is not None and (WIFEXITED(status[0]) or WIFSIGNALED(status[0])):
-                    child.status = status[0]
-                    child.usage = usage[0]
-                    child.ended()
-                    child.claim()
-                return rpid
-        if options & WNOHANG:
-            return 0
-        if special:
-            wait_for_news(P_PID, pid, question_options(options))
-            continue
-        if child is None:
-            child = <Child>_children.get(pid)
-            if child is None:
-                child = Child(pid)
-                _children[pid] = child
-        try:
-            watch = child.watch_in(get_hub().loop)
-        except OSError as ex:
-            if not child.watches:
-                child.forget(None)
-            if ex.errno == ESRCH:
-                continue               # collected by another thread this moment: the kernel says so next time round
-            raise
-        watch.wait()
+        raise
+    return child
 
 
-cdef bint is_asked_for(Child child, int pid) except -1:
-    """Whether waitpid's *pid*, 0 or less, means this child."""
-    if pid == -1:
-        return True
-    return child.group == (getpgrp() if pid == 0 else -pid)
+def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
+    """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
-
-cdef int wait_any(int pid, int options, int *status, rusage *usage) except -1:
-    """wait4(2) for any child (-1), the caller's group (0) or group -pid: a pid, or 0 under WNOHANG."""
-    cdef Child child
-    cdef int rpid
-    while True:
-        for child in list(_ended.values()):
-            if is_used_again(child.pid):
-                child.drop()
-            elif is_asked_for(child, pid):
-                return claim_status(child, status, usage)
-        rpid = wait4(pid, status, options | WNOHANG, usage)
-        if rpid < 0:
-            raise os_error(errno, "waitpid", pid)
-        if rpid > 0:
-            child = <Child>_children.get(rpid)
-            if child is not None and (WIFEXITED(status[0]) or WIFSIGNALED(status[0])):
-                child.status = status[0]
-                child.usage = usage[0]
-                child.ended()
-                child.claim()
-            return rpid
-        if options & WNOHANG:
-            return 0
-        if pid == -1:
-            wait_for_news(P_ALL, 0, question_options(options))
-        else:
-            wait_for_news(P_PGID, getpgrp() if pid == 0 else -pid, question_options(options))
-
-
-def waitpid(Py_ssize_t pid, options):
-    """Wait for a child process, letting other greenlets run until it ends.
-
-    Like :func:`os.waitpid`, for any child: forked here, by the plain :func:`os.fork` or by a C library, in any thread. Of several
-    who wait for one child, one gets its status and the others ChildProcessError. The status of a watched child (see
-    :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again.
-
-    Args:
-        pid: int, a child's pid; -1 any child, 0 any of the caller's process group, ``-pgid`` any of that group.
-        options: int, 0 or any of WNOHANG, WUNTRACED, WCONTINUED.
-
-    Returns:
-        (pid, status): int and int, the raw wait status; (0, 0) under WNOHANG when there is none yet.
-
-    Raises:
-        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once. It says so if the child
-            was watched here and somebody else collected it on a kernel (before Linux 6.15) that doesn't tell the status.
-        OSError: EINVAL, unknown options.
-
-    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
-
-    Source: waitpid(2), pidfd_open(2), waitid(2); ``gevent.os.waitpid``.
-
-    .. versionadded:: 0.1.0
+    Never switches greenlets. Returns the :class:`Child`.
     """
-    cdef int status = 0
-    cdef int which = as_int(pid)
-    cdef int flags = as_int(options)
-    cdef int rpid
-    cdef rusage usage
-    if flags & ~COOPOS_WAIT_OPTIONS:
-        raise os_error(EINVAL, "waitpid", pid)
-    rpid = (wait_one if which > 0 else wait_any)(which, flags, &status, &usage)
-    return rpid, status if rpid else 0
+    cdef int number = as_int(pid)
+    cdef Child before = <Child>children.get(number)
+    if before is not None:
+        before.drop()      # the pid is used again
+    return record(number, callback, loop, ref, None)
+
+
+def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
+    """Watch child *pid*, whoever has forked it and whoever waits for it or watches it already.
+
+    Never switches greenlets. Returns the :class:`Child`. ECHILD if it isn't a child of this process, or was waited for.
+    """
+    cdef int number = as_int(pid)
+    cdef Child child = <Child>children.get(number)
+    cdef bint is_there = coopos_peek(number) == 0
+    if child is not None and child.state == ENDED and is_there:
+        child.drop()       # the pid is used again
+        child = None
+    if not is_there and (child is None or child.state != ENDED):
+        raise os_error(errno, "watch", number)
+    return record(number, callback, loop, ref, child)
+
+
+# ---- waiting for the kernel's news -------------------------------------------------------------------------------------------
+
+cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
+    """Park until the kernel may have an answer to this waitid(2)."""
+    cdef Question question = ask(idtype, id, options)
+    cdef object current = getcurrent()
+    cdef object switch = current.switch
+    hub = get_hub()
+    cdef tuple news = question.tell(hub.loop, True, switch, (switch,))
+    try:
+        came_back = give_way(hub, current)
+        if came_back is not switch:
+            raise wrong_switch(came_back, "children")
+    finally:
+        question.leave(news)
+    return 0
 
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------
 
 def forget_parent():
     """In a forked child: what was watched and asked is the parent's. Run by the interpreter after every fork."""
-    global _children, _ended, _questions, _exit_sets, _group_waiters, _hook_loop, _hook_is_due
+    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due
     _hook_is_due = False
     close_all_pidfds()
-    _parents.append((_children, _ended, _questions, _exit_sets, _group_waiters, _hook_loop))
-    _children, _ended, _questions, _exit_sets, _group_waiters, _hook_loop = {}, {}, {}, {}, [], None
+    _parents.append((children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop))
+    children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop = {}, {}, {}, {}, set(), {}, None
 
 
 def forget_parent_loops():
-    """In a forked child whose loop has been re-initialised: take the parent's exit sets out of it.
+    """In a forked child whose loop has been re-initialised: take the parent's exit sets and questions out of it.
 
     Not before: libuv would take them out of the parent's epoll, which the child shares until then.
     """
     cdef ExitSet exits
+    cdef Question question
     hub = get_hub_if_exists()
     loop = None if hub is None else hub.loop
-    for tables in _parents:
-        for exits in tables[3].values():
+    for _, _, _, _, asked, exit_sets, _ in _parents:
+        for question in asked:
+            question.shut()
+        asked.clear()
+        for exits in exit_sets.values():
             if exits.loop is loop:
                 exits.shut()
             else:
                 c_close(exits.fd)      # of a thread that is not there any more
                 exits.fd = -1
-        tables[3].clear()
+        exit_sets.clear()
 
 
 os.register_at_fork(after_in_child=forget_parent)

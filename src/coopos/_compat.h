@@ -24,8 +24,10 @@
 #if defined(__linux__)
 #  include <pty.h>
 #  include <sys/epoll.h>
+#  include <sys/eventfd.h>
 #  include <sys/ioctl.h>
 #  include <sys/syscall.h>
+#  include <sys/vfs.h>
 #elif defined(__APPLE__) || defined(__NetBSD__) || defined(__OpenBSD__)
 #  include <util.h>
 #else
@@ -56,6 +58,15 @@ enum { HAVE_PIDFD = 0 };
 #else
 #  define COOPOS_WAIT_OPTIONS (WNOHANG | WUNTRACED | WCONTINUED)
 #endif
+/* waitid(2)'s: the same, WUNTRACED being WSTOPPED there, and two more. */
+#define COOPOS_WAITID_OPTIONS ((COOPOS_WAIT_OPTIONS & ~WUNTRACED) | WSTOPPED | WEXITED | WNOWAIT)
+
+/* waitid(2)'s idtype of a pidfd; where there are none, one that waitid refuses. */
+#if defined(__linux__)
+#  define COOPOS_P_PIDFD ((idtype_t)3)
+#else
+#  define COOPOS_P_PIDFD ((idtype_t)-1)
+#endif
 
 /* The most bytes one read(2) or write(2) is asked for: macOS refuses more than INT_MAX. */
 #if defined(__APPLE__)
@@ -70,6 +81,100 @@ static inline int coopos_unsupported(void)
     return -1;
 }
 
+/* ---- waiting for children ---- */
+
+/* What the kernel says of a child. */
+struct coopos_report {
+    pid_t pid;             /* 0: nothing to say */
+    uid_t uid;             /* the child's real user */
+    int code;              /* siginfo's: CLD_EXITED, CLD_KILLED, CLD_DUMPED, CLD_STOPPED, CLD_TRAPPED, CLD_CONTINUED */
+    int status;            /* wait(2)'s form */
+    struct rusage usage;
+};
+
+static inline int coopos_has_ended(const struct coopos_report *report)
+{
+    return report->code == CLD_EXITED || report->code == CLD_KILLED || report->code == CLD_DUMPED;
+}
+
+/* waitid(2) without waiting, and with the resource usage. 0, also where there is nothing to say, or -1. */
+static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coopos_report *report)
+{
+    siginfo_t info;
+    memset(report, 0, sizeof *report);
+    memset(&info, 0, sizeof info);
+#if defined(__linux__)
+    if (syscall(SYS_waitid, idtype, id, &info, options | WNOHANG, &report->usage) < 0)
+        return -1;
+    report->status = info.si_status;
+#else
+    /* Here waitid knows no usage: it finds out who, and wait4 collects that one. */
+    for (;;) {
+        if (waitid(idtype, id, &info, options | WNOHANG | WNOWAIT) < 0)
+            return -1;
+        report->status = info.si_status;
+        if (info.si_pid == 0 || (options & WNOWAIT))
+            break;
+        if (info.si_code == CLD_EXITED || info.si_code == CLD_KILLED || info.si_code == CLD_DUMPED) {
+            pid_t pid = wait4(info.si_pid, &report->status, WNOHANG, &report->usage);
+            if (pid < 0 && errno != ECHILD)
+                return -1;
+            if (pid <= 0)
+                continue;      /* somebody else was quicker */
+            report->pid = pid;
+            report->uid = info.si_uid;
+            report->code = info.si_code;
+            return 0;
+        }
+        if (waitid(P_PID, (id_t)info.si_pid, &info, (options & (WSTOPPED | WCONTINUED)) | WNOHANG) < 0 && errno != ECHILD)
+            return -1;
+        if (info.si_pid != 0)
+            break;
+    }
+#endif
+    report->pid = info.si_pid;
+    report->uid = info.si_uid;
+    report->code = info.si_code;
+    switch (report->pid ? report->code : CLD_EXITED) {
+    case CLD_EXITED:
+        report->status = (report->status & 0xff) << 8;
+        break;
+    case CLD_KILLED:
+        report->status &= 0x7f;
+        break;
+    case CLD_DUMPED:
+        report->status = (report->status & 0x7f) | 0x80;
+        break;
+    case CLD_CONTINUED:
+        report->status = 0xffff;
+        break;
+    default:                   /* stopped, and traced; there the signal may carry an event */
+        report->status = report->status << 8 | 0x7f;
+    }
+    return 0;
+}
+
+/* siginfo's si_status of a report. */
+static inline int coopos_si_status(const struct coopos_report *report)
+{
+    switch (report->code) {
+    case CLD_KILLED:
+    case CLD_DUMPED:
+        return report->status & 0x7f;
+    case CLD_CONTINUED:
+        return SIGCONT;
+    default:
+        return report->status >> 8;
+    }
+}
+
+/* Whether the kernel has something to say of a child, without taking it. 0, or -1 with errno ECHILD if it isn't ours to wait for. */
+static inline int coopos_peek(pid_t pid)
+{
+    siginfo_t info;
+    return waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT);
+}
+
 /* ---- pidfds: Linux 5.3 (pidfd_open(2)), 5.4 (waitid(2) with P_PIDFD) ---- */
 
 static inline int coopos_pidfd_open(pid_t pid)
@@ -82,24 +187,14 @@ static inline int coopos_pidfd_open(pid_t pid)
 #endif
 }
 
-/* Collect the ended child behind a pidfd, without waiting: its pid, 0 while it lives, or -1. The status is in wait(2)'s form. */
-static inline pid_t coopos_collect_pidfd(int pidfd, int *status, struct rusage *usage)
+/* Collect the ended child behind a pidfd, without waiting. */
+static inline int coopos_collect_pidfd(int pidfd, struct coopos_report *report)
 {
 #if defined(__linux__)
-    siginfo_t info;
-    memset(&info, 0, sizeof info);
-    if (syscall(SYS_waitid, 3 /* P_PIDFD */, pidfd, &info, WEXITED | WNOHANG, usage) < 0)
-        return -1;
-    if (info.si_pid == 0)
-        return 0;
-    if (info.si_code == CLD_EXITED)
-        *status = (info.si_status & 0xff) << 8;
-    else
-        *status = (info.si_status & 0x7f) | (info.si_code == CLD_DUMPED ? 0x80 : 0);
-    return info.si_pid;
+    return coopos_wait(COOPOS_P_PIDFD, (id_t)pidfd, WEXITED, report);
 #else
-    (void)pidfd; (void)status; (void)usage;
-    return (pid_t)coopos_unsupported();
+    (void)pidfd; (void)report;
+    return coopos_unsupported();
 #endif
 }
 
@@ -112,8 +207,10 @@ struct coopos_pidfd_info {
     int32_t exit_code;     /* wait(2)'s raw status */
 };
 
-/* The status of a process that somebody else has reaped: 0, or -1 where the kernel does not tell. */
-static inline int coopos_pidfd_reaped_status(int pidfd, int *status)
+/* The status of a process that somebody else has reaped: 0, or -1 where the kernel does not tell. It tells no usage, and no user;
+ * those are left as they are.
+ */
+static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
 {
 #if defined(__linux__)
     const uint64_t info_exit = 1u << 3;   /* PIDFD_INFO_EXIT */
@@ -124,7 +221,8 @@ static inline int coopos_pidfd_reaped_status(int pidfd, int *status)
         memset(&info, 0, sizeof info);
         info.mask = info_exit;
         if (ioctl(pidfd, _IOWR(0xFF, 11, struct coopos_pidfd_info), &info) == 0 && (info.mask & info_exit)) {
-            *status = info.exit_code;
+            report->status = info.exit_code;
+            report->code = WIFEXITED(info.exit_code) ? CLD_EXITED : info.exit_code & 0x80 ? CLD_DUMPED : CLD_KILLED;
             return 0;
         }
         if (errno == ENOTTY || errno == EINVAL)
@@ -137,9 +235,25 @@ static inline int coopos_pidfd_reaped_status(int pidfd, int *status)
     errno = ECHILD;
     return -1;
 #else
-    (void)pidfd; (void)status;
+    (void)pidfd; (void)report;
     return coopos_unsupported();
 #endif
+}
+
+/* A number that pidfds of one process have in common, and of different ones not; 0 where there is none: before Linux 6.9 all pidfds
+ * share an inode.
+ */
+static inline ino_t coopos_pidfd_inode(int pidfd)
+{
+#if defined(__linux__)
+    struct stat st;
+    struct statfs fs;
+    if (fstat(pidfd, &st) == 0 && fstatfs(pidfd, &fs) == 0 && fs.f_type == 0x50494446 /* pidfs */)
+        return st.st_ino;
+#else
+    (void)pidfd;
+#endif
+    return 0;
 }
 
 /* ---- a set of pidfds behind one descriptor: epoll(7) ---- */
@@ -182,7 +296,7 @@ static inline int coopos_set_rearm(int set, int fd)
     return coopos_set_change(set, EPOLL_CTL_MOD, fd);
 }
 
-enum { COOPOS_SET_BATCH = 64 };
+enum { COOPOS_SET_BATCH = 256 };
 
 /* The ready members of a set, without waiting; at most COOPOS_SET_BATCH. */
 static inline int coopos_set_ready(int set, int *fds)
@@ -232,6 +346,40 @@ static inline ssize_t coopos_write_nowait(int fd, const void *buf, size_t n)
     (void)fd; (void)buf; (void)n;
     return coopos_unsupported();
 #endif
+}
+
+/* ---- a bell: a descriptor that any thread makes readable, for good ---- */
+
+/* bell[0] is to be waited for, bell[1] to be rung; on Linux they are one. */
+static inline int coopos_bell_new(int *bell)
+{
+#if defined(__linux__)
+    bell[0] = bell[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return bell[0] < 0 ? -1 : 0;
+#else
+    int i;
+    if (pipe(bell) < 0)
+        return -1;
+    for (i = 0; i < 2; i++) {
+        (void)fcntl(bell[i], F_SETFD, FD_CLOEXEC);
+        (void)fcntl(bell[i], F_SETFL, O_NONBLOCK);
+    }
+    return 0;
+#endif
+}
+
+static inline void coopos_bell_ring(const int *bell)
+{
+    uint64_t one = 1;
+    while (write(bell[1], &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+static inline void coopos_bell_close(const int *bell)
+{
+    (void)close(bell[0]);
+    if (bell[1] != bell[0])
+        (void)close(bell[1]);
 }
 
 /* ---- threads ---- */

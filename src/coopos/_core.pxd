@@ -7,6 +7,7 @@ cdef enum:
 cdef int generation
 
 cdef int as_int(Py_ssize_t number) except? -1
+cdef int park_until_ready(int fd, int events, str call) except -1
 cdef object os_error(int err, str call, object subject)
 cdef object give_way(object hub, object current)
 cdef object wrong_switch(object came_back, str what)

@@ -115,7 +115,7 @@ def fork_and_watch(
     _check(callback, loop)
     pid = fork()
     if pid:
-        _children.watch(pid, callback, loop, ref)
+        _children.watch_new(pid, callback, loop, ref)
     return pid
 
 
@@ -147,7 +147,7 @@ def forkpty_and_watch(
     _check(callback, loop)
     pid, master_fd = forkpty()
     if pid:
-        _children.watch(pid, callback, loop, ref)
+        _children.watch_new(pid, callback, loop, ref)
     return pid, master_fd
 
 
@@ -233,7 +233,7 @@ def _spawner(name: str) -> Callable[..., int]:
 
     def spawn(*args: Any, **kwargs: Any) -> int:
         pid = raw(*args, **kwargs)
-        _children.watch(pid)
+        _children.watch_new(pid)
         return pid
 
     spawn.__name__ = spawn.__qualname__ = name

@@ -75,7 +75,7 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
 
     pid = _children.fork_process()
     if pid:
-        popen._coopos_child = _children.watch(pid, ended, loop._watched_loop, ref)
+        popen._coopos_child = _children.watch_new(pid, ended, loop._watched_loop, ref)
     return pid
 
 

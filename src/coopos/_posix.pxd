@@ -1,12 +1,11 @@
 # C declarations that Cython's own libc and posix packages lack or lack `nogil` for, grouped by header.
 
-from posix.types cimport pid_t, id_t
+from posix.types cimport id_t, pid_t, uid_t
 
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
     int PySys_Audit(const char *event, const char *format, ...) except -1
-    int Py_IsInitialized() nogil
     void PyOS_BeforeFork()
     void PyOS_AfterFork_Child()
     void PyOS_AfterFork_Parent()
@@ -28,8 +27,13 @@ cdef extern from "<signal.h>" nogil:
 
 
 cdef extern from "<sys/resource.h>" nogil:
+    cdef struct timeval:
+        long tv_sec
+        long tv_usec
     cdef struct rusage:
-        pass
+        timeval ru_utime, ru_stime
+        long ru_maxrss, ru_ixrss, ru_idrss, ru_isrss, ru_minflt, ru_majflt, ru_nswap, ru_inblock, ru_oublock
+        long ru_msgsnd, ru_msgrcv, ru_nsignals, ru_nvcsw, ru_nivcsw
 
 
 cdef extern from "<sys/stat.h>" nogil:
@@ -49,9 +53,6 @@ cdef extern from "<sys/wait.h>" nogil:
     ctypedef int idtype_t
     idtype_t P_ALL, P_PID, P_PGID
     int WNOHANG, WUNTRACED, WCONTINUED, WEXITED, WSTOPPED, WNOWAIT
-    bint WIFEXITED(int status)
-    bint WIFSIGNALED(int status)
-    pid_t wait4(pid_t pid, int *status, int options, rusage *usage)
     int waitid(idtype_t idtype, id_t id, siginfo_t *info, int options)
 
 
@@ -73,18 +74,33 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from "_compat.h" nogil:
     int HAVE_PIDFD
-    int COOPOS_WAIT_OPTIONS
+    int COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS
+    idtype_t COOPOS_P_PIDFD
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH
     pid_t forkpty(int *master, char *name, const termios *term, const winsize *size)
+    ctypedef struct Report "struct coopos_report":
+        pid_t pid
+        uid_t uid
+        int code
+        int status
+        rusage usage
+    bint coopos_has_ended(const Report *report)
+    int coopos_si_status(const Report *report)
+    int coopos_wait(idtype_t idtype, id_t id, int options, Report *report)
+    int coopos_peek(pid_t pid)
     int coopos_pidfd_open(pid_t pid)
-    pid_t coopos_collect_pidfd(int pidfd, int *status, rusage *usage)
-    int coopos_pidfd_reaped_status(int pidfd, int *status)
+    int coopos_collect_pidfd(int pidfd, Report *report)
+    int coopos_pidfd_reaped(int pidfd, Report *report)
+    ino_t coopos_pidfd_inode(int pidfd)
     int coopos_set_new()
     int coopos_set_add(int set, int fd)
     int coopos_set_rearm(int set, int fd)
     int coopos_set_ready(int set, int *fds)
     void coopos_close_run(int first, int last)
+    int coopos_bell_new(int *bell)
+    void coopos_bell_ring(const int *bell)
+    void coopos_bell_close(const int *bell)
     ssize_t coopos_read_nowait(int fd, void *buf, size_t n)
     ssize_t coopos_write_nowait(int fd, const void *buf, size_t n)
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)

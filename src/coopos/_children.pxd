@@ -1,0 +1,40 @@
+# What _wait needs of the children's records.
+
+from posix.types cimport id_t
+
+from coopos._posix cimport Report, idtype_t, ino_t
+
+cdef enum:
+    ALIVE = 0      # as far as anybody has asked
+    ENDED = 1      # collected here; the status waits for someone to claim it
+    CLAIMED = 2    # somebody has got it
+    LOST = 3       # somebody else has collected it, and the kernel doesn't tell
+
+cdef class Child:
+    cdef readonly int pid
+    cdef str told_by
+    cdef Report report             # once it has ended
+    cdef int group                 # the process group it died in
+    cdef int state
+    cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
+    cdef ino_t inode               # of its pidfd, where that is its own; 0
+    cdef object home               # the Watch in the loop where it was watched first
+    cdef list watches              # a Watch in each loop that waits for it
+
+    cdef int wait(self) except -1
+    cdef int forget(self, watch) except -1
+    cdef int collect(self) except -1
+    cdef int collected(self, const Report *report) except -1
+    cdef int tell_others(self) except -1
+    cdef int lose(self) except -1
+    cdef int drop(self) except -1
+    cdef int claim(self) except -1
+    cdef int settle(self) except -1
+    cdef int add_callback(self, callback, loop, bint ref) except -1
+
+cdef dict children
+cdef dict ended
+
+cdef object lost_child(int pid)
+cdef bint is_used_again(int pid) noexcept
+cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1

@@ -1,0 +1,361 @@
+"""The wait family: waitpid, wait, wait3, wait4, waitid, and wait_exit for any process.
+
+All of them ask the kernel in the form of waitid(2), without waiting; where it has nothing to say yet, they park and ask again. A
+child with a record is asked for there, since the record may have collected it. The module knows libc, `_core`, `_children` and
+nothing of gevent.
+"""
+
+from libc.errno cimport EAGAIN, ECHILD, EINVAL, ESRCH, errno
+from libc.string cimport memset
+from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
+from posix.types cimport id_t
+from posix.unistd cimport close as c_close, getpgrp
+
+from coopos._children cimport (
+    CLAIMED, ENDED, LOST, Child, children, ended, is_used_again, lost_child, wait_for_news)
+from coopos._core cimport READ, as_int, os_error, park_until_ready
+from coopos._posix cimport (
+    COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report, WCONTINUED, WEXITED,
+    WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_si_status, coopos_wait,
+    idtype_t, ino_t, timeval)
+
+import os
+import signal
+from resource import struct_rusage
+
+
+# ---- one wait, in the form of waitid(2) --------------------------------------------------------------------------------------
+
+cdef int take(Child child, int options, Report *report) except -1:
+    """The report of a child that was collected here."""
+    report[0] = child.report
+    if not options & WNOWAIT:
+        child.claim()
+    return 0
+
+
+cdef int wait_one(str call, int pid, int options, Report *report) except -1:
+    """waitid(2) with P_PID. Under WNOHANG report.pid is 0 when there is nothing to report."""
+    cdef Child child = <Child>children.get(pid)
+    # Whether only the kernel can answer: of stops and continues, of a look that takes nothing, of Linux's __WALL and its like.
+    cdef bint is_special = (options & ~WNOHANG) != WEXITED
+    if child is not None and child.state == ENDED and is_used_again(pid):
+        child.drop()
+        child = None
+    while True:
+        if child is None:
+            child = <Child>children.get(pid)
+        if child is not None and options & WEXITED:
+            # To collect a child that nobody watches is to take it from who waits for it.
+            if child.is_watched or not options & WNOWAIT:
+                child.collect()
+            if child.state == ENDED:
+                return take(child, options, report)
+            if child.state == CLAIMED:
+                raise os_error(ECHILD, call, pid)
+            if child.state == LOST:
+                raise lost_child(pid)
+        if child is None or is_special:
+            if coopos_wait(P_PID, pid, options, report) < 0:
+                raise os_error(errno, call, pid)
+            if report.pid > 0:
+                if child is not None and coopos_has_ended(report) and not options & WNOWAIT:
+                    child.collected(report)
+                return 0
+        if options & WNOHANG:
+            return 0
+        if is_special:
+            wait_for_news(P_PID, pid, options)
+            continue
+        if child is None:
+            child = Child(pid)
+            children[pid] = child
+        try:
+            child.wait()
+        except ProcessLookupError:
+            # Collected by another thread this moment: the kernel says so next time round.
+            if not child.is_watched:
+                child = None
+
+
+cdef Child find_ended(idtype_t idtype, id_t id):
+    """The child that ended first of those that are asked for and were collected here."""
+    cdef Child child
+    for child in ended.values():
+        if idtype == P_ALL or child.group == <int>id:
+            return child
+    return None
+
+
+cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *report) except -1:
+    """waitid(2) with P_ALL or P_PGID. Under WNOHANG report.pid is 0 when there is nothing to report."""
+    cdef Child child
+    while True:
+        while ended and options & WEXITED:
+            child = find_ended(idtype, id)
+            if child is None:
+                break
+            if not is_used_again(child.pid):
+                return take(child, options, report)
+            child.drop()
+        if coopos_wait(idtype, id, options, report) < 0:
+            raise os_error(errno, call, -1 if idtype == P_ALL else -<int>id)
+        if report.pid > 0:
+            child = <Child>children.get(report.pid)
+            if child is not None and coopos_has_ended(report) and not options & WNOWAIT:
+                child.collected(report)
+            return 0
+        if options & WNOHANG:
+            return 0
+        wait_for_news(idtype, id, options)
+
+
+cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
+    """waitid(2) with P_PIDFD: which child that is, is found out, and that one is waited for."""
+    cdef Child child
+    cdef ino_t inode
+    cdef int flags, err
+    if coopos_wait(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
+        if report.pid > 0:
+            return wait_one(call, report.pid, options, report)
+        if options & WNOHANG:
+            return 0
+        flags = fcntl(fd, F_GETFL)
+        if flags >= 0 and flags & O_NONBLOCK:
+            raise os_error(EAGAIN, call, fd)
+        pid = pid_of(fd)
+        # To read it may have let another thread run: it is that child's pid only while it can be waited for.
+        if coopos_wait(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
+            return wait_one(call, pid, options, report)
+    err = errno
+    if err == ECHILD and options & WEXITED:
+        inode = coopos_pidfd_inode(fd)
+        for child in ended.values():
+            if inode and child.inode == inode:
+                return take(child, options, report)
+    raise os_error(err, call, fd)
+
+
+cdef int pid_of(int pidfd) except -1:
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        for line in file:
+            if line.startswith("Pid:"):
+                return int(line.split()[1])
+    raise os_error(EINVAL, "waitid", pidfd)
+
+
+cdef int wait_by_pid(str call, int pid, int flags, Report *report) except -1:
+    """wait4(2)."""
+    cdef int options
+    memset(report, 0, sizeof(Report))
+    if flags & ~COOPOS_WAIT_OPTIONS:
+        raise os_error(EINVAL, call, pid)
+    options = WEXITED | (WSTOPPED if flags & WUNTRACED else 0) | flags & ~WUNTRACED
+    if pid > 0:
+        return wait_one(call, pid, options, report)
+    if pid == -1:
+        return wait_any(call, P_ALL, 0, options, report)
+    if pid == -<long>2 ** 31:
+        raise os_error(ESRCH, call, pid)
+    return wait_any(call, P_PGID, getpgrp() if pid == 0 else -pid, options, report)
+
+
+# ---- what the world calls ----------------------------------------------------------------------------------------------------
+
+def waitpid(Py_ssize_t pid, options):
+    """Wait for a child process, letting other greenlets run until it ends.
+
+    Like :func:`os.waitpid`, for any child: forked here, by the plain :func:`os.fork` or by a C library, in any thread. Of several
+    who wait for one child, one gets its status and the others ChildProcessError. The status of a watched child (see
+    :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again.
+
+    Args:
+        pid: int, a child's pid; -1 any child, 0 any of the caller's process group, ``-pgid`` any of that group.
+        options: int, 0 or any of WNOHANG, WUNTRACED, WCONTINUED.
+
+    Returns:
+        (pid, status): int and int, the raw wait status; (0, 0) under WNOHANG when there is none yet.
+
+    Raises:
+        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once. It says so if the child
+            was watched here and somebody else collected it on a kernel (before Linux 6.15) that doesn't tell the status.
+        OSError: EINVAL, unknown options.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+
+    Source: waitpid(2), pidfd_open(2), waitid(2); ``gevent.os.waitpid``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Report report
+    wait_by_pid("waitpid", as_int(pid), as_int(options), &report)
+    return report.pid, report.status
+
+
+def wait():
+    """Wait for any child process, letting other greenlets run until one ends: ``waitpid(-1, 0)``.
+
+    Like :func:`os.wait`.
+
+    Returns:
+        (pid, status): int and int, the raw wait status.
+
+    Raises:
+        ChildProcessError: ECHILD, there is no child to wait for. Raised at once.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it leaves the children waitable. Works in any thread's hub.
+
+    Source: wait(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Report report
+    wait_by_pid("wait", -1, 0, &report)
+    return report.pid, report.status
+
+
+cdef double seconds(const timeval *time) noexcept:
+    return time.tv_sec + time.tv_usec * 1e-6
+
+
+cdef tuple pid_status_usage(Report *report):
+    cdef const timeval *user = &report.usage.ru_utime
+    cdef const timeval *system = &report.usage.ru_stime
+    usage = report.usage
+    return report.pid, report.status, struct_rusage((
+        seconds(user), seconds(system), usage.ru_maxrss, usage.ru_ixrss, usage.ru_idrss, usage.ru_isrss, usage.ru_minflt,
+        usage.ru_majflt, usage.ru_nswap, usage.ru_inblock, usage.ru_oublock, usage.ru_msgsnd, usage.ru_msgrcv, usage.ru_nsignals,
+        usage.ru_nvcsw, usage.ru_nivcsw))
+
+
+def wait3(options):
+    """Wait for any child process, letting other greenlets run until one ends, and tell what it has used: ``wait4(-1, options)``.
+
+    Like :func:`os.wait3`.
+
+    Args:
+        options: int, as for :func:`waitpid`.
+
+    Returns:
+        (pid, status, usage): as :func:`wait4`.
+
+    Raises:
+        ChildProcessError: ECHILD, there is no child to wait for. Raised at once.
+        OSError: EINVAL, unknown options.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it leaves the children waitable. Works in any thread's hub.
+
+    Source: wait3(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Report report
+    wait_by_pid("wait3", -1, as_int(options), &report)
+    return pid_status_usage(&report)
+
+
+def wait4(Py_ssize_t pid, options):
+    """Wait for a child process, letting other greenlets run until it ends, and tell what it has used.
+
+    Like :func:`os.wait4`; otherwise as :func:`waitpid`.
+
+    Args:
+        pid: int, as for :func:`waitpid`.
+        options: int, as for :func:`waitpid`.
+
+    Returns:
+        (pid, status, usage): int, int and :class:`resource.struct_rusage`, the child's own as the kernel counted it (times in
+        seconds, ``ru_maxrss`` in KiB on Linux and bytes on macOS). All zero of a child that somebody else had collected.
+
+    Raises:
+        ChildProcessError, OSError: as :func:`waitpid`.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+
+    Source: wait4(2), getrusage(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Report report
+    wait_by_pid("wait4", as_int(pid), as_int(options), &report)
+    return pid_status_usage(&report)
+
+
+def waitid(idtype, Py_ssize_t id, options):
+    """Wait for a child process to change its state, letting other greenlets run until one does.
+
+    Like :func:`os.waitid`.
+
+    Args:
+        idtype: int, P_PID, P_PGID, P_ALL or, on Linux, P_PIDFD.
+        id: int, a pid, a process group (0 is the caller's), anything, or a pidfd.
+        options: int, at least one of WEXITED, WSTOPPED and WCONTINUED; WNOHANG; WNOWAIT, which leaves the child as it is, so that
+            it can be waited for again.
+
+    Returns:
+        :class:`os.waitid_result` (si_pid, si_uid, si_signo, si_status, si_code), or None under WNOHANG when there is nothing to
+        report. The uid of a child that somebody else had collected is this process's.
+
+    Raises:
+        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once.
+        BlockingIOError: EAGAIN, the pidfd is in non-blocking mode and its process has not ended.
+        OSError: EINVAL, unknown options, idtype or id; EBADF, not a pidfd.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+
+    Source: waitid(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Report report
+    cdef idtype_t kind = as_int(idtype)
+    cdef int number = as_int(id)
+    cdef int flags = as_int(options)
+    memset(&report, 0, sizeof(Report))
+    if flags & ~COOPOS_WAITID_OPTIONS or not flags & (WEXITED | WSTOPPED | WCONTINUED):
+        raise os_error(EINVAL, "waitid", id)
+    if kind == P_PID and number > 0:
+        wait_one("waitid", number, flags, &report)
+    elif kind == P_ALL:
+        wait_any("waitid", P_ALL, 0, flags, &report)
+    elif kind == P_PGID and number >= 0:
+        wait_any("waitid", P_PGID, number if number else getpgrp(), flags, &report)
+    elif kind == COOPOS_P_PIDFD and HAVE_PIDFD:
+        wait_pidfd("waitid", number, flags, &report)
+    else:
+        raise os_error(EINVAL, "waitid", id)
+    if not report.pid:
+        return None
+    return os.waitid_result((report.pid, report.uid, int(signal.SIGCHLD), coopos_si_status(&report), report.code))
+
+
+def wait_exit(Py_ssize_t pid):
+    """Wait until a process has ended, whosever child it is, letting other greenlets run meanwhile.
+
+    Nobody's status is taken: a child of this process is left to be waited for.
+
+    Args:
+        pid: int, of any process.
+
+    Raises:
+        ProcessLookupError: ESRCH, there is no such process (any more). Raised at once.
+        OSError: EINVAL, *pid* is not positive; EMFILE or ENFILE, no descriptor is left.
+        NotImplementedError: not Linux.
+
+    Switches greenlets unless the process has ended already. Works in any thread's hub.
+
+    Source: pidfd_open(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int number = as_int(pid)
+    cdef int pidfd
+    if not HAVE_PIDFD:
+        raise NotImplementedError("wait_exit() needs pidfds, which only Linux has")
+    pidfd = coopos_pidfd_open(number)
+    if pidfd < 0:
+        raise os_error(errno, "wait_exit", number)
+    try:
+        park_until_ready(pidfd, READ, "wait_exit")
+    finally:
+        c_close(pidfd)
