@@ -33,17 +33,46 @@ __implements__: list[str] = []
 __extensions__: list[str] = ["tp_read", "tp_write"]
 
 if hasattr(_os, "fork"):
-    from coopos._wait import waitpid as waitpid
     from coopos._core import (
         close as close,
         make_nonblocking as make_nonblocking,
         nb_read as nb_read,
         nb_write as nb_write,
     )
-    from coopos._fork import fork as fork, fork_and_watch as fork_and_watch, fork_gevent as fork_gevent
+    from coopos._fork import (
+        fork as fork,
+        fork_and_watch as fork_and_watch,
+        fork_gevent as fork_gevent,
+        watch as watch,
+    )
+    from coopos._programs import (  # type: ignore[assignment]
+        popen as popen,
+        spawnl as spawnl,
+        spawnle as spawnle,
+        spawnlp as spawnlp,
+        spawnlpe as spawnlpe,
+        spawnv as spawnv,
+        spawnve as spawnve,
+        spawnvp as spawnvp,
+        spawnvpe as spawnvpe,
+        system as system,
+    )
+    from coopos._wait import (
+        wait as wait,
+        wait3 as wait3,
+        wait4 as wait4,
+        wait_exit as wait_exit,
+        waitpid as waitpid,
+    )
 
-    __implements__ += ["fork", "close"]
-    __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent"]
+    _wait_family = ["waitpid", "wait", "wait3", "wait4"]
+    if hasattr(_os, "waitid"):
+        from coopos._wait import waitid as waitid
+
+        _wait_family += ["waitid"]
+    __implements__ += ["fork", "close", "system", "popen"]
+    __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
+    __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
     if hasattr(_os, "forkpty"):
         from coopos._fork import (
             forkpty as forkpty,
@@ -54,18 +83,16 @@ if hasattr(_os, "fork"):
         __implements__ += ["forkpty"]
         __extensions__ += ["forkpty_gevent", "forkpty_and_watch"]
     if _config.disable_watch_children:
-        __extensions__ += ["waitpid"]
+        __extensions__ += _wait_family
     else:
-        __implements__ += ["waitpid"]
+        __implements__ += _wait_family
         if hasattr(_os, "posix_spawn"):
-            from coopos._fork import posix_spawn as posix_spawn, posix_spawnp as posix_spawnp
+            from coopos._programs import posix_spawn as posix_spawn, posix_spawnp as posix_spawnp
 
             __implements__ += ["posix_spawn", "posix_spawnp"]
 
 #: The names taken from :mod:`os` as they are.
-__imports__: list[str] = [
-    name for name in vars(_os) if not name.startswith("__") and name not in __implements__ + __extensions__
-]
+__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in __implements__ + __extensions__]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
 del _name

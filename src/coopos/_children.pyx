@@ -27,10 +27,10 @@ from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getuid
 from coopos._core cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
 from coopos._posix cimport (
     COOPOS_SET_BATCH, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
-    PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_collect_pidfd, coopos_peek,
-    coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm,
-    coopos_thread_start, coopos_wait, forkpty as c_forkpty, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate,
-    pthread_t, siginfo_t, waitid)
+    PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run,
+    coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_set_add, coopos_set_new,
+    coopos_set_ready, coopos_set_rearm, coopos_thread_start, coopos_wait, forkpty as c_forkpty, idtype_t, pthread_cancel,
+    pthread_join, pthread_setcancelstate, pthread_t, siginfo_t, waitid)
 
 import atexit
 import os

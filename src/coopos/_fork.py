@@ -7,13 +7,11 @@ watchers are taken out of the loop. Knows `_children` and `gevent.hub.reinit`.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import gevent.os
 from gevent._config import config
 from gevent.hub import reinit
-from gevent.monkey import get_original
 
 from coopos import _children
 
@@ -151,6 +149,42 @@ def forkpty_and_watch(
     return pid, master_fd
 
 
+def watch(
+    pid: int,
+    callback: Callable[[Any], object] | None = None,
+    loop: Any = None,
+    ref: bool = False,
+) -> _children.Child:
+    """Watch a child that somebody else has made, as :func:`fork_and_watch` does its own.
+
+    From now on it is collected when it ends, and its status kept for :func:`waitpid`. A child may be watched several times, in
+    several loops; each callback is called once. If the child has ended already, that is in the loop's next turn.
+
+    Args:
+        pid: int, a child of this process that was not waited for, from whatever source.
+        callback: called in the hub when the child has ended, with what this function returns. What it raises is reported by the
+            hub.
+        loop: the event loop that runs the callback; by default that of the current hub.
+        ref: whether the watch keeps the loop running until the child has ended.
+
+    Returns:
+        An object that has ``pid``, ``rpid`` (*pid* once the child has ended, before that 0) and ``rstatus`` (the raw wait status).
+
+    Raises:
+        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it.
+        OSError: EINVAL, *pid* is not positive.
+        TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed.
+
+    Doesn't switch greenlets. Works in any thread's hub.
+
+    Source: pidfd_open(2), waitid(2).
+
+    .. versionadded:: 0.1.0
+    """
+    _check(callback, loop)
+    return _children.watch_any(pid, callback, loop, ref)
+
+
 if config.disable_watch_children:
 
     def fork() -> int:
@@ -226,36 +260,3 @@ else:
         .. versionadded:: 0.1.0
         """
         return forkpty_and_watch(*args, **kwargs)
-
-
-def _spawner(name: str) -> Callable[..., int]:
-    raw: Callable[..., int] = get_original("os", name)
-
-    def spawn(*args: Any, **kwargs: Any) -> int:
-        pid = raw(*args, **kwargs)
-        _children.watch_new(pid)
-        return pid
-
-    spawn.__name__ = spawn.__qualname__ = name
-    spawn.__doc__ = f"""Start a program, and watch the child.
-
-    Arguments and errors are those of :func:`os.{name}`; the child's status is kept for :func:`waitpid`.
-
-    Returns:
-        int: the child's pid.
-
-    Raises:
-        OSError: as :func:`os.{name}`.
-
-    Doesn't switch greenlets. Works in any thread's hub. The parent stands still for a vfork, however large it is.
-
-    Source: posix_spawn(3); ``gevent.os.{name}``.
-
-    .. versionadded:: 0.1.0
-    """
-    return spawn
-
-
-if hasattr(os, "posix_spawn"):
-    posix_spawn = _spawner("posix_spawn")
-    posix_spawnp = _spawner("posix_spawnp")

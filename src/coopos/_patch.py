@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gevent.os
-from gevent.monkey import get_original
+from gevent.monkey import get_original, is_module_patched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ class _Replacement(NamedTuple):
     name: str
     gevents: Any
     ours: Any
+    is_gevents: bool = True  # or gevent has no such function, and the name holds the plain one
 
 
 # What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
@@ -109,6 +110,8 @@ def _find_replacements() -> list[_Replacement]:
             # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
             if hasattr(os, name) and gevents is not get_original("os", name):
                 found.append(_Replacement(os, name, gevents, ours))
+        elif hasattr(os, name):
+            found.append(_Replacement(os, name, get_original("os", name), getattr(coopos, name), is_gevents=False))
     if hasattr(os, "fork"):
         popen = gevent_subprocess.Popen
         found += [
@@ -123,9 +126,10 @@ def _find_replacements() -> list[_Replacement]:
 def patch() -> None:
     """Put coopos under a program that uses gevent.
 
-    Replaces the functions of ``gevent.os``; those of :mod:`os` that ``gevent.monkey`` has replaced or will replace (never
-    ``os.read`` and ``os.write``); ``gevent.fork``; and what ``gevent.subprocess`` forks and watches with, so that it installs no
-    SIGCHLD handler any more. Names that other modules have imported before stay as they are. A second call does nothing.
+    Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
+    rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; and what ``gevent.subprocess`` forks
+    and watches with, so that it installs no SIGCHLD handler any more. Names that other modules have imported before stay as they
+    are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 
@@ -137,8 +141,8 @@ def patch() -> None:
 
     if not _replacements:
         _replacements.extend(_find_replacements())
-    for owner, name, gevents, ours in _replacements:
-        if getattr(owner, name, None) is gevents:
+    for owner, name, gevents, ours, is_gevents in _replacements:
+        if getattr(owner, name, None) is gevents and (is_gevents or is_module_patched("os")):
             setattr(owner, name, ours)
     if hasattr(os, "fork"):
         popen: Any = gevent_subprocess.Popen
@@ -156,7 +160,7 @@ def unpatch() -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
-    for owner, name, gevents, ours in _replacements:
+    for owner, name, gevents, ours, _ in _replacements:
         if getattr(owner, name, None) is ours:
             setattr(owner, name, gevents)
     popen: Any = gevent_subprocess.Popen
@@ -165,6 +169,7 @@ def unpatch() -> None:
 
 
 def on_did_patch_all(event: object) -> None:
-    """Called by ``gevent.monkey.patch_all()``, through an entry point: patch, if the environment says so."""
-    if os.environ.get("COOPOS_PATCH", "").lower() in ("1", "true", "yes", "on"):
+    """Called by ``gevent.monkey.patch_all()``, through an entry point: patch, if the environment says so or patch() was called."""
+    is_patched = any(getattr(owner, name, None) is ours for owner, name, _, ours, _ in _replacements)
+    if is_patched or os.environ.get("COOPOS_PATCH", "").lower() in ("1", "true", "yes", "on"):
         patch()

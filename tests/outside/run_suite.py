@@ -95,9 +95,7 @@ def pick_tests(module, excluded_names, only_excluded):
     if unknown:
         raise LookupError(f"{module} has no {', '.join(unknown)}: correct the table")
     # The suite's order is kept: TestSuite calls class and module fixtures between neighbours.
-    return unittest.TestSuite(
-        test for name, test in by_name.items() if (name in excluded_names) == only_excluded
-    )
+    return unittest.TestSuite(test for name, test in by_name.items() if (name in excluded_names) == only_excluded)
 
 
 def run_tests(tests, module):

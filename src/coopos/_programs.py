@@ -1,0 +1,275 @@
+"""Programs: posix_spawn, the spawn family, system, popen. POSIX only.
+
+Each starts a child, watches it before any greenlet can switch, and waits for it with the wait family. Knows `_children`, `_wait`,
+and of gevent the file object by which popen reads and writes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+from gevent.fileobject import FileObjectPosix
+from gevent.monkey import get_original
+
+from coopos import _children
+from coopos._wait import waitpid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from _typeshed import StrOrBytesPath
+
+    Arguments = Sequence[StrOrBytesPath]
+    Environment = Mapping[str, str] | Mapping[bytes, bytes]
+
+
+# ---- posix_spawn -------------------------------------------------------------------------------------------------------------
+
+
+def _spawner(name: str) -> Callable[..., int]:
+    raw: Callable[..., int] = get_original("os", name)
+
+    def spawn(*args: Any, **kwargs: Any) -> int:
+        pid = raw(*args, **kwargs)
+        _children.watch_new(pid)
+        return pid
+
+    spawn.__name__ = spawn.__qualname__ = name
+    spawn.__doc__ = f"""Start a program, and watch the child.
+
+    Arguments and errors are those of :func:`os.{name}`; the child's status is kept for :func:`waitpid`.
+
+    Returns:
+        int: the child's pid.
+
+    Raises:
+        OSError: as :func:`os.{name}`.
+
+    Doesn't switch greenlets. Works in any thread's hub. The parent stands still for a vfork, however large it is.
+
+    Source: posix_spawn(3); ``gevent.os.{name}``.
+
+    .. versionadded:: 0.1.0
+    """
+    return spawn
+
+
+if hasattr(os, "posix_spawn"):
+    posix_spawn = _spawner("posix_spawn")
+    posix_spawnp = _spawner("posix_spawnp")
+
+
+# ---- the spawn family --------------------------------------------------------------------------------------------------------
+
+
+def _spawn(mode: int, execute: Callable[..., object], file: StrOrBytesPath, args: Arguments, *env: Environment) -> int:
+    if not isinstance(args, (tuple, list)):
+        raise TypeError("argv must be a tuple or a list")
+    if not args or not args[0]:
+        raise ValueError("argv first element cannot be empty")
+    pid = _children.fork_process()
+    if not pid:
+        try:
+            execute(file, args, *env)
+        finally:
+            os._exit(127)
+    _children.watch_new(pid)
+    if mode == os.P_NOWAIT:
+        return pid
+    return os.waitstatus_to_exitcode(waitpid(pid, 0)[1])
+
+
+def spawnv(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
+    """Run the program at path *file* with arguments *args* in a new process, letting other greenlets run while it does.
+
+    Like :func:`os.spawnv`.
+
+    Args:
+        mode: os.P_WAIT or os.P_NOWAIT (os.P_NOWAITO is the same).
+        file: path of the program.
+        args: tuple or list, not empty: the program's name for itself, and its arguments.
+
+    Returns:
+        int: under P_NOWAIT the child's pid, which is watched; under P_WAIT its exit code, or minus the signal that ended it. 127
+        stands for a program that could not be started too.
+
+    Raises:
+        TypeError, ValueError: *args* is not a tuple or list, or is empty, or its first element is.
+        OSError: as fork(2).
+
+    Switches greenlets under P_WAIT. Killed or timed out there, it leaves the child running, and watched.
+
+    Source: fork(2), execve(2).
+
+    .. versionadded:: 0.1.0
+    """
+    return _spawn(mode, os.execv, file, args)
+
+
+def spawnve(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment) -> int:
+    """:func:`spawnv` with the environment *env*, a mapping. Like :func:`os.spawnve`.
+
+    .. versionadded:: 0.1.0
+    """
+    return _spawn(mode, os.execve, file, args, env)
+
+
+def spawnvp(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
+    """:func:`spawnv`, with *file* looked for along $PATH. Like :func:`os.spawnvp`.
+
+    .. versionadded:: 0.1.0
+    """
+    return _spawn(mode, os.execvp, file, args)
+
+
+def spawnvpe(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment) -> int:
+    """:func:`spawnv`, with *file* looked for along $PATH and the environment *env*. Like :func:`os.spawnvpe`.
+
+    .. versionadded:: 0.1.0
+    """
+    return _spawn(mode, os.execvpe, file, args, env)
+
+
+def spawnl(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
+    """:func:`spawnv` with the arguments written out. Like :func:`os.spawnl`.
+
+    .. versionadded:: 0.1.0
+    """
+    return spawnv(mode, file, args)
+
+
+def spawnle(mode: int, file: StrOrBytesPath, *args: Any) -> int:
+    """:func:`spawnve` with the arguments written out, the environment last. Like :func:`os.spawnle`.
+
+    .. versionadded:: 0.1.0
+    """
+    return spawnve(mode, file, args[:-1], args[-1])
+
+
+def spawnlp(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
+    """:func:`spawnvp` with the arguments written out. Like :func:`os.spawnlp`.
+
+    .. versionadded:: 0.1.0
+    """
+    return spawnvp(mode, file, args)
+
+
+def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
+    """:func:`spawnvpe` with the arguments written out, the environment last. Like :func:`os.spawnlpe`.
+
+    .. versionadded:: 0.1.0
+    """
+    return spawnvpe(mode, file, args[:-1], args[-1])
+
+
+# ---- shell commands ----------------------------------------------------------------------------------------------------------
+
+_SHELL = "/bin/sh"
+
+
+def system(command: StrOrBytesPath) -> int:
+    """Run a shell command, letting other greenlets run until it has ended.
+
+    Like :func:`os.system`. SIGINT and SIGQUIT are not ignored meanwhile: that would make the other greenlets, and what they start,
+    deaf to them too.
+
+    Args:
+        command: str, bytes or path-like, for ``/bin/sh -c``.
+
+    Returns:
+        int: the raw wait status, as of :func:`waitpid`; -1 if the shell could not be started.
+
+    Raises:
+        TypeError, ValueError: *command* is of another type, or has a null in it.
+
+    Switches greenlets. Killed or timed out, it leaves the command running, and watched.
+
+    Source: system(3).
+
+    .. versionadded:: 0.1.0
+    """
+    argument = os.fsencode(command)
+    sys.audit("os.system", argument)
+    try:
+        pid = get_original("os", "posix_spawn")(_SHELL, ("sh", "-c", argument), os.environ)
+        _children.watch_new(pid)
+        return waitpid(pid, 0)[1]
+    except OSError:
+        return -1
+
+
+class _PopenFile:
+    """What popen returns: the text file of a pipe, whose close() waits for the command at the other end."""
+
+    def __init__(self, stream: Any, pid: int) -> None:
+        self._stream = stream
+        self._pid = pid
+        self._result: int | None = None
+
+    def close(self) -> int | None:
+        """Close the pipe and wait for the command. None if it succeeded, else its exit code, or minus its signal, times 256."""
+        self._stream.close()
+        if self._pid:
+            pid, self._pid = self._pid, 0
+            self._result = (os.waitstatus_to_exitcode(waitpid(pid, 0)[1]) << 8) or None
+        return self._result
+
+    def __enter__(self) -> _PopenFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _PopenFile:
+    """Start a shell command with a pipe to its standard output or input, as a text file that lets other greenlets run.
+
+    Like :func:`os.popen`.
+
+    Args:
+        cmd: str, for ``/bin/sh -c``.
+        mode: ``"r"`` to read what it writes, ``"w"`` to write what it reads.
+        buffering: int, as of :func:`open`, but not 0.
+
+    Returns:
+        A text file and context manager, in the locale's encoding. Its ``close()`` waits for the command and returns None if it
+        succeeded, else its exit code, or minus the signal that ended it, times 256.
+
+    Raises:
+        TypeError, ValueError: *cmd* is not str; *mode* or *buffering* is another.
+        OSError: EMFILE or ENFILE; EAGAIN or ENOMEM as fork(2).
+
+    Reading, writing and closing switch greenlets where they have to wait. The child is watched.
+
+    Source: popen(3).
+
+    .. versionadded:: 0.1.0
+    """
+    if not isinstance(cmd, str):
+        raise TypeError(f"invalid cmd type ({type(cmd)}, expected string)")
+    if mode not in ("r", "w"):
+        raise ValueError(f"invalid mode {mode!r}")
+    if buffering == 0 or buffering is None:
+        raise ValueError("popen() does not support unbuffered streams")
+    reader, writer = os.pipe()
+    ours, theirs = (reader, writer) if mode == "r" else (writer, reader)
+    try:
+        try:
+            # The stdlib's, whether or not subprocess is patched: it closes what the command must not inherit.
+            process = get_original("subprocess", "Popen")(cmd, shell=True, **{"stdout" if mode == "r" else "stdin": theirs})
+        finally:
+            os.close(theirs)
+        _children.watch_new(process.pid)
+        process.returncode = 0  # it is ours to wait for
+        return _PopenFile(FileObjectPosix(ours, mode, buffering), process.pid)
+    except BaseException:
+        os.close(ours)
+        raise
