@@ -11,11 +11,16 @@ from .support import run_script
 
 # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
 GEVENTS_OWN = [name for name in ("close", "posix_spawn", "posix_spawnp") if name in gevent.os.__implements__]
-REPLACED_IN_OS = ["fork", "forkpty", "waitpid", *GEVENTS_OWN]
+OURS_ALONE = [
+    *("wait", "wait3", "wait4", "waitid", "system", "popen"),
+    *("spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"),
+]
+REPLACED_IN_OS = ["fork", "forkpty", "waitpid", *GEVENTS_OWN, *OURS_ALONE]
 REPLACED_IN_GEVENT_OS = [
     *("close", "fork", "forkpty", "posix_spawn", "posix_spawnp", "waitpid"),
     *["fork_and_watch", "fork_gevent", "forkpty_and_watch", "forkpty_gevent"],
     *["make_nonblocking", "nb_read", "nb_write", "tp_read", "tp_write"],
+    *OURS_ALONE,
 ]
 
 #: gevent.monkey first, as programs do. Whatever is imported after it sees the patched modules.

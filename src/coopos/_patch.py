@@ -23,8 +23,11 @@ class _Replacement(NamedTuple):
     name: str
     gevents: Any
     ours: Any
-    is_gevents: bool = True  # or gevent has no such function, and the name holds the plain one
+    is_plain: bool = False  # gevent leaves the name alone, so that it doesn't tell whether os is patched
 
+
+# What gevent.monkey replaces in os, in its newest version.
+_GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp")
 
 # What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
 _replacements: list[_Replacement] = []
@@ -104,14 +107,17 @@ def _find_replacements() -> list[_Replacement]:
 
     found = []
     for name in coopos.__implements__ + coopos.__extensions__:
-        if hasattr(gevent.os, name):
-            gevents, ours = getattr(gevent.os, name), getattr(coopos, name)
+        ours = getattr(coopos, name)
+        gevents = getattr(gevent.os, name, None)
+        if gevents is not None:
             found.append(_Replacement(gevent.os, name, gevents, ours))
-            # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
-            if hasattr(os, name) and gevents is not get_original("os", name):
+        if hasattr(os, name):
+            plain = get_original("os", name)
+            if name not in _GEVENTS:
+                found.append(_Replacement(os, name, plain, ours, is_plain=True))
+            elif gevents is not plain:
+                # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
                 found.append(_Replacement(os, name, gevents, ours))
-        elif hasattr(os, name):
-            found.append(_Replacement(os, name, get_original("os", name), getattr(coopos, name), is_gevents=False))
     if hasattr(os, "fork"):
         popen = gevent_subprocess.Popen
         found += [
@@ -141,8 +147,8 @@ def patch() -> None:
 
     if not _replacements:
         _replacements.extend(_find_replacements())
-    for owner, name, gevents, ours, is_gevents in _replacements:
-        if getattr(owner, name, None) is gevents and (is_gevents or is_module_patched("os")):
+    for owner, name, gevents, ours, is_plain in _replacements:
+        if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
             setattr(owner, name, ours)
     if hasattr(os, "fork"):
         popen: Any = gevent_subprocess.Popen

@@ -10,7 +10,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from gevent.fileobject import FileObjectPosix
 from gevent.monkey import get_original
 
 from coopos import _children
@@ -109,7 +108,23 @@ def spawnv(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
 
 
 def spawnve(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment) -> int:
-    """:func:`spawnv` with the environment *env*, a mapping. Like :func:`os.spawnve`.
+    """Run a program in a new process: :func:`spawnv` with the environment *env*.
+
+    Like :func:`os.spawnve`.
+
+    Args:
+        mode, file, args: as for :func:`spawnv`.
+        env: mapping of str to str, or of bytes to bytes: the whole environment.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -117,7 +132,22 @@ def spawnve(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment) 
 
 
 def spawnvp(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
-    """:func:`spawnv`, with *file* looked for along $PATH. Like :func:`os.spawnvp`.
+    """Run a program in a new process: :func:`spawnv` with *file* looked for along $PATH.
+
+    Like :func:`os.spawnvp`.
+
+    Args:
+        mode, file, args: as for :func:`spawnv`; a *file* with a slash in it is a path.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -125,7 +155,22 @@ def spawnvp(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
 
 
 def spawnvpe(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment) -> int:
-    """:func:`spawnv`, with *file* looked for along $PATH and the environment *env*. Like :func:`os.spawnvpe`.
+    """Run a program in a new process: :func:`spawnv` with *file* looked for along $PATH and the environment *env*.
+
+    Like :func:`os.spawnvpe`.
+
+    Args:
+        mode, file, args, env: as for :func:`spawnvp` and :func:`spawnve`.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -133,7 +178,23 @@ def spawnvpe(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment)
 
 
 def spawnl(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
-    """:func:`spawnv` with the arguments written out. Like :func:`os.spawnl`.
+    """Run a program in a new process: :func:`spawnv` with the arguments written out.
+
+    Like :func:`os.spawnl`.
+
+    Args:
+        mode, file: as for :func:`spawnv`.
+        args: the program's name for itself, and its arguments.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -141,7 +202,23 @@ def spawnl(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
 
 
 def spawnle(mode: int, file: StrOrBytesPath, *args: Any) -> int:
-    """:func:`spawnve` with the arguments written out, the environment last. Like :func:`os.spawnle`.
+    """Run a program in a new process: :func:`spawnv` with the arguments written out, the environment last.
+
+    Like :func:`os.spawnle`.
+
+    Args:
+        mode, file: as for :func:`spawnv`.
+        args: the program's name for itself, its arguments, and the environment, a mapping.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -149,7 +226,23 @@ def spawnle(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 
 
 def spawnlp(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
-    """:func:`spawnvp` with the arguments written out. Like :func:`os.spawnlp`.
+    """Run a program in a new process: :func:`spawnv` with *file* looked for along $PATH and the arguments written out.
+
+    Like :func:`os.spawnlp`.
+
+    Args:
+        mode, file: as for :func:`spawnvp`.
+        args: the program's name for itself, and its arguments.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -157,7 +250,23 @@ def spawnlp(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
 
 
 def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
-    """:func:`spawnvpe` with the arguments written out, the environment last. Like :func:`os.spawnlpe`.
+    """Run a program in a new process: :func:`spawnvpe` with the arguments written out, the environment last.
+
+    Like :func:`os.spawnlpe`.
+
+    Args:
+        mode, file: as for :func:`spawnvp`.
+        args: the program's name for itself, its arguments, and the environment, a mapping.
+
+    Returns:
+        int: as :func:`spawnv`.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`spawnv`.
+
+    Switches greenlets under P_WAIT, as :func:`spawnv`.
+
+    Source: fork(2), execve(2).
 
     .. versionadded:: 0.1.0
     """
@@ -166,7 +275,11 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 
 # ---- shell commands ----------------------------------------------------------------------------------------------------------
 
-_SHELL = "/bin/sh"
+
+def _start_shell(command: str | bytes, **kwargs: Any) -> int:
+    pid: int = get_original("os", "posix_spawn")("/bin/sh", ("sh", "-c", command), os.environ, **kwargs)
+    _children.watch_new(pid)
+    return pid
 
 
 def system(command: StrOrBytesPath) -> int:
@@ -193,9 +306,7 @@ def system(command: StrOrBytesPath) -> int:
     argument = os.fsencode(command)
     sys.audit("os.system", argument)
     try:
-        pid = get_original("os", "posix_spawn")(_SHELL, ("sh", "-c", argument), os.environ)
-        _children.watch_new(pid)
-        return waitpid(pid, 0)[1]
+        return waitpid(_start_shell(argument), 0)[1]
     except OSError:
         return -1
 
@@ -259,17 +370,17 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         raise ValueError(f"invalid mode {mode!r}")
     if buffering == 0 or buffering is None:
         raise ValueError("popen() does not support unbuffered streams")
+    from gevent.fileobject import FileObjectPosix
+
     reader, writer = os.pipe()
     ours, theirs = (reader, writer) if mode == "r" else (writer, reader)
     try:
         try:
-            # The stdlib's, whether or not subprocess is patched: it closes what the command must not inherit.
-            process = get_original("subprocess", "Popen")(cmd, shell=True, **{"stdout" if mode == "r" else "stdin": theirs})
+            dup = (os.POSIX_SPAWN_DUP2, theirs, 1 if mode == "r" else 0)
+            pid = _start_shell(cmd, file_actions=[dup])
         finally:
             os.close(theirs)
-        _children.watch_new(process.pid)
-        process.returncode = 0  # it is ours to wait for
-        return _PopenFile(FileObjectPosix(ours, mode, buffering), process.pid)
+        return _PopenFile(FileObjectPosix(ours, mode, buffering), pid)
     except BaseException:
         os.close(ours)
         raise
