@@ -1441,9 +1441,9 @@ def run_seccomp(source, **kwargs):
 
 
 @needs_pidfds
-@pytest.mark.parametrize("err", ["ENOSYS", "EPERM", "EMFILE", "ENODEV"])
+@pytest.mark.parametrize("err", ["ENOSYS", "EPERM", "EMFILE", "ENFILE", "ENODEV"])
 def test_pidfd_open_refused(err):
-    """Where the kernel or a sandbox refuses pidfds, a thread waits instead, and nobody is told."""
+    """Where the kernel or a sandbox refuses pidfds, a thread waits instead; the doctor counts that, and nobody else is told."""
     run_seccomp(f"""
 refuse("pidfd_open", errno.{err})
 try:
@@ -1453,6 +1453,12 @@ except OSError as ex:
 else:
     raise AssertionError("not refused")
 FALLBACK
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()) as report:
+    coopos.doctor()
+counted = coopos._children.count_refusals()
+assert list(counted) == [errno.{err}] and counted[errno.{err}] >= 4, counted
+assert f"pidfds refused in this process: {err} {{counted[errno.{err}]}} times" in report.getvalue(), report.getvalue()
 """)
 
 

@@ -17,7 +17,7 @@ from .support import run_script
 
 FUNCTIONS = sorted(name for name in coopos.__implements__ + coopos.__extensions__ if callable(getattr(coopos, name)))
 #: What gevent.os has not.
-OUR_OWN = {"patch", "unpatch"}
+OUR_OWN = {"doctor", "patch", "unpatch"}
 #: Parameters that ours have and gevent's have not, by function: keyword only, so that every call for gevent's is one for ours.
 SUPERSETS: dict[str, set[str]] = {}
 
@@ -218,7 +218,7 @@ PUBLIC = sorted({*FUNCTIONS, *OUR_OWN})
 #: They return None.
 WITHOUT_RESULT = {"close", "patch", "unpatch", "wait_exit"}
 #: They stand for nothing in the system or in gevent, and fail at nothing.
-WITHOUT_SOURCE = {"patch", "unpatch"}
+WITHOUT_SOURCE = {"doctor", "patch", "unpatch"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

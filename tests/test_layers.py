@@ -32,8 +32,8 @@ GEVENT = {
     "_doctor": {"gevent", "gevent.hub"},
     "__main__": {"gevent.monkey"},
 }
-#: It puts the façade's functions in others' modules: it needs their names, once it is called.
-LAZILY_UPWARD = {"_patch": {"__init__"}}
+#: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
+LAZILY_UPWARD = {"_patch": {"__init__"}, "__init__": {"_doctor"}}
 
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py*") if path.suffix in (".py", ".pyx"))
 each_module = pytest.mark.parametrize("module", MODULES)

@@ -91,10 +91,29 @@ if hasattr(_os, "fork"):
 
             __implements__ += ["posix_spawn", "posix_spawnp"]
 
+
+def doctor() -> int:
+    """Say which mechanism serves what in this process, and prove each on a real pipe, file or child.
+
+    What ``python -m coopos doctor`` does, for a program that wants it of itself: it also counts how often the kernel has refused
+    this process a pidfd, so that a thread watched the child.
+
+    Returns:
+        int: 0 if all are well, else 1. The report goes to standard output, a line for each.
+
+    Switches greenlets. Forks, and starts a program.
+
+    .. versionadded:: 0.1.0
+    """
+    from coopos._doctor import main
+
+    return main()
+
+
 #: The names taken from :mod:`os` as they are.
 __imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in __implements__ + __extensions__]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
 del _name
 
-__all__ = [*__implements__, *__extensions__, "patch", "unpatch"]
+__all__ = [*__implements__, *__extensions__, "doctor", "patch", "unpatch"]

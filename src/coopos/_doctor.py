@@ -162,6 +162,15 @@ def check_any_child() -> str:
     return "waitid(2) in a thread that only looks"
 
 
+def check_any_process() -> str:
+    pid = coopos.fork_gevent()
+    if pid == 0:
+        os._exit(7)
+    coopos.wait_exit(pid)
+    _expect(coopos.waitpid(pid, coopos.WNOHANG), (pid, 7 << 8))
+    return "a pidfd; its status is left to its parent"
+
+
 def check_program() -> str:
     pid = coopos.posix_spawn(sys.executable, [sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ))
     _expect(coopos.waitpid(pid, 0), (pid, 7 << 8))
@@ -182,6 +191,8 @@ if hasattr(coopos, "fork"):
         ("any child", check_any_child),
         ("program", check_program),
     ]
+    if hasattr(os, "pidfd_open"):
+        CHECKS.append(("any process", check_any_process))
 
 
 def main() -> int:
@@ -196,5 +207,9 @@ def main() -> int:
         except Exception as ex:
             failed += 1
             print(f"{name:14} FAILED  {type(ex).__name__}: {ex}")
+    if hasattr(coopos, "fork"):
+        refusals = coopos._children.count_refusals().items()
+        counts = ", ".join(f"{errno.errorcode.get(code, code)} {count} times" for code, count in refusals)
+        print(f"pidfds refused in this process: {counts or 'none'}")
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} are well")
     return 1 if failed else 0
