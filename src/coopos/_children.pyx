@@ -50,7 +50,8 @@ cdef struct Asker:
     idtype_t idtype
     id_t id
     int options
-    int *bell              # to be rung; NULL if there was no descriptor for one: then *question* is told
+    bint has_bell          # to be rung; or there was no descriptor for one, and *question* is told
+    int bell[2]
     PyObject *question     # owned by whoever joins the thread
     pthread_t thread
 
@@ -64,7 +65,7 @@ cdef void *ask_kernel(void *arg) noexcept nogil:
     cdef int before
     while waitid(asker.idtype, asker.id, &info, asker.options) < 0 and errno == EINTR:
         pass
-    if asker.bell != NULL:
+    if asker.has_bell:
         coopos_bell_ring(asker.bell)
         return NULL
     # Only waitid is to be cancelled, never the interpreter.
@@ -104,7 +105,8 @@ cdef class Question:
         self.has_bell = coopos_bell_new(self.bell) == 0
         asker.idtype, asker.id, asker.options = self.key
         asker.options |= WNOWAIT
-        asker.bell = self.bell if self.has_bell else NULL
+        asker.has_bell = self.has_bell
+        asker.bell[0], asker.bell[1] = self.bell[0], self.bell[1]
         asker.question = <PyObject *>self
         err = coopos_thread_start(&asker.thread, ask_kernel, asker)
         if err:
@@ -138,7 +140,7 @@ cdef class Question:
         self.close_to_others()
         callback(*args)
 
-    cdef int close_to_others(self) except -1:
+    cdef int close_to_others(self) noexcept:
         """Who asks from now on asks anew."""
         if self.table.get(self.key) is self:
             del self.table[self.key]
@@ -146,10 +148,10 @@ cdef class Question:
 
     cdef int ring(self) noexcept:
         """Wake all who asked, from any thread."""
+        self.close_to_others()
         if self.has_bell:
             coopos_bell_ring(self.bell)
             return 0
-        self.close_to_others()
         for _, watcher in list(self.listeners):
             try:
                 watcher.send()
@@ -878,16 +880,18 @@ def check_loop(loop):
 
 cdef Child record(int pid, callback, loop, bint ref, Child child):
     """Watch *child*, or *pid* as a child that there is no record of."""
+    cdef bint is_new = child is None
     if loop is None:
         loop = get_hub().loop
-    if child is None:
+    if is_new:
         child = Child(pid)
+        children[pid] = child
     child.is_watched = True
-    children[pid] = child
     try:
         child.add_callback(callback, loop, ref)
     except:
-        child.drop()
+        if is_new:
+            child.drop()
         raise
     return child
 

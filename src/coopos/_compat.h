@@ -246,10 +246,17 @@ static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
 static inline ino_t coopos_pidfd_inode(int pidfd)
 {
 #if defined(__linux__)
+    static dev_t pidfs;        /* once it is known */
     struct stat st;
     struct statfs fs;
-    if (fstat(pidfd, &st) == 0 && fstatfs(pidfd, &fs) == 0 && fs.f_type == 0x50494446 /* pidfs */)
+    if (fstat(pidfd, &st) < 0)
+        return 0;
+    if (st.st_dev == pidfs)
         return st.st_ino;
+    if (fstatfs(pidfd, &fs) == 0 && fs.f_type == 0x50494446) {
+        pidfs = st.st_dev;
+        return st.st_ino;
+    }
 #else
     (void)pidfd;
 #endif
