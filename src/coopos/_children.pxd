@@ -23,7 +23,7 @@ cdef class Child:
 
     cdef int wait(self) except -1
     cdef int forget(self, watch) except -1
-    cdef int collect(self) except -1
+    cdef int collect(self, bint claims) except -1
     cdef int collected(self, const Report *report) except -1
     cdef int tell_others(self) except -1
     cdef int lose(self) except -1

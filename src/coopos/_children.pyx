@@ -533,7 +533,7 @@ cdef class Watch:
             return 0
         # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
         if self.child.is_watched or self.waiters:
-            self.child.collect()
+            self.child.collect(self.waiters and not self.callbacks)
         if self.child.state != ALIVE:
             self.shut()
             self.tell_all()
@@ -727,8 +727,8 @@ cdef class Child:
             del children[self.pid]
         return 0
 
-    cdef int collect(self) except -1:
-        """Ask the kernel for the status, without waiting."""
+    cdef int collect(self, bint claims) except -1:
+        """Ask the kernel for the status, without waiting. Whether somebody *claims* it before anybody else can ask."""
         cdef int pidfd = -1
         cdef int rc
         cdef Watch watch
@@ -738,7 +738,8 @@ cdef class Child:
             if watch.pidfd >= 0 and watch.born == generation:
                 pidfd = watch.pidfd
         # A zombie still has its group, a collected child hasn't: ask before.
-        self.group = getpgid(self.pid)
+        if not claims:
+            self.group = getpgid(self.pid)
         rc = -1
         if pidfd >= 0:
             # By pidfd, since the pid may be another process by now.
@@ -754,7 +755,8 @@ cdef class Child:
         elif self.report.pid > 0:
             self.state = ENDED
             if self.is_watched:
-                self.inode = coopos_pidfd_inode(pidfd)
+                if not claims:
+                    self.inode = coopos_pidfd_inode(pidfd)
                 if children.get(self.pid) is self:
                     ended[self.pid] = self
             self.tell_others()

@@ -48,7 +48,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
         if child is not None and options & WEXITED:
             # To collect a child that nobody watches is to take it from who waits for it.
             if child.is_watched or not options & WNOWAIT:
-                child.collect()
+                child.collect(not options & WNOWAIT)
             if child.state == ENDED:
                 return take(child, options, report)
             if child.state == CLAIMED:
