@@ -25,7 +25,7 @@ GEVENT = {
     "_core": {"gevent.hub", "gevent.exceptions", "greenlet"},
     "_children": {"gevent.hub", "greenlet"},
     "_fork": {"gevent.hub", "gevent.os", "gevent._config"},
-    "_programs": {"gevent.fileobject", "gevent.monkey"},
+    "_programs": {"gevent.fileobject", "gevent.lock", "gevent.monkey"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},

@@ -21,7 +21,8 @@ cdef class Child:
     cdef object home               # the Watch in the loop where it was watched first
     cdef list watches              # a Watch in each loop that waits for it
 
-    cdef int wait(self) except -1
+    cdef bint wait(self) except -1
+    cdef ino_t pidfd_inode(self) except? 0
     cdef int forget(self, watch) except -1
     cdef int collect(self, bint claims) except -1
     cdef int collected(self, const Report *report) except -1

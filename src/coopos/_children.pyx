@@ -701,8 +701,8 @@ cdef class Child:
         state = ("alive", "ended", "waited for", "lost")[self.state]
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
-    cdef int wait(self) except -1:
-        """Park in this thread's hub until the child may have ended. ESRCH if there is no such process any more."""
+    cdef bint wait(self) except -1:
+        """Park in this thread's hub until the child may have ended. False, at once, if there is no such process any more."""
         cdef Watch watch
         cdef Watch found = None
         loop = get_hub().loop
@@ -713,11 +713,23 @@ cdef class Child:
             found = Watch(self, loop)
             try:
                 found.start()
-            except:
+            except BaseException as ex:
                 self.forget(found)
+                if isinstance(ex, ProcessLookupError):
+                    return False
                 raise
             self.watches.append(found)
-        return found.wait()
+        found.wait()
+        return True
+
+    cdef ino_t pidfd_inode(self) except? 0:
+        """What its pidfds have in common with nobody else's, as far as that is known; 0."""
+        cdef Watch watch
+        if not self.inode:
+            for watch in self.watches:
+                if watch.pidfd >= 0 and watch.born == generation:
+                    self.inode = coopos_pidfd_inode(watch.pidfd)
+        return self.inode
 
     cdef int forget(self, watch) except -1:
         """A watch that nobody needs any more, and with the last one the record, unless somebody may still ask for the status."""

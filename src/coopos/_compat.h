@@ -61,6 +61,17 @@ enum { HAVE_PIDFD = 0 };
 /* waitid(2)'s: the same, WUNTRACED being WSTOPPED there, and two more. */
 #define COOPOS_WAITID_OPTIONS ((COOPOS_WAIT_OPTIONS & ~WUNTRACED) | WSTOPPED | WEXITED | WNOWAIT)
 
+/* Whether such options ask for no ordinary child at all, but for those that Linux's clone(2) made without SIGCHLD. */
+static inline int coopos_wants_clones(int options)
+{
+#if defined(__linux__)
+    return ((unsigned)options & 0xc0000000u) == 0x80000000u;   /* __WCLONE without __WALL */
+#else
+    (void)options;
+    return 0;
+#endif
+}
+
 /* waitid(2)'s idtype of a pidfd; where there are none, one that waitid refuses. */
 #if defined(__linux__)
 #  define COOPOS_P_PIDFD ((idtype_t)3)
@@ -206,6 +217,22 @@ struct coopos_pidfd_info {
     uint32_t ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
     int32_t exit_code;     /* wait(2)'s raw status */
 };
+
+/* The pid of a pidfd's process, or -1 where the kernel doesn't tell. */
+static inline pid_t coopos_pidfd_pid(int pidfd)
+{
+#if defined(__linux__)
+    struct coopos_pidfd_info info;
+    memset(&info, 0, sizeof info);
+    info.mask = 1u << 0;   /* PIDFD_INFO_PID */
+    if (ioctl(pidfd, _IOWR(0xFF, 11, struct coopos_pidfd_info), &info) == 0)
+        return (pid_t)info.pid;
+    return -1;
+#else
+    (void)pidfd;
+    return (pid_t)coopos_unsupported();
+#endif
+}
 
 /* The status of a process that somebody else has reaped: 0, or -1 where the kernel does not tell. It tells no usage, and no user;
  * those are left as they are.

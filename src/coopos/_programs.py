@@ -6,6 +6,9 @@ and of gevent the file object by which popen reads and writes.
 
 from __future__ import annotations
 
+import errno
+import functools
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
@@ -276,9 +279,21 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 # ---- shell commands ----------------------------------------------------------------------------------------------------------
 
 
-def _start_shell(command: str | bytes, **kwargs: Any) -> int:
-    pid: int = get_original("os", "posix_spawn")("/bin/sh", ("sh", "-c", command), os.environ, **kwargs)
-    _children.watch_new(pid)
+@functools.cache
+def _plain_subprocess() -> Any:
+    """A :mod:`subprocess` of our own, which starts programs as the stdlib does even where gevent has patched the world's."""
+    spec: Any = importlib.util.find_spec("subprocess")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _start_shell(name: str, command: str | bytes, **kwargs: Any) -> int:
+    """Start a shell, called *name*, and watch it; its pid."""
+    process = _plain_subprocess().Popen((name, "-c", command), executable="/bin/sh", **kwargs)
+    _children.watch_new(process.pid)
+    process.returncode = 0  # it is ours to wait for
+    pid: int = process.pid
     return pid
 
 
@@ -292,7 +307,7 @@ def system(command: StrOrBytesPath) -> int:
         command: str, bytes or path-like, for ``/bin/sh -c``.
 
     Returns:
-        int: the raw wait status, as of :func:`waitpid`; -1 if the shell could not be started.
+        int: the raw wait status, as of :func:`waitpid`; that of exit code 127 if there is no shell, -1 if nothing could be started.
 
     Raises:
         TypeError, ValueError: *command* is of another type, or has a null in it.
@@ -306,8 +321,12 @@ def system(command: StrOrBytesPath) -> int:
     argument = os.fsencode(command)
     sys.audit("os.system", argument)
     try:
-        return waitpid(_start_shell(argument), 0)[1]
-    except OSError:
+        pid = _start_shell("sh", argument, close_fds=False, restore_signals=False)
+    except OSError as ex:
+        return -1 if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE) else 127 << 8
+    try:
+        return waitpid(pid, 0)[1]
+    except ChildProcessError:
         return -1
 
 
@@ -315,17 +334,20 @@ class _PopenFile:
     """What popen returns: the text file of a pipe, whose close() waits for the command at the other end."""
 
     def __init__(self, stream: Any, pid: int) -> None:
+        from gevent.lock import RLock
+
         self._stream = stream
         self._pid = pid
-        self._result: int | None = None
+        self._lock = RLock()
+        self._status: int | None = None
 
     def close(self) -> int | None:
         """Close the pipe and wait for the command. None if it succeeded, else its exit code, or minus its signal, times 256."""
         self._stream.close()
-        if self._pid:
-            pid, self._pid = self._pid, 0
-            self._result = (os.waitstatus_to_exitcode(waitpid(pid, 0)[1]) << 8) or None
-        return self._result
+        with self._lock:
+            if self._status is None:
+                self._status = waitpid(self._pid, 0)[1]
+        return os.waitstatus_to_exitcode(self._status) << 8 or None
 
     def __enter__(self) -> _PopenFile:
         return self
@@ -355,10 +377,11 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         succeeded, else its exit code, or minus the signal that ended it, times 256.
 
     Raises:
-        TypeError, ValueError: *cmd* is not str; *mode* or *buffering* is another.
+        TypeError, ValueError, OverflowError: *cmd* is not str; *mode* or *buffering* is of another kind.
         OSError: EMFILE or ENFILE; EAGAIN or ENOMEM as fork(2).
 
-    Reading, writing and closing switch greenlets where they have to wait. The child is watched.
+    Reading, writing and closing switch greenlets where they have to wait. The child is watched. A close() that was killed or timed
+    out may be called again.
 
     Source: popen(3).
 
@@ -370,17 +393,19 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         raise ValueError(f"invalid mode {mode!r}")
     if buffering == 0 or buffering is None:
         raise ValueError("popen() does not support unbuffered streams")
+    if not isinstance(buffering, int):
+        raise TypeError("bufsize must be an integer")
+    if buffering > sys.maxsize:
+        raise OverflowError("Python int too large to convert to C ssize_t")
     from gevent.fileobject import FileObjectPosix
 
     reader, writer = os.pipe()
     ours, theirs = (reader, writer) if mode == "r" else (writer, reader)
     try:
-        try:
-            dup = (os.POSIX_SPAWN_DUP2, theirs, 1 if mode == "r" else 0)
-            pid = _start_shell(cmd, file_actions=[dup])
-        finally:
-            os.close(theirs)
-        return _PopenFile(FileObjectPosix(ours, mode, buffering), pid)
+        pid = _start_shell("/bin/sh", cmd, **{"stdout" if mode == "r" else "stdin": theirs})
     except BaseException:
         os.close(ours)
         raise
+    finally:
+        os.close(theirs)
+    return _PopenFile(FileObjectPosix(ours, mode, buffering), pid)

@@ -16,8 +16,8 @@ from coopos._children cimport (
 from coopos._core cimport READ, as_int, os_error, park_until_ready
 from coopos._posix cimport (
     COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report, WCONTINUED, WEXITED,
-    WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_si_status, coopos_wait,
-    idtype_t, ino_t, timeval)
+    WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_pid,
+    coopos_si_status, coopos_wait, coopos_wants_clones, idtype_t, ino_t, timeval)
 
 import os
 import signal
@@ -39,13 +39,14 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
     cdef Child child = <Child>children.get(pid)
     # Whether only the kernel can answer: of stops and continues, of a look that takes nothing, of Linux's __WALL and its like.
     cdef bint is_special = (options & ~WNOHANG) != WEXITED
+    cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
     if child is not None and child.state == ENDED and is_used_again(pid):
         child.drop()
         child = None
     while True:
         if child is None:
             child = <Child>children.get(pid)
-        if child is not None and options & WEXITED:
+        if child is not None and asks_records:
             # To collect a child that nobody watches is to take it from who waits for it.
             if child.is_watched or not options & WNOWAIT:
                 child.collect(not options & WNOWAIT)
@@ -70,12 +71,8 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
         if child is None:
             child = Child(pid)
             children[pid] = child
-        try:
-            child.wait()
-        except ProcessLookupError:
-            # Collected by another thread this moment: the kernel says so next time round.
-            if not child.is_watched:
-                child = None
+        if not child.wait() and not child.is_watched:
+            child = None       # collected by another thread this moment: the kernel says so next time round
 
 
 cdef Child find_ended(idtype_t idtype, id_t id):
@@ -90,8 +87,9 @@ cdef Child find_ended(idtype_t idtype, id_t id):
 cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *report) except -1:
     """waitid(2) with P_ALL or P_PGID. Under WNOHANG report.pid is 0 when there is nothing to report."""
     cdef Child child
+    cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
     while True:
-        while ended and options & WEXITED:
+        while ended and asks_records:
             child = find_ended(idtype, id)
             if child is None:
                 break
@@ -130,13 +128,16 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
     err = errno
     if err == ECHILD and options & WEXITED:
         inode = coopos_pidfd_inode(fd)
-        for child in ended.values():
-            if inode and child.inode == inode:
-                return take(child, options, report)
+        for child in list(children.values()) if inode else ():
+            if child.pidfd_inode() == inode:
+                return wait_one(call, child.pid, options, report)
     raise os_error(err, call, fd)
 
 
 cdef int pid_of(int pidfd) except -1:
+    cdef int pid = coopos_pidfd_pid(pidfd)
+    if pid > 0:
+        return pid
     with open(f"/proc/self/fdinfo/{pidfd}") as file:
         for line in file:
             if line.startswith("Pid:"):
