@@ -2,8 +2,8 @@
 
 Run them from the root of the repository, with coopos installed::
 
-    python -m benchmarks                      # everything, some eight minutes
-    python -m benchmarks --quick              # a rough look, half a minute
+    python -m benchmarks                      # everything, some fifteen minutes
+    python -m benchmarks --quick              # a rough look, two minutes
     python -m benchmarks ready pingpong       # these two
     python -m benchmarks --json figures.json  # every sample, written out
     python -m benchmarks --list               # what there is

@@ -85,11 +85,11 @@ def summarize_growth(growth: Growth, results: list[CaseResult]) -> dict[str, Any
         return summary
     first, last = by_case[growth.first].samples, by_case[growth.last].samples
     for name in first:
-        if first[name] and last.get(name):
-            before, after = (
-                statistics.median(sample[growth.metric] for sample in samples) for samples in (first[name], last[name])
-            )
-            summary["implementations"][name] = after / before
+        before, after = (
+            [sample[growth.metric] for sample in samples.get(name, []) if growth.metric in sample] for samples in (first, last)
+        )
+        if before and after:
+            summary["implementations"][name] = statistics.median(after) / statistics.median(before)
     if OURS in summary["implementations"]:
         summary["met"] = summary["implementations"][OURS] <= growth.at_most
     return summary

@@ -1,107 +1,50 @@
-"""Many children alive at once: children, fork_live.
+"""Many children alive at once, all let go together: children, children_any.
 
-A child blocks in a plain read of one pipe, the gate, and ends at its end-of-file. It
-uses plain os calls alone and closes only its own copy of the gate's write end, so
-that the parent's is the last: closing that lets all go at once, and they also go if
-the parent dies. Nothing but the forks themselves is timed before all children have
-reached the gate: thousands that are still starting would keep every CPU busy.
+Nothing but the forks themselves is timed before all children have reached the gate
+(see `_forked`): thousands that are still starting would keep every CPU busy.
 
-Each row has its own interpreter. All have gevent imported and a hub, so that what
-fork has to copy is of one size.
-
-`children` counts the CPU time of the parent (user + system), not the wall time: the
-children's own ends would drown it.
+Both count the CPU time of the parent (user + system, all its threads), not the wall
+time: the children's own ends would drown it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import resource
 import select
-import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from time import perf_counter, process_time
-from typing import Any
+from time import process_time
+from typing import TYPE_CHECKING, Any
 
-from benchmarks._model import (
-    GEVENT,
-    OS,
-    OURS,
-    Benchmark,
-    Growth,
-    Sample,
-    Sampler,
-    Target,
-    Unavailable,
-    register,
+from benchmarks._forked import (
+    ASYNCIO,
+    PIDFD,
+    Fork,
+    Gate,
+    asyncio_watcher,
+    closing_gate,
+    fork_without,
+    load_alike,
+    need_children,
+    need_pidfds,
+    run_asyncio,
 )
-from benchmarks._system import need_fds
+from benchmarks._model import GEVENT, OS, OURS, Benchmark, Growth, Sample, Sampler, Target, register
+from benchmarks._system import SPARE_FDS
 
-PIDFD = "pidfd + epoll"
+if TYPE_CHECKING:
+    from asyncio import Future
+
+    Ended = Future[tuple[int, int]]
+
 LEAST_CHILDREN = 400  # fewer are forked and waited for several times over
-FORKS = 200
+COUNTS = (10, 100, 1000, 4000)
+QUICK_COUNTS = (10, 100, 1000)
 
-Fork = Callable[[], int]
-
-
-class Gate:
-    """The pipe that holds children back, and the children that it holds."""
-
-    def __init__(self) -> None:
-        self.receiver, self.sender = os.pipe()
-        self.arrivals, self.arrival_sender = os.pipe()
-        self.pids: list[int] = []
-
-    def fork(self, fork: Fork) -> int:
-        pid = fork()
-        if pid == 0:
-            try:
-                os.close(self.sender)
-                os.write(self.arrival_sender, b"x")
-                os.read(self.receiver, 1)
-            finally:
-                os._exit(0)
-        self.pids.append(pid)
-        return pid
-
-    def wait_until_held(self) -> None:
-        """Return once every child is at the gate, so that none competes for a CPU."""
-        awaited = len(self.pids)
-        while awaited:
-            awaited -= len(os.read(self.arrivals, awaited))
-
-    def open(self) -> None:
-        os.close(self.sender)
-        self.sender = -1
-
-    def close(self) -> None:
-        """Let everyone go and collect who is left; no loop runs meanwhile."""
-        if self.sender != -1:
-            self.open()
-        for fd in (self.receiver, self.arrivals, self.arrival_sender):
-            os.close(fd)
-        with suppress(ChildProcessError):
-            while True:
-                os.waitpid(-1, 0)
-
-
-@contextmanager
-def closing_gate() -> Iterator[Gate]:
-    gate = Gate()
-    try:
-        yield gate
-    finally:
-        gate.close()
-
-
-def need_children(count: int) -> None:
-    need_fds(count)
-    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    if hard != resource.RLIM_INFINITY and hard < count:
-        raise Unavailable(f"needs {count} processes, the hard limit is {hard}")
+# WATCHED by the library that forks, or forked behind its back.
+WATCHED, PLAIN = "watched", "plain"
 
 
 class Phases:
@@ -120,6 +63,18 @@ class Phases:
         self.start()
 
 
+Way = Callable[[Gate, int, Phases], None]
+
+
+def check(waited: list[tuple[int, int]], gate: Gate) -> None:
+    """Each child exactly once, in whatever order."""
+    if sorted(waited) != sorted((pid, 0) for pid in gate.pids):
+        raise RuntimeError("a child was waited for wrongly")
+
+
+# ---- each child by its own waiter
+
+
 def wait_with_greenlets(library: Any, gate: Gate, count: int, phases: Phases) -> None:
     """fork_and_watch each child, then park one greenlet in waitpid for each."""
     import gevent
@@ -133,30 +88,53 @@ def wait_with_greenlets(library: Any, gate: Gate, count: int, phases: Phases) ->
     gevent.sleep(0)  # all of them are parked now: they were spawned before this
     phases.end("park")
     gate.open()
-    gevent.joinall(waiters, raise_error=True)
+    waited = [waiter.get() for waiter in waiters]  # one after the other: joinall is dear
     phases.end("wait")
-    if [waiter.value for waiter in waiters] != [(pid, 0) for pid in gate.pids]:
-        raise RuntimeError("a child was waited for wrongly")
+    check(waited, gate)
+
+
+def wait_with_asyncio(gate: Gate, count: int, phases: Phases) -> None:
+    """Tell asyncio's child watcher of each child, then park one task on a future for each."""
+    import asyncio
+
+    def tell(pid: int, returncode: int, ended: Ended) -> None:
+        ended.set_result((pid, returncode))
+
+    async def wait(ended: Ended) -> tuple[int, int]:
+        return await ended
+
+    async def all_phases() -> list[tuple[int, int]]:
+        loop = asyncio.get_running_loop()
+        watcher = asyncio_watcher(loop)
+        ends: list[Ended] = []
+        # The loop's own descriptors and the pidfds: no others were opened since the gate.
+        inherited = range(gate.arrival_sender + 1, gate.arrival_sender + SPARE_FDS + count)
+        for _ in range(count):
+            pid = gate.fork(partial(fork_without, inherited))
+            ends.append(loop.create_future())
+            watcher.add_child_handler(pid, tell, ends[-1])
+        phases.end("fork")
+        gate.wait_until_held()
+        phases.start()
+        waiters = [loop.create_task(wait(ended)) for ended in ends]
+        await asyncio.sleep(0)  # all of them are parked now
+        phases.end("park")
+        gate.open()
+        waited = [await waiter for waiter in waiters]
+        phases.end("wait")
+        return waited
+
+    check(run_asyncio(all_phases()), gate)
 
 
 def wait_with_pidfds(gate: Gate, count: int, phases: Phases) -> None:
-    """The least an event loop can do: a pidfd each, one epoll for all.
-
-    A child closes what it inherited of them in one call. Children that hold pidfds of
-    their siblings make the parent's waitpid several times dearer.
-    """
+    """The least an event loop can do: a pidfd each, one epoll for all."""
+    waited = []
     epoll = select.epoll()
     first = epoll.fileno()
     pid_of: dict[int, int] = {}
-
-    def fork() -> int:
-        pid = os.fork()
-        if pid == 0:
-            os.closerange(first, max(pid_of, default=first) + 1)
-        return pid
-
     for _ in range(count):
-        pid = gate.fork(fork)
+        pid = gate.fork(lambda: fork_without(range(first, max(pid_of, default=first) + 1)))
         pidfd = os.pidfd_open(pid)
         pid_of[pidfd] = pid
         epoll.register(pidfd, select.EPOLLIN)
@@ -166,11 +144,12 @@ def wait_with_pidfds(gate: Gate, count: int, phases: Phases) -> None:
     gate.open()
     while pid_of:
         for pidfd, _ in epoll.poll():
-            os.waitpid(pid_of.pop(pidfd), os.WNOHANG)
+            waited.append(os.waitpid(pid_of.pop(pidfd), os.WNOHANG))
             epoll.unregister(pidfd)
             os.close(pidfd)
     phases.end("wait")
     epoll.close()
+    check(waited, gate)
 
 
 def wait_plainly(gate: Gate, count: int, phases: Phases) -> None:
@@ -180,26 +159,25 @@ def wait_plainly(gate: Gate, count: int, phases: Phases) -> None:
     gate.wait_until_held()
     phases.start()
     gate.open()
-    for pid in gate.pids:
-        os.waitpid(pid, 0)
+    waited = [os.waitpid(pid, 0) for pid in gate.pids]
     phases.end("wait")
+    check(waited, gate)
 
 
-@contextmanager
-def children(implementation: str, count: int, quick: bool) -> Iterator[Sampler]:
-    from gevent import get_hub
-
-    get_hub()
-    need_children(count)
-    way: Callable[[Gate, int, Phases], None]
+def way_of(implementation: str) -> Way:
     if implementation == OS:
-        way = wait_plainly
-    elif implementation == PIDFD:
-        if not hasattr(os, "pidfd_open") or not hasattr(select, "epoll"):
-            raise Unavailable("this platform has no pidfd_open and epoll")
-        way = wait_with_pidfds
-    else:
-        way = partial(wait_with_greenlets, importlib.import_module(implementation))
+        return wait_plainly
+    if implementation == PIDFD:
+        need_pidfds()
+        return wait_with_pidfds
+    if implementation == ASYNCIO:
+        need_pidfds()
+        return wait_with_asyncio
+    return partial(wait_with_greenlets, importlib.import_module(implementation))
+
+
+def run_rounds(way: Way, count: int) -> Sample:
+    """CPU seconds per child, by phase; over several rounds where children are few."""
 
     def one_round() -> dict[str, float]:
         with closing_gate() as gate:
@@ -207,49 +185,70 @@ def children(implementation: str, count: int, quick: bool) -> Iterator[Sampler]:
             way(gate, count, phases)
         return phases.seconds
 
-    def sample() -> Sample:
-        rounds = max(1, LEAST_CHILDREN // count)
-        if rounds > 1:
-            one_round()  # a warm-up, where it is cheap
-        taken = [one_round() for _ in range(rounds)]
-        return {name: sum(t[name] for t in taken) / (rounds * count) for name in taken[0]}
-
-    yield sample
+    rounds = max(1, LEAST_CHILDREN // count)
+    if rounds > 1:
+        one_round()  # a warm-up, where it is cheap
+    taken = [one_round() for _ in range(rounds)]
+    return {name: sum(t[name] for t in taken) / (rounds * count) for name in taken[0]}
 
 
 @contextmanager
-def fork_live(implementation: str, live: int, quick: bool) -> Iterator[Sampler]:
-    """The living were forked by the same function as is measured."""
-    from gevent import get_hub
-
-    get_hub()
-    need_children(live + 1)
-    library: Any = importlib.import_module(implementation)
-    with closing_gate() as gate:
-        for _ in range(live):
-            gate.fork(library.fork)
-        gate.wait_until_held()
-        yield lambda: time_forks(library, FORKS // 5 if quick else FORKS)
+def children(implementation: str, count: int, quick: bool) -> Iterator[Sampler]:
+    load_alike()
+    need_children(count)
+    yield partial(run_rounds, way_of(implementation), count)
 
 
-def time_forks(library: Any, count: int) -> Sample:
-    """Medians over `count` forks one after the other, as the parent sees them."""
-    calls, cpu_calls, wholes = [], [], []
+# ---- all children by one waiter
+
+
+def reap_in_greenlet(library: Any, fork: Fork, gate: Gate, count: int, phases: Phases) -> None:
+    """Fork the children by `fork`, and reap them in a greenlet that is parked before they go."""
+    import gevent
+
     for _ in range(count):
-        cpu_start = process_time()
-        start = perf_counter()
-        pid = library.fork()
-        if pid == 0:
-            os._exit(0)
-        calls.append(perf_counter() - start)
-        cpu_calls.append(process_time() - cpu_start)
-        library.waitpid(pid, 0)
-        wholes.append(perf_counter() - start)
-    return {
-        "fork": statistics.median(calls),
-        "fork_cpu": statistics.median(cpu_calls),
-        "whole": statistics.median(wholes),
-    }
+        gate.fork(fork)
+    gate.wait_until_held()
+    reaper = gevent.spawn(lambda: [library.waitpid(-1, 0) for _ in range(count)])
+    gevent.sleep(0)  # it is parked now
+    phases.start()
+    gate.open()
+    reaper.join()
+    phases.end("wait")
+    check(reaper.get(), gate)
+
+
+def reap_plainly(gate: Gate, count: int, phases: Phases) -> None:
+    for _ in range(count):
+        gate.fork(os.fork)
+    gate.wait_until_held()
+    phases.start()
+    gate.open()
+    waited = [os.waitpid(-1, 0) for _ in range(count)]
+    phases.end("wait")
+    check(waited, gate)
+
+
+@contextmanager
+def children_any(implementation: str, count: int, quick: bool) -> Iterator[Sampler]:
+    """A metric for each way to fork; where there is but one way, both measure the same thing."""
+    load_alike()
+    need_children(count)
+    ways: dict[str, Way]
+    if implementation == OS:
+        ways = dict.fromkeys((WATCHED, PLAIN), reap_plainly)
+    elif implementation == PIDFD:
+        ways = dict.fromkeys((WATCHED, PLAIN), way_of(PIDFD))
+    else:
+        library: Any = importlib.import_module(implementation)
+        ways = {PLAIN: partial(reap_in_greenlet, library, os.fork)}
+        if implementation == OURS:
+            ways[WATCHED] = partial(reap_in_greenlet, library, library.fork_and_watch)
+    yield lambda: {name: run_rounds(way, count)["wait"] for name, way in ways.items()}
+
+
+def describe_any() -> str:
+    return f"{GEVENT}.waitpid(-1, 0) tells twice of most children of {GEVENT}'s own fork: no row there"
 
 
 register(
@@ -257,15 +256,18 @@ register(
         name="children",
         summary="CPU time of the parent per child, each with a greenlet in waitpid",
         case_label="{} children",
-        cases=(10, 100, 1000, 4000),
-        quick_cases=(10, 100, 1000),
+        cases=COUNTS,
+        quick_cases=QUICK_COUNTS,
         metrics={
             "fork": "one child forked and watched",
             "park": "one greenlet started and parked in waitpid",
             "wait": "one child waited for, all having been released at once",
         },
-        implementations={name: partial(children, name) for name in (OURS, GEVENT, PIDFD, OS)},
-        targets=(Target("wait", GEVENT, at_least=8, cases=(4000,)),),
+        implementations={name: partial(children, name) for name in (OURS, GEVENT, ASYNCIO, PIDFD, OS)},
+        targets=(
+            Target("wait", PIDFD, at_most=1.5),
+            Target("wait", GEVENT, at_least=8, cases=(4000,)),
+        ),
         growth=Growth("wait", first=1000, last=4000, at_most=1.3),
         repeat=5,
     )
@@ -273,18 +275,19 @@ register(
 
 register(
     Benchmark(
-        name="fork_live",
-        summary="a fork among many live children, as the parent sees it",
-        case_label="{} live child(ren)",
-        cases=(1, 4000),
-        quick_cases=(1, 1000),
+        name="children_any",
+        summary="CPU time of the parent per child, all reaped by one loop of waitpid(-1, 0)",
+        case_label="{} children",
+        cases=COUNTS,
+        quick_cases=QUICK_COUNTS,
         metrics={
-            "fork": "the call of fork",
-            "fork_cpu": "the call of fork, CPU time",
-            "whole": "fork, _exit in the child, waitpid",
+            WATCHED: "one child of the library's fork, all having been released at once",
+            PLAIN: "one child of os.fork, all having been released at once",
         },
-        implementations={name: partial(fork_live, name) for name in (OURS, GEVENT, OS)},
-        targets=(Target("fork", OS, at_most=1.3, cases=(4000,)),),
+        implementations={name: partial(children_any, name) for name in (OURS, GEVENT, PIDFD, OS)},
+        targets=tuple(Target(metric, PIDFD, at_most=1.5) for metric in (WATCHED, PLAIN)),
+        growth=Growth(WATCHED, first=1000, last=4000, at_most=1.3),
         repeat=5,
+        note=describe_any,
     )
 )

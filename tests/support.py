@@ -141,6 +141,7 @@ class HubThread:
 
     def __enter__(self):
         started = Future()
+        self._has_posted = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
         self._loop = started.result(DEADLINE_S)
@@ -148,6 +149,7 @@ class HubThread:
 
     def __exit__(self, *exc_info):
         self.post(self._told_to_end.set)
+        self._has_posted.set()
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()
 
@@ -159,6 +161,7 @@ class HubThread:
             self._told_to_end = gevent.event.Event()
             started.set_result(hub.loop)
             self._told_to_end.wait()
+            self._has_posted.wait(DEADLINE_S)  # a loop must not be destroyed while it is being posted to
         finally:
             stay.stop()
             stay.close()

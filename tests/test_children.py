@@ -11,23 +11,43 @@ import gc
 import inspect
 import os
 import signal
-import struct
 import subprocess
 import threading
 
 import gevent
 import gevent.signal
-import psutil
 import pytest
 from gevent.hub import get_hub
 
 import coopos
 
+from .children import (
+    HAS_PIDFDS,
+    OWN_GROUP,
+    STATUS,
+    TELLS_REAPED_STATUS,
+    both_spawns,
+    collected_child,
+    dead_child,
+    living_child,
+    needs_pidfds,
+    needs_proc,
+    needs_reaped_status,
+    new_threads,
+    no_child,
+    spawn_in,
+    spawn_sh,
+    start,
+    thread_ids,
+    until,
+    until_dead,
+    until_stopped,
+    waited_child,
+)
 from .support import (
     DEADLINE_S,
     LOOP,
     HubThread,
-    closing,
     error_of,
     open_fds,
     parked,
@@ -36,119 +56,6 @@ from .support import (
     turn_loop,
 )
 
-STATUS = 7 << 8  # of every child here, unless the test says otherwise
-OWN_GROUP = {"setpgroup": 0}
-
-
-def has_pidfds():
-    """Whether coopos may wait by pidfd: the kernel has them, and the environment doesn't forbid it."""
-    if os.environ.get("COOPOS_CHILDREN") == "thread" or not hasattr(os, "pidfd_open"):
-        return False
-    with contextlib.suppress(OSError):
-        os.close(os.pidfd_open(os.getpid()))
-        return True
-    return False
-
-
-def tells_reaped_status():
-    """Whether this kernel tells, by a pidfd, the status of a process that was waited for."""
-    fcntl = pytest.importorskip("fcntl")
-    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], os.environ)
-    pidfd = os.pidfd_open(pid)
-    with closing(pidfd):
-        os.waitpid(pid, 0)
-        info = bytearray(struct.pack("=Q56x", 1 << 3))  # PIDFD_INFO_EXIT
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(pidfd, (3 << 30) | (len(info) << 16) | (0xFF << 8) | 11, info)  # PIDFD_GET_INFO
-            return bool(struct.unpack_from("=Q", info)[0] & 1 << 3)
-    return False
-
-
-HAS_PIDFDS = has_pidfds()
-TELLS_REAPED_STATUS = HAS_PIDFDS and tells_reaped_status()
-needs_pidfds = pytest.mark.skipif(not HAS_PIDFDS, reason="no pidfds here, or COOPOS_CHILDREN=thread")
-needs_reaped_status = pytest.mark.skipif(not TELLS_REAPED_STATUS, reason="the kernel doesn't tell the status of a reaped child")
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
-
-
-# ---- the states a child can be in --------------------------------------------------------------------------------------------
-
-
-def spawn_sh(spawn, script, **kwargs):
-    return spawn("/bin/sh", ["sh", "-c", script], os.environ, **kwargs)
-
-
-@contextlib.contextmanager
-def living_child(spawn=coopos.posix_spawn, script="read line; exit 7", watch=None, **kwargs):
-    """(pid, end): a child, watched if *spawn* is coopos's or by the arguments *watch*; it ends once end() is called."""
-    with closing(*os.pipe()) as (reader, writer):
-        pid = start(spawn, script, watch, file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0)], **kwargs)
-        os.close(reader)
-        try:
-            yield pid, functools.partial(os.close, writer)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-                coopos.waitpid(pid, 0)
-            raise
-
-
-def start(spawn, script, watch=None, **kwargs):
-    if watch is None:
-        return spawn_sh(spawn, script, **kwargs)
-    return coopos.fork_and_watch(**watch, fork=lambda: spawn_sh(os.posix_spawn, script, **kwargs))
-
-
-def spawn_in(thread, spawn=coopos.posix_spawn):
-    """A *spawn* for living_child that starts the child in another thread."""
-    return lambda *args, **kwargs: thread.call(functools.partial(spawn, *args, **kwargs))
-
-
-def until_dead(pid):
-    """Stand still until a child is dead. It stays a zombie, and no greenlet runs."""
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-
-
-def until_stopped(pid):
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-
-
-def until(holds):
-    """Let the hub run until holds()."""
-    while not holds():
-        gevent.sleep(0)
-
-
-def dead_child(spawn=coopos.posix_spawn, watch=None, **kwargs):
-    """The pid of a child that is dead, and of which the hub knows nothing yet."""
-    pid = start(spawn, "exit 7", watch, **kwargs)
-    until_dead(pid)
-    return pid
-
-
-def collected_child():
-    """The pid of a watched child whose end the hub has noticed, and whose status nobody has asked for."""
-    ended = []
-    pid = start(os.posix_spawn, "exit 7", {"callback": ended.append})
-    until(lambda: ended)
-    return pid
-
-
-def waited_child():
-    """The pid of a child that has been waited for."""
-    pid = coopos.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], os.environ)
-    assert coopos.waitpid(pid, 0) == (pid, STATUS)
-    return pid
-
-
-def thread_ids():
-    """Of this process's threads, those included that Python knows nothing of."""
-    return {thread.id for thread in psutil.Process().threads()}
-
-
-def new_threads(before):
-    return len(thread_ids() - before)
-
 
 @pytest.fixture(autouse=True)
 def _no_status_is_left():
@@ -156,10 +63,6 @@ def _no_status_is_left():
     yield
     with contextlib.suppress(ChildProcessError):
         assert coopos.waitpid(-1, os.WNOHANG) == (0, 0)
-
-
-both_spawns = pytest.mark.parametrize("spawn", [coopos.posix_spawn, os.posix_spawn], ids=["watched", "unwatched"])
-no_child = (ChildProcessError, errno.ECHILD)
 
 
 # ---- one child ---------------------------------------------------------------------------------------------------------------
