@@ -1259,6 +1259,95 @@ assert done.returncode == int(done.stdout), done
     )
 
 
+@needs_proc
+@both_spawns
+@pytest.mark.parametrize("kind", ["pid", "any"])
+@pytest.mark.parametrize("option", [0x20000000, 0x40000000], ids=["__WNOTHREAD", "__WALL"])
+def test_waitpid_linux_options_are_waited_for(spawn, kind, option):
+    """One thread asks, and goes on asking: __WNOTHREAD, taken at its word, would leave it no children."""
+    with living_child(spawn) as (pid, end):
+        waiter = parked(coopos.waitpid, question_about(pid, kind), option)
+        before = thread_ids()
+        for _ in range(20):
+            turn_loop()
+        assert thread_ids() == before
+        end()
+        assert result_of(waiter) == (pid, STATUS)
+
+
+@needs_reaped_status
+@pytest.mark.parametrize("question", ["-1", "pid"])
+def test_waitpid_collected_by_the_kernel(question):
+    """Where SIGCHLD is ignored the kernel collects; ECHILD is not said before every watched child's status was told."""
+    run_script(f"""
+        import os, signal, coopos
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        reader, writer = os.pipe()
+        pid = coopos.fork()
+        if pid == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(7)
+        os.close(writer)
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            pass
+        assert coopos.waitpid({question}, 0) == (pid, 7 << 8)
+        try:
+            coopos.waitpid({question}, 0)
+        except ChildProcessError:
+            pass
+        else:
+            raise AssertionError("told twice")
+    """)
+
+
+@needs_libuv
+def test_waitpid_asked_while_another_thread_leaves():
+    """A question that one thread is about to join is not ended by another that was the last to ask it."""
+    run_script("""
+        import os, threading, gevent, coopos
+        from gevent.libuv import loop
+
+        reader, writer = os.pipe()
+        pid = coopos.fork_gevent()
+        if pid == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(7)
+        parked, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+        def run():
+            waiter = gevent.spawn(coopos.waitpid, pid, os.WUNTRACED)
+            gevent.sleep(0)
+            parked.set()
+            leave.wait(30)
+            waiter.kill()
+            left.set()
+            gevent.get_hub().destroy(destroy_loop=True)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert parked.wait(30)
+        io = loop.loop.io
+
+        def io_slowly(self, *args, **kwargs):
+            # As if the other thread got the GIL before the watcher is there.
+            if threading.current_thread() is not thread:
+                leave.set()
+                assert left.wait(30)
+            return io(self, *args, **kwargs)
+
+        loop.loop.io = io_slowly
+        waiter = gevent.spawn(coopos.waitpid, pid, os.WUNTRACED)
+        gevent.sleep(0)
+        os.close(writer)
+        assert waiter.get(timeout=30) == (pid, 7 << 8)
+        thread.join()
+    """)
+
+
 @pytest.mark.parametrize("question", ["pid", "-1"])
 def test_waitpid_beside_a_busy_hub(question):
     """A hub that always has something to do leaves other threads no GIL: those that watch a child must not need it."""
@@ -1497,18 +1586,56 @@ ended = []
 pid = coopos.fork_and_watch(ended.append)
 if pid == 0:
     os._exit(1)
-while not ended:
-    gevent.sleep(0)
 """
+may_choose_pids = pytest.mark.skipif(not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK), reason="may not choose pids")
 
 
-@pytest.mark.skipif(not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK), reason="may not choose pids")
+def run_used_pid(source):
+    output = run_script(USED_PID + source)
+    if output.startswith("skip: "):
+        pytest.skip(output[6:].strip())
+
+
+@may_choose_pids
 @pytest.mark.parametrize("fork", ["coopos.fork", "coopos.fork_gevent", "os.fork"])
 def test_waitpid_used_pid(fork):
     """A status that nobody asked for is not told of the next child that gets the same pid, whoever forked it."""
-    output = run_script(USED_PID + f"fork_as({fork}, pid, 9)\nassert coopos.waitpid(pid, 0) == (pid, 9 << 8)\n")
-    if output.startswith("skip: "):
-        pytest.skip(output[6:].strip())
+    run_used_pid(f"""
+while not ended:
+    gevent.sleep(0)
+fork_as({fork}, pid, 9)
+assert coopos.waitpid(pid, 0) == (pid, 9 << 8)
+""")
+
+
+@may_choose_pids
+@pytest.mark.parametrize("fork", ["coopos.fork", "coopos.fork_gevent", "os.fork"])
+def test_waitpid_used_pid_of_a_stolen_child(fork):
+    """Nor is that of a child which somebody else has collected before the hub could see its end."""
+    run_used_pid(f"""
+os.waitpid(pid, 0)
+fork_as({fork}, pid, 9)
+assert coopos.waitpid(pid, 0) == (pid, 9 << 8)
+""")
+
+
+@needs_reaped_status
+@may_choose_pids
+def test_fork_and_watch_used_pid_of_a_stolen_child():
+    """Both callbacks are called, each with its own child, and no descriptor is left."""
+    run_used_pid("""
+import gc
+fds = len(os.listdir("/dev/fd"))
+os.waitpid(pid, 0)
+fork_as(lambda: coopos.fork_and_watch(ended.append), pid, 9)
+gc.collect()
+while len([child for child in ended if child.pid == pid]) < 2:
+    gevent.sleep(0)
+assert {child.rstatus for child in ended if child.pid == pid} == {1 << 8, 9 << 8}
+assert coopos.waitpid(pid, 0) == (pid, 9 << 8)
+gevent.idle()
+assert len(os.listdir("/dev/fd")) < fds
+""")
 
 
 # ---- what is left ------------------------------------------------------------------------------------------------------------

@@ -745,8 +745,7 @@ def test_wait_family_child_that_joins_the_group(wait, spawn):
     with (
         living_child(spawn, **OWN_GROUP) as (leader, end_leader),
         living_child(os.posix_spawn, "read line; exit 3", **OWN_GROUP) as (stranger, end_stranger),
-        # Its standard input is a pipe, so that it does exec nothing between: setpgid(2) is allowed by root for a child only before
-        # execve(2), and so the child is a member of its parent's group that joins by itself.
+        # After execve(2) only the child itself may change its group.
         joining_child(spawn, leader) as (pid, join, end),
     ):
         waiter = parked(wait, leader)
@@ -1353,7 +1352,7 @@ def test_watch_other_hubs_loop(state, ref):
 
         def callback(child):
             calls.append((threading.current_thread(), gevent.getcurrent() is get_hub(), child.rpid, child.rstatus))
-            if len(calls) == 2:
+            if threading.current_thread() is there:
                 seen.set()
 
         loop, there = thread.call(lambda: (get_hub().loop, threading.current_thread()))
@@ -1366,8 +1365,8 @@ def test_watch_other_hubs_loop(state, ref):
             coopos.watch(pid, callback, loop, ref)
             coopos.watch(pid, callback)
             end()
+            assert seen.wait(DEADLINE_S)  # standing still: a hub that turns leaves the other thread no GIL for seconds
             until(lambda: len(calls) == 2)
-            assert seen.wait(DEADLINE_S)
             assert sorted(calls, key=lambda call: call[0] is there) == [
                 (threading.current_thread(), True, pid, STATUS),
                 (there, True, pid, STATUS),
@@ -1386,7 +1385,8 @@ def test_watch_from_several_threads():
         waiters = [(thread, thread.parked(error_of, coopos.waitpid, pid, 0)) for thread in threads]
         end()
         results = [thread.result_of(waiter) for thread, waiter in waiters]
-        until(lambda: len(calls) == 4)
+        for thread in threads:
+            thread.call(turn_loop)
         assert len(set(calls)) == 4 and {status for _, status in calls} == {STATUS}
         assert results.count((None, (pid, STATUS))) == 1 and results.count(no_child) == 3
 

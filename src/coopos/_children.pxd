@@ -16,6 +16,7 @@ cdef class Child:
     cdef Report report             # once it has ended
     cdef int group                 # the process group it died in
     cdef int state
+    cdef bint is_stolen            # by somebody else in this process, who has collected it
     cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
     cdef ino_t inode               # of its pidfd, where that is its own; 0
     cdef object home               # the Watch in the loop where it was watched first
@@ -23,6 +24,7 @@ cdef class Child:
 
     cdef bint wait(self) except -1
     cdef ino_t pidfd_inode(self) except? 0
+    cdef int pidfd(self) except -2
     cdef int forget(self, watch) except -1
     cdef int collect(self, bint claims) except -1
     cdef int collected(self, const Report *report) except -1

@@ -26,11 +26,11 @@ from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getuid
 
 from coopos._core cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
 from coopos._posix cimport (
-    COOPOS_SET_BATCH, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
-    PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run,
-    coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_set_add, coopos_set_new,
-    coopos_set_ready, coopos_set_rearm, coopos_thread_start, coopos_wait, forkpty as c_forkpty, idtype_t, pthread_cancel,
-    pthread_join, pthread_setcancelstate, pthread_t, siginfo_t, waitid)
+    COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent,
+    PyOS_BeforeFork, PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring,
+    coopos_close_run, coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped,
+    coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm, coopos_thread_start, coopos_wait, forkpty as c_forkpty,
+    idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t, waitid)
 
 import atexit
 import os
@@ -86,9 +86,10 @@ cdef class Question:
     cdef tuple key                 # (idtype, id, options)
     cdef dict table                # _questions or _exit_questions
     cdef Asker *asker
-    cdef list listeners            # (loop, watcher) of each who asked
+    cdef list listeners            # [loop, watcher] of each who asked
     cdef int bell[2]
     cdef bint has_bell
+    cdef bint is_rung
     cdef int born                  # generation
 
     def __cinit__(self, tuple key, dict table):
@@ -119,14 +120,18 @@ cdef class Question:
         _asked.add(self)
         return 0
 
-    cdef tuple tell(self, loop, bint ref, callback, tuple args):
+    cdef list tell(self, loop, bint ref, callback, tuple args):
         """Have ``callback(*args)`` run in *loop*'s hub when there is news. Returns what to :meth:`leave` with."""
-        watcher = loop.io(self.bell[0], READ, ref=ref) if self.has_bell else loop.async_(ref=ref)
-        cdef tuple listener = (loop, watcher)      # libuv's io watchers don't tell their loop
+        cdef list listener = [loop, None]      # libuv's io watchers don't tell their loop
+        # First of all: to make a watcher may let another thread run, who would end a question that nobody waits for.
         self.listeners.append(listener)
         try:
+            watcher = loop.io(self.bell[0], READ, ref=ref) if self.has_bell else loop.async_(ref=ref)
+            listener[1] = watcher
             watcher.start(self.hear, callback, args)
             set_ref(watcher, ref)
+            if self.is_rung and not self.has_bell:
+                watcher.send()
         except:
             self.leave(listener)
             raise
@@ -148,6 +153,7 @@ cdef class Question:
 
     cdef int ring(self) noexcept:
         """Wake all who asked, from any thread."""
+        self.is_rung = True
         self.close_to_others()
         if self.has_bell:
             coopos_bell_ring(self.bell)
@@ -156,15 +162,17 @@ cdef class Question:
             try:
                 watcher.send()
             except Exception:
-                pass           # closed, or its loop destroyed, while we were at the others: nobody waits there
+                pass           # closed, or its loop destroyed, while we were at the others; or not made yet
         return 0
 
-    cdef int leave(self, tuple listener) except -1:
+    cdef int leave(self, list listener) except -1:
         """The listener waits no longer; the last to leave ends the thread."""
         loop, watcher = listener
-        if listener in self.listeners:
-            self.listeners.remove(listener)
-        if is_alive(loop):
+        for index in range(len(self.listeners)):
+            if self.listeners[index] is listener:
+                del self.listeners[index]
+                break
+        if watcher is not None and is_alive(loop):
             watcher.stop()
             watcher.close()
         if not self.is_wanted():
@@ -199,7 +207,7 @@ cdef class Question:
         hub = get_hub_if_exists()
         loop = None if hub is None else hub.loop
         for listening_loop, watcher in self.listeners:
-            if listening_loop is loop:
+            if watcher is not None and listening_loop is loop:
                 watcher.stop()
                 watcher.close()
         self.listeners.clear()
@@ -218,8 +226,10 @@ cdef set _asked = set()
 
 cdef Question ask(idtype_t idtype, id_t id, int options):
     """The question whether the kernel has news, asked once however many ask it. Whoever gets it calls its tell() at once."""
-    cdef tuple key = (idtype, id, options & ~WNOWAIT)
-    cdef dict table = _exit_questions if idtype == P_PID and options & ~WNOWAIT == WEXITED else _questions
+    # The thread takes nothing anyway, and has no children of its own that it could confine itself to.
+    cdef int asked = options & ~(WNOWAIT | COOPOS_WNOTHREAD)
+    cdef tuple key = (idtype, id, asked)
+    cdef dict table = _exit_questions if idtype == P_PID and asked == WEXITED else _questions
     cdef Question question = <Question>table.get(key)
     if question is None:
         question = Question(key, table)
@@ -241,8 +251,8 @@ atexit.register(end_deaf_questions)
 
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
 
-# By descriptor, the Watch whose pidfd it is, or NULL (borrowed: its Child holds it). In C, because a forked child goes through it,
-# and to count references to thousands of objects would copy the pages they are on.
+# By descriptor, the Watch whose pidfd it is, or NULL. In C, because a forked child goes through it, and to count references to
+# thousands of objects would copy the pages they are on: there they stay counted.
 cdef PyObject **_watch_of = NULL
 cdef int _watch_of_size = 0
 
@@ -324,6 +334,7 @@ cdef class ExitSet:
     cdef int add(self, Watch watch) except -1:
         if coopos_set_add(self.fd, watch.pidfd) < 0:
             raise os_error(errno, "epoll_ctl", watch.pidfd)
+        Py_INCREF(watch)
         _watch_of[watch.pidfd] = <PyObject *>watch
         self.members += 1
         return 0
@@ -335,6 +346,7 @@ cdef class ExitSet:
         is not a member any more or is another one's, who finds his child alive.
         """
         _watch_of[watch.pidfd] = NULL
+        Py_DECREF(watch)
         self.members -= 1
         if not self.members:
             self.dissolve()
@@ -403,7 +415,7 @@ cdef class Watch:
     cdef object loop
     cdef ExitSet exits             # while the pidfd is in it
     cdef Question question         # while a thread asks for us
-    cdef tuple news                # by which it tells us
+    cdef list news                 # by which it tells us
     cdef list waiters              # of the greenlets parked here, their switch
     cdef list callbacks            # to be told, or None
     cdef int pidfd
@@ -517,7 +529,7 @@ cdef class Watch:
 
     cdef int leave_thread(self) except -1:
         cdef Question question = self.question
-        cdef tuple news = self.news
+        cdef list news = self.news
         self.question = self.news = None
         if question is not None and self.born == generation:
             question.leave(news)
@@ -724,12 +736,17 @@ cdef class Child:
 
     cdef ino_t pidfd_inode(self) except? 0:
         """What its pidfds have in common with nobody else's, as far as that is known; 0."""
-        cdef Watch watch
         if not self.inode:
-            for watch in self.watches:
-                if watch.pidfd >= 0 and watch.born == generation:
-                    self.inode = coopos_pidfd_inode(watch.pidfd)
+            self.inode = coopos_pidfd_inode(self.pidfd())
         return self.inode
+
+    cdef int pidfd(self) except -2:
+        """A pidfd of it, in any loop's watch, or -1."""
+        cdef Watch watch
+        for watch in self.watches:
+            if watch.pidfd >= 0 and watch.born == generation:
+                return watch.pidfd
+        return -1
 
     cdef int forget(self, watch) except -1:
         """A watch that nobody needs any more, and with the last one the record, unless somebody may still ask for the status."""
@@ -741,14 +758,10 @@ cdef class Child:
 
     cdef int collect(self, bint claims) except -1:
         """Ask the kernel for the status, without waiting. Whether somebody *claims* it before anybody else can ask."""
-        cdef int pidfd = -1
-        cdef int rc
-        cdef Watch watch
+        cdef int pidfd, rc
         if self.state != ALIVE:
             return 0
-        for watch in self.watches:
-            if watch.pidfd >= 0 and watch.born == generation:
-                pidfd = watch.pidfd
+        pidfd = self.pidfd()
         # A zombie still has its group, a collected child hasn't: ask before.
         if not claims:
             self.group = getpgid(self.pid)
@@ -759,10 +772,12 @@ cdef class Child:
         if pidfd < 0 or (rc < 0 and errno == EINVAL):
             rc = coopos_wait(P_PID, self.pid, WEXITED, &self.report)
         if rc < 0 and pidfd >= 0:
+            self.is_stolen = True
             rc = coopos_pidfd_reaped(pidfd, &self.report)
             self.report.pid = self.pid
             self.report.uid = getuid()
         if rc < 0:
+            self.is_stolen = True
             self.lose()
         elif self.report.pid > 0:
             self.state = ENDED
@@ -918,7 +933,13 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
     cdef int number = as_int(pid)
     cdef Child before = <Child>children.get(number)
     if before is not None:
-        before.drop()      # the pid is used again
+        # The pid is used again. Only a pidfd still knows the child that had it before.
+        if before.state == ALIVE:
+            if before.pidfd() >= 0:
+                before.collect(False)
+            else:
+                before.lose()
+        before.drop()
     return record(number, callback, loop, ref, None)
 
 
@@ -942,11 +963,11 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
 
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
     """Park until the kernel may have an answer to this waitid(2)."""
-    cdef Question question = ask(idtype, id, options)
+    cdef object hub = get_hub()
     cdef object current = getcurrent()
     cdef object switch = current.switch
-    hub = get_hub()
-    cdef tuple news = question.tell(hub.loop, True, switch, (switch,))
+    cdef Question question = ask(idtype, id, options)
+    cdef list news = question.tell(hub.loop, True, switch, (switch,))
     try:
         came_back = give_way(hub, current)
         if came_back is not switch:

@@ -61,6 +61,13 @@ enum { HAVE_PIDFD = 0 };
 /* waitid(2)'s: the same, WUNTRACED being WSTOPPED there, and two more. */
 #define COOPOS_WAITID_OPTIONS ((COOPOS_WAIT_OPTIONS & ~WUNTRACED) | WSTOPPED | WEXITED | WNOWAIT)
 
+/* The one that leaves out other threads' children. */
+#if defined(__linux__)
+#  define COOPOS_WNOTHREAD 0x20000000
+#else
+#  define COOPOS_WNOTHREAD 0
+#endif
+
 /* Whether such options ask for no ordinary child at all, but for those that Linux's clone(2) made without SIGCHLD. */
 static inline int coopos_wants_clones(int options)
 {

@@ -111,9 +111,7 @@ cdef bint post(object loop, object callback, tuple args=()) except -1:
     try:
         loop.run_callback_threadsafe(callback, *args)
     except Exception:
-        if is_alive(loop):
-            raise
-        return False
+        return False           # also while its thread is still at destroying it
     return True
 
 

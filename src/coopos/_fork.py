@@ -40,7 +40,8 @@ def fork_gevent() -> int:
     Raises:
         OSError: EAGAIN or ENOMEM as fork(2).
 
-    Doesn't switch greenlets. The child goes on with all of the parent's greenlets. Works in any thread's hub.
+    Doesn't switch greenlets. The child goes on with all of the parent's greenlets, but for those that wait for a child of the
+    parent: they wait for good. Works in any thread's hub.
 
     Source: fork(2); ``gevent.os.fork_gevent``.
 
@@ -92,7 +93,7 @@ def fork_and_watch(
 
     Args:
         callback: called in the hub when the child has ended, with an object that has ``pid``, ``rpid`` and ``rstatus`` (the raw
-            wait status). What it raises is reported by the hub.
+            wait status; see :func:`watch`). What it raises is reported by the hub.
         loop: the event loop that runs the callback; by default that of the current hub.
         ref: whether the watch keeps the loop running until the child has ended.
         fork: what forks; it takes nothing and returns the pid, or 0 in the child.
@@ -168,7 +169,8 @@ def watch(
         ref: whether the watch keeps the loop running until the child has ended.
 
     Returns:
-        An object that has ``pid``, ``rpid`` (*pid* once the child has ended, before that 0) and ``rstatus`` (the raw wait status).
+        An object that has ``pid``, ``rpid`` (*pid* once the child has ended, before that 0) and ``rstatus`` (the raw wait status;
+        to ask for it raises ChildProcessError if somebody else has collected the child and the kernel doesn't tell).
 
     Raises:
         ChildProcessError: ECHILD, there is no such child, or somebody has waited for it.

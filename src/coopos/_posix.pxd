@@ -74,7 +74,7 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from "_compat.h" nogil:
     int HAVE_PIDFD
-    int COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS
+    int COOPOS_WNOTHREAD, COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS
     idtype_t COOPOS_P_PIDFD
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH

@@ -380,6 +380,9 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         TypeError, ValueError, OverflowError: *cmd* is not str; *mode* or *buffering* is of another kind.
         OSError: EMFILE or ENFILE; EAGAIN or ENOMEM as fork(2).
 
+    Its ``close()`` raises ChildProcessError if somebody else has collected the child, or the kernel because SIGCHLD is ignored, and
+    the status is not told.
+
     Reading, writing and closing switch greenlets where they have to wait. The child is watched. A close() that was killed or timed
     out may be called again.
 

@@ -12,7 +12,7 @@ from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgrp
 
 from coopos._children cimport (
-    CLAIMED, ENDED, LOST, Child, children, ended, is_used_again, lost_child, wait_for_news)
+    ALIVE, CLAIMED, ENDED, LOST, Child, children, ended, is_used_again, lost_child, wait_for_news)
 from coopos._core cimport READ, as_int, os_error, park_until_ready
 from coopos._posix cimport (
     COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report, WCONTINUED, WEXITED,
@@ -40,9 +40,13 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
     # Whether only the kernel can answer: of stops and continues, of a look that takes nothing, of Linux's __WALL and its like.
     cdef bint is_special = (options & ~WNOHANG) != WEXITED
     cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
-    if child is not None and child.state == ENDED and is_used_again(pid):
-        child.drop()
-        child = None
+    if child is not None:
+        # Is it the process of this pid that we have a record of? Who collected another behind our back may have freed its pid.
+        if child.is_watched and asks_records:
+            child.collect(not options & WNOWAIT)
+        if (child.state == ENDED or child.is_stolen) and is_used_again(pid):
+            child.drop()
+            child = None
     while True:
         if child is None:
             child = <Child>children.get(pid)
@@ -84,10 +88,22 @@ cdef Child find_ended(idtype_t idtype, id_t id):
     return None
 
 
+cdef bint find_stolen() except -1:
+    """Whether there is a watched child that the kernel has let go of, and the hub has not seen it yet; it is collected."""
+    cdef Child child
+    cdef bint found = False
+    for child in list(children.values()):
+        if child.is_watched and child.state == ALIVE:
+            child.collect(False)
+            found = found or child.state == ENDED
+    return found
+
+
 cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *report) except -1:
     """waitid(2) with P_ALL or P_PGID. Under WNOHANG report.pid is 0 when there is nothing to report."""
     cdef Child child
     cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
+    cdef int err
     while True:
         while ended and asks_records:
             child = find_ended(idtype, id)
@@ -97,7 +113,10 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
                 return take(child, options, report)
             child.drop()
         if coopos_wait(idtype, id, options, report) < 0:
-            raise os_error(errno, call, -1 if idtype == P_ALL else -<int>id)
+            err = errno
+            if err == ECHILD and asks_records and find_stolen():
+                continue
+            raise os_error(err, call, -1 if idtype == P_ALL else -<int>id)
         if report.pid > 0:
             child = <Child>children.get(report.pid)
             if child is not None and coopos_has_ended(report) and not options & WNOWAIT:
