@@ -7,16 +7,21 @@ import pytest
 from .support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, leftovers, open_fds, turn_loop
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="also run what takes an hour: 200,000 children")
+    parser.addoption("--soak-children", type=int, default=200_000, metavar="N", help="that many instead")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _past():
     forget_the_past()
 
 
 @pytest.fixture(autouse=True)
-def _clean(_past):
+def _clean(_past, request):
     """Fail a test that waits for ever, or leaks a descriptor, a child or an active watcher."""
     before = open_fds()
-    with deadline(TEST_DEADLINE_S):
+    with deadline(None if request.config.getoption("--soak") else TEST_DEADLINE_S):
         yield
         turn_loop()
     gc.collect()

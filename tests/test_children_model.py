@@ -18,6 +18,7 @@ import posix
 import signal
 import sys
 import threading
+import traceback
 from resource import struct_rusage
 
 import gevent
@@ -28,7 +29,7 @@ from hypothesis import HealthCheck, settings, stateful, strategies
 
 import coopos
 
-from .support import DEADLINE_S, HubThread, active_watchers, any_child, closing, forget_the_past, open_fds, turn_loop
+from .support import DEADLINE_S, LOOP, HubThread, active_watchers, any_child, closing, forget_the_past, open_fds, turn_loop
 
 HAS_P_PIDFD = hasattr(os, "P_PIDFD") and hasattr(os, "pidfd_open")
 
@@ -52,6 +53,7 @@ NO_CHILD = "ChildProcessError"
 AGAIN = "BlockingIOError"  # of a pidfd in non-blocking mode
 KILLED = "killed"
 TIMED_OUT = "timed out"
+WAITED = "waited for what was there"
 
 STOPPED = signal.SIGSTOP << 8 | 0x7F
 CONTINUED = 0xFFFF
@@ -410,6 +412,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         self.thread = None
         self.writers = {}  # {child: where it is told to end}
         self.callbacks = []
+        self.kept_by_thread = set()  # children that keep its loop running
         self.waiting = []
         self.finished = collections.deque()
         self.news = gevent.event.Event()
@@ -418,7 +421,8 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         self.begin_spell()
 
     def complain(self, *what):
-        self.complaints.append(what)
+        """Instead of a hub's print_exception(context, type, value, traceback)."""
+        self.complaints.append("".join(traceback.format_exception(*what[1:])))
 
     # What strategies choose from
 
@@ -522,7 +526,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
                 type(self).patience_s = 0.5
                 self.fail(f"still waiting: {late}")
         self.judge(taken)
-        self.check(not self.complaints, "the hub had to report:", self.complaints)
+        self.check(not self.complaints, "a hub had to report:", *self.complaints)
         self.kernel.take(taken)
         for waiter in self.waiting:
             if waiter.place == "thread" and not waiter.question.takes:
@@ -704,6 +708,8 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
             self.check(not is_taken, child, "could be watched")
             self.check(watched.pid == child.pid, watched, "is not", child)
             child.is_watched = True
+            if ref and loop == "thread":
+                self.kept_by_thread.add(child)
             if callback is not None:
                 self.add_callback(callback, child, loop)
         self.happens(True)
@@ -741,10 +747,12 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         """Put a question that has an answer. No greenlet is switched for it."""
         turns = []
         turn = get_hub().loop.run_callback(turns.append, None)
-        answer = question.put(self.family)
-        assert not turns
-        turn.stop()
-        return answer
+        with gevent.Timeout(self.patience_s, False):  # which no hub runs to tell, unless this waits
+            answer = question.put(self.family)
+            turn.stop()
+            assert not turns, "a greenlet was switched for an answer that is there"
+            return answer
+        return WAITED
 
     def begin(self, waiter, hurry):
         """In the waiter's hub: a greenlet that asks."""
@@ -844,6 +852,8 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
 
     def end_the_thread(self):
         """Its hub goes, with those who wait there; what it watched is still watched."""
+        if LOOP == "libuv" and any(child.is_living for child in self.kept_by_thread):
+            return  # gevent's libuv loop can't be destroyed with a watcher that keeps it running
         for waiter in self.killable:
             if waiter.place == "thread":
                 self.kill_a_waiter(waiter, True)
@@ -852,6 +862,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
 
     def leave_thread(self):
         thread, self.thread = self.thread, None
+        self.kept_by_thread.clear()
         if thread is not None:
             thread.__exit__()
         for callback in self.callbacks:
@@ -918,7 +929,6 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         for waiter in self.waiting:
             waiter.hub.loop.run_callback_threadsafe(functools.partial(waiter.greenlet.kill, block=False))
         turn_loop()
-        self.leave_thread()
         for child in self.children:
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # it is still ours
@@ -927,8 +937,9 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
             for family in (coopos, os):
                 with contextlib.suppress(OSError):
                     family.waitpid(child.pid, os.WNOHANG)
-        self.close()
         turn_loop()
+        self.leave_thread()
+        self.close()
         del self.hub.print_exception
 
 
