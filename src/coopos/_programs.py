@@ -283,8 +283,10 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 def _plain_subprocess() -> Any:
     """A :mod:`subprocess` of our own, which starts programs as the stdlib does even where gevent has patched the world's."""
     spec: Any = importlib.util.find_spec("subprocess")
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # It would hand on os.environ in place of the environment that C code sees.
+    module._USE_POSIX_SPAWN = False
     return module
 
 
