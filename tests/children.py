@@ -112,9 +112,9 @@ def until_stopped(pid):
 
 
 def until(holds):
-    """Let the hub run until holds()."""
+    """Let the hub run until holds(). It sleeps in between: a hub that never does leaves other threads no GIL for many seconds."""
     while not holds():
-        gevent.sleep(0)
+        gevent.sleep(0.001)
 
 
 def dead_child(spawn=coopos.posix_spawn, script="exit 7", watch=None, **kwargs):

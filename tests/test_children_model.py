@@ -912,10 +912,10 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         self.check(not any_child(), "a child is left")
 
     def until(self, holds, what):
-        """Let the main hub run until holds()."""
+        """Let the hubs run until holds(); the main one sleeps, or the thread gets no GIL for many seconds."""
         with gevent.Timeout(self.patience_s, AssertionError(what)):
             while not holds():
-                gevent.sleep(0)
+                gevent.sleep(0.001)
 
     def close(self):
         while self.writers:

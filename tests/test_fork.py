@@ -96,7 +96,7 @@ def raises(error, function, *args):
 
 def until(holds):
     while not holds():
-        gevent.sleep(0)
+        gevent.sleep(0.001)  # not 0: a hub that never sleeps leaves other threads no GIL
 
 
 def fd_names():
