@@ -45,17 +45,17 @@ def test_names_of_gevent_os_are_in_the_same_table(table):
 
 def test_all_is_everything_but_the_names_taken_from_os():
     assert len(coopos.__all__) == len(set(coopos.__all__))
-    assert set(coopos.__all__) == set(coopos.__implements__) | set(coopos.__extensions__) | OUR_OWN
+    assert set(coopos.__all__) == set(coopos.__implements__) | set(coopos.__extensions__) | set(coopos.__cooperative__) | OUR_OWN
     assert set(gevent.os.__all__) <= set(coopos.__all__)
 
 
 def test_imports_are_those_of_gevent_os():
-    assert set(coopos.__imports__) >= set(gevent.os.__imports__) - set(coopos.__implements__)
-    assert not set(coopos.__imports__) & (set(coopos.__implements__) | set(coopos.__extensions__) | OUR_OWN)
+    assert set(coopos.__imports__) >= set(gevent.os.__imports__) - set(coopos.__cooperative__)
+    assert not set(coopos.__imports__) & (set(coopos.__cooperative__) | set(coopos.__extensions__) | OUR_OWN)
 
 
 def test_every_other_name_of_os_is_that_of_os():
-    ours = set(coopos.__implements__) | set(coopos.__extensions__)
+    ours = set(coopos.__cooperative__) | set(coopos.__extensions__)
     public = {name for name in vars(os) if not name.startswith("__")}
     assert public - ours <= set(coopos.__imports__)
     assert [name for name in coopos.__imports__ if getattr(coopos, name) is not getattr(os, name)] == []
@@ -282,7 +282,7 @@ def test_sources_of_the_compiled_modules_are_not_installed():
     assert [name for name in installed() if pathlib.PurePath(name).suffix in (".pyx", ".pxd", ".c", ".h")] == []
 
 
-@pytest.mark.parametrize("module", ["_core", "_children", "_wait"])
+@pytest.mark.parametrize("module", ["_parking", "_core", "_children", "_wait"])
 def test_stub_has_the_names_and_parameters_of_the_compiled_module(module):
     """In short; stubtest says the rest."""
     stub = ast.parse((importlib.resources.files("coopos") / f"{module}.pyi").read_text())
@@ -296,4 +296,6 @@ def test_stub_has_the_names_and_parameters_of_the_compiled_module(module):
     assert set(described) == public
     for name, node in described.items():
         if isinstance(node, ast.FunctionDef):
-            assert [argument.arg for argument in node.args.args] == list(inspect.signature(getattr(compiled, name)).parameters)
+            assert [argument.arg for argument in node.args.posonlyargs + node.args.args] == list(
+                inspect.signature(getattr(compiled, name)).parameters
+            )

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 
 #: From the bottom up. A module imports from lower layers only, but for the names in SIDEWAYS.
 LAYERS = [
-    {"_core"},
-    {"_children"},
+    {"_parking"},
+    {"_core", "_children"},
     {"_wait"},
     {"_fork", "_programs", "_threadpool", "_patch", "subprocess", "io"},
     {"__init__"},
@@ -22,6 +22,7 @@ LAYERS = [
 ]
 #: What each may have of gevent and greenlet, at most; a module that isn't here has none.
 GEVENT = {
+    "_parking": {"gevent.hub", "gevent.exceptions", "greenlet"},
     "_core": {"gevent.hub", "gevent.exceptions", "greenlet"},
     "_children": {"gevent.hub", "greenlet"},
     "_fork": {"gevent.hub", "gevent.os", "gevent._config"},
@@ -121,7 +122,7 @@ def test_module_takes_from_gevent_what_its_layer_may(module):
 
 
 def test_compiled_modules_import_nothing_else_of_python():
-    for module in ("_core", "_children", "_wait"):
+    for module in ("_parking", "_core", "_children", "_wait"):
         others = {
             source.split(".")[0]
             for source, _name, _is_lazy in imports_of(module)

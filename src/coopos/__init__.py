@@ -10,6 +10,10 @@ Environment variables, read when the module is imported:
     As in gevent: :func:`fork` and :func:`forkpty` don't watch their children, and ``waitpid`` moves to ``__extensions__``.
 ``COOPOS_CHILDREN=thread``
     Wait for children with threads instead of pidfds, as on systems that have none.
+``COOPOS_NOWAIT=0``
+    Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
+``COOPOS_FAIRNESS``
+    A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
 ``COOPOS_PATCH=1``
     ``gevent.monkey.patch_all()`` calls :func:`patch`.
 """
@@ -31,13 +35,23 @@ __version__ = "0.1.0.dev0"
 __implements__: list[str] = []
 #: The names that :mod:`os` hasn't.
 __extensions__: list[str] = ["tp_read", "tp_write"]
+#: The names of functions of :mod:`os` that let other greenlets run here. Those that :func:`patch` leaves alone come first.
+__cooperative__: list[str] = []
 
 if hasattr(_os, "fork"):
     from coopos._core import (
-        close as close,
         make_nonblocking as make_nonblocking,
         nb_read as nb_read,
         nb_write as nb_write,
+        pread as pread,
+        pwrite as pwrite,
+        read as read,
+        read_exactly as read_exactly,
+        readinto as readinto,
+        readv as readv,
+        write as write,
+        write_all as write_all,
+        writev as writev,
     )
     from coopos._fork import (
         fork as fork,
@@ -45,6 +59,7 @@ if hasattr(_os, "fork"):
         fork_gevent as fork_gevent,
         watch as watch,
     )
+    from coopos._parking import close as close, closerange as closerange
     from coopos._programs import (  # type: ignore[assignment]
         popen as popen,
         spawnl as spawnl,
@@ -70,9 +85,16 @@ if hasattr(_os, "fork"):
         from coopos._wait import waitid as waitid
 
         _wait_family += ["waitid"]
+    __cooperative__ += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange"]
+    if hasattr(_os, "preadv"):
+        from coopos._core import preadv as preadv, pwritev as pwritev
+
+        __cooperative__ += ["preadv", "pwritev"]
     __implements__ += ["fork", "close", "system", "popen"]
     __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
+    __extensions__ += ["read_exactly", "write_all"]
+    (__cooperative__ if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
         from coopos._fork import (
             forkpty as forkpty,
@@ -110,10 +132,11 @@ def doctor() -> int:
     return main()
 
 
+_own = {*__implements__, *__extensions__, *__cooperative__}
 #: The names taken from :mod:`os` as they are.
-__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in __implements__ + __extensions__]
+__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in _own]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
-del _name
-
-__all__ = [*__implements__, *__extensions__, "doctor", "patch", "unpatch"]
+__all__ = sorted({*_own, "doctor", "patch", "unpatch"})
+__cooperative__ += __implements__
+del _name, _own

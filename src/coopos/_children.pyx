@@ -12,7 +12,7 @@ hold throughout:
 
 From the bottom up: a Question is put to waitid(2) by a thread; an ExitSet holds the pidfds that one loop waits for; a Watch is one
 child in one loop, by either; a Child is the record of one child, with a Watch in each loop that waits. The module knows libc,
-`_core`, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
+`_parking`, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
 """
 
 cimport cython
@@ -24,7 +24,7 @@ from libc.string cimport memset, strerror
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getuid
 
-from coopos._core cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
+from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
 from coopos._posix cimport (
     COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent,
     PyOS_BeforeFork, PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring,

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -365,27 +366,87 @@ static inline void coopos_close_run(int first, int last)
         (void)close(first);
 }
 
-/* ---- one attempt at reading or writing that never waits, whatever the descriptor's flags: Linux 4.14/4.16 ---- */
+/* ---- one attempt at moving bytes, in the ways that don't wait ---- */
 
-static inline ssize_t coopos_read_nowait(int fd, void *buf, size_t n)
+enum {
+    COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
+    COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
+    COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
+    COOPOS_PLAIN               /* as the descriptor's flags say */
+};
+
+struct coopos_move {
+    int fd;
+    int how;
+    int writes;
+    struct iovec *iov;
+    int count;                 /* of iov */
+    off_t offset;              /* -1: the descriptor's own */
+    int flags;                 /* preadv2(2)'s */
+};
+
+#if defined(__linux__)
+/* pread(2) and pwrite(2) with flags, and with -1 for the descriptor's own offset. The kernel takes the offset in two halves, and on
+ * 64-bit machines looks at the first alone.
+ */
+static inline ssize_t coopos_move_at(const struct coopos_move *move, int flags)
 {
-#if defined(__linux__) && defined(SYS_preadv2)
-    struct iovec iov = {buf, n};
-    return syscall(SYS_preadv2, fd, &iov, 1L, -1L, -1L, RWF_NOWAIT);
-#else
-    (void)fd; (void)buf; (void)n;
+#  if defined(SYS_preadv2) && defined(SYS_pwritev2)
+    long high = (long)((uint64_t)move->offset >> 32);
+    return syscall(move->writes ? SYS_pwritev2 : SYS_preadv2, move->fd, move->iov, (long)move->count, (long)move->offset, high, flags);
+#  else
+    (void)move; (void)flags;
     return coopos_unsupported();
+#  endif
+}
+#endif
+
+static inline ssize_t coopos_move(const struct coopos_move *move)
+{
+    struct msghdr message;
+    if (move->how == COOPOS_REFUSED)
+        return coopos_unsupported();
+    if (move->how == COOPOS_NOWAIT) {
+#if defined(__linux__)
+        return coopos_move_at(move, move->flags | RWF_NOWAIT);
+#else
+        return coopos_unsupported();
+#endif
+    }
+    if (move->how == COOPOS_DONTWAIT && move->offset < 0) {
+        memset(&message, 0, sizeof message);
+        message.msg_iov = move->iov;
+        message.msg_iovlen = move->count;
+        return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
+    }
+#if defined(__linux__)
+    if (move->flags)
+        return coopos_move_at(move, move->flags);
+#endif
+    if (move->offset < 0) {
+        if (move->count == 1)
+            return move->writes ? write(move->fd, move->iov->iov_base, move->iov->iov_len)
+                                : read(move->fd, move->iov->iov_base, move->iov->iov_len);
+        return move->writes ? writev(move->fd, move->iov, move->count) : readv(move->fd, move->iov, move->count);
+    }
+    if (move->count == 1)
+        return move->writes ? pwrite(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset)
+                            : pread(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset);
+#if defined(__linux__)
+    return coopos_move_at(move, 0);
+#else
+    return coopos_unsupported();   /* the interpreter's own preadv and pwritev know whether this system has them */
 #endif
 }
 
-static inline ssize_t coopos_write_nowait(int fd, const void *buf, size_t n)
+/* Whether a read or write of this descriptor could come to anything, without moving a byte: 0, or -1 with errno. */
+static inline int coopos_may_move(int fd, int writes)
 {
-#if defined(__linux__) && defined(SYS_pwritev2)
-    struct iovec iov = {(void *)buf, n};
-    return syscall(SYS_pwritev2, fd, &iov, 1L, -1L, -1L, RWF_NOWAIT);
+#if defined(__linux__)
+    return (int)(writes ? writev(fd, NULL, 0) : readv(fd, NULL, 0));
 #else
-    (void)fd; (void)buf; (void)n;
-    return coopos_unsupported();
+    (void)writes;
+    return fcntl(fd, F_GETFL) < 0 ? -1 : 0;
 #endif
 }
 

@@ -1,433 +1,100 @@
-"""Descriptors that may have to wait: nb_read, nb_write, the reads and writes of tp_*, close.
+"""Reading and writing on any descriptor, letting other greenlets run while it would block.
 
-The kernel keeps the books. Nothing here polls, or changes a descriptor's flags unasked. Three rules hold throughout:
+The kernel is asked, per call, whether the call would block; a descriptor's flags are never touched unasked. One ladder for all:
 
-1. A greenlet that waits is registered before its watcher is started, and leaves by a `finally`.
-2. A watcher is touched only by its own loop's thread; other threads post a callback.
-3. No watcher stays active between two waits: a number that was closed and used again is another file.
+1. RWF_NOWAIT: pipes, sockets, eventfds, files in the page cache. EAGAIN: wait on the hub, and again.
+2. Where the kernel can't tell (EOPNOTSUPP): a descriptor in non-blocking mode is read plainly, a socket with MSG_DONTWAIT.
+3. Blocking FIFOs, terminals, inotify: wait on the hub until they are ready, then read in the threadpool, where a rival who was
+   quicker holds up a thread and not the hub.
+4. Files that are not in the page cache, and those whose file system can't tell: the threadpool.
 
-The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
+Nothing is remembered of a rung that was refused: another file of the same kind may well answer. A greenlet that is killed or timed
+out while it waits has moved no byte; one whose read is in the threadpool leaves what it reads to the next reader, and the offset of
+a file is moved only once the greenlet has the bytes.
+
+The module knows libc, `_parking`, the hub's threadpool, and nothing else of coopos or gevent.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
-from cpython.pycapsule cimport PyCapsule_Import
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, errno
-from libc.stdlib cimport realloc
-from libc.string cimport memset, strerror
+from cpython.sequence cimport PySequence_Check
+from libc.errno cimport EAGAIN, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.limits cimport INT_MAX
+from libc.stdio cimport SEEK_CUR
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
 from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
-from posix.unistd cimport close as c_close, read as c_read, write as c_write
+from posix.types cimport off_t
+from posix.unistd cimport lseek, read as c_read, write as c_write
 
+from coopos._parking cimport (
+    KNOWN_SIZE, READ, WRITE, as_int, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
 from coopos._posix cimport (
-    COOPOS_IO_MAX, POLLIN, POLLOUT, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISBLK, S_ISREG, coopos_read_nowait,
-    coopos_write_nowait, dev_t, fstat, ino_t, poll, pollfd, stat_t)
+    COOPOS_DONTWAIT, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, PIPE_BUF, RWF_NOWAIT, Move, PyErr_CheckSignals,
+    PyObject_AsFileDescriptor, S_ISBLK, S_ISREG, S_ISSOCK, coopos_may_move, coopos_move, dev_t, fstat, ino_t, iovec, stat_t)
 
 import os
-import sys
+import posix
 
-from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
-from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
-
-
-cdef object os_error(int err, str call, object subject):
-    """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
-    return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
+from gevent.exceptions import BlockingSwitchOutError
+from gevent.hub import _get_hub_noargs as get_hub
+from greenlet import getcurrent
 
 
-cdef int as_int(Py_ssize_t number) except? -1:
-    """A C int for what os functions take as one. Their arguments are declared Py_ssize_t, which Cython, as `os` does, takes from
-    integers alone; into a C int it would also put a float.
-    """
-    if number != <int>number:
-        raise OverflowError("signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum")
-    return <int>number
+# ---- what this process can do ------------------------------------------------------------------------------------------------
 
-
-# ---- giving way to the hub ---------------------------------------------------------------------------------------------------
-
-# greenlet's C API (greenlet.h), a table that its capsule points to: as quick as it gets, and no header to build with.
-ctypedef object (*GetCurrent)()
-ctypedef object (*Switch)(object greenlet, PyObject *args, PyObject *kwargs)
-cdef void **greenlet_api = <void **>PyCapsule_Import("greenlet._C_API", 0)
-cdef GetCurrent current_greenlet = <GetCurrent>greenlet_api[4]
-cdef Switch greenlet_switch = <Switch>greenlet_api[6]
-
-# {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
-cdef dict _has_switch_out = {}
-# The last type that had none.
-cdef object _plain_kind = None
-
-
-cdef object give_way(object hub, object current):
-    """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
-    if current is hub:
-        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
-    global _plain_kind
-    cdef object kind = type(current)
-    if kind is not _plain_kind:
-        if kind not in _has_switch_out:
-            _has_switch_out[kind] = hasattr(kind, "switch_out")
-        if _has_switch_out[kind]:
-            return hub.switch()
-        _plain_kind = kind
-    return greenlet_switch(hub, NULL, NULL)
-
-
-cdef object wrong_switch(object came_back, str what):
-    return InvalidSwitchError(f"switched into {current_greenlet()!r} with {came_back!r}: it waits for {what}")
-
-
-# ---- other threads' loops ----------------------------------------------------------------------------------------------------
-
-# Counts the forks since the module was loaded, in this line of descent: what is of an older generation was made by the parent.
-generation = 0
-
-
-def count_generation():
-    """Run by the interpreter in every forked child."""
-    global generation
-    cdef PutOffClose later
-    generation += 1
-    for later in list(_put_off.values()):
-        later.forget_other_threads()
-
-
-os.register_at_fork(after_in_child=count_generation)
-
-
-cdef bint is_alive(object loop) noexcept:
-    """Whether a loop was not destroyed with its thread."""
-    try:
-        return bool(loop.ptr)
-    except Exception:
+cdef bint has_nowait() except -1:
+    """Whether the kernel knows RWF_NOWAIT and lets us use it. COOPOS_NOWAIT=0: as where it doesn't."""
+    cdef Move move
+    cdef iovec iov
+    cdef char byte
+    cdef bint knows
+    if os.environ.get("COOPOS_NOWAIT") == "0":
         return False
+    reader, writer = posix.pipe()
+    iov.iov_base, iov.iov_len = &byte, 1
+    memset(&move, 0, sizeof(Move))
+    move.fd, move.how, move.iov, move.count, move.offset = reader, COOPOS_NOWAIT, &iov, 1, -1
+    knows = coopos_move(&move) < 0 and errno == EAGAIN
+    posix.close(reader)
+    posix.close(writer)
+    return knows
 
 
-cdef bint post(object loop, object callback, tuple args=()) except -1:
-    """Have *callback* run in the thread of *loop*; False if the loop is destroyed."""
-    try:
-        loop.run_callback_threadsafe(callback, *args)
-    except Exception:
-        return False           # also while its thread is still at destroying it
-    return True
+cdef int first_rung = COOPOS_NOWAIT if has_nowait() else COOPOS_REFUSED
+
+# What a pipe, FIFO or terminal that is ready for writing takes at least, or nearly so.
+cdef Py_ssize_t READY_ROOM = PIPE_BUF
 
 
-# ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
+# ---- fairness ----------------------------------------------------------------------------------------------------------------
 
-@cython.final
-@cython.internal
-cdef class Wait:
-    """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
-    cdef object watcher
-    cdef object hub
-    cdef object loop
-    cdef object switch     # of the greenlet that waits
-    cdef object queued     # the loop callback that will wake it, once close() has evicted it
-    cdef PyObject *next    # another one parked on the same descriptor, borrowed
-    cdef int fd
-    cdef int error         # errno that the waiter is to raise; 0
-    cdef int born          # generation
+# COOPOS_FAIRNESS: after so many calls in a row that didn't have to wait, the others run. 0: never.
+cdef int fairness = int(os.environ.get("COOPOS_FAIRNESS") or 0)
+cdef int ready_calls = 0
 
 
-@cython.final
-@cython.internal
-cdef class Parking:
-    """A hub's idle waits, kept by kind so that a re-used watcher needs only its descriptor changed."""
-    cdef object hub
-    cdef object loop
-    cdef bint is_reusable  # libuv's io watchers share a handle per descriptor and can't be re-aimed
-    cdef list idle_readers
-    cdef list idle_writers
-
-    def __cinit__(self, hub):
-        self.hub = hub
-        self.loop = hub.loop
-        self.is_reusable = not hasattr(hub.loop, "_io_watchers")
-        self.idle_readers = []
-        self.idle_writers = []
-
-    def __dealloc__(self):
-        global _latest_parking
-        if _latest_parking == <PyObject *>self:
-            _latest_parking = NULL
-
-    cdef Wait aim(self, int fd, int events):
-        cdef list idle = self.idle_readers if events == READ else self.idle_writers
-        cdef Wait wait
-        if idle:
-            wait = <Wait>idle.pop()
-            # Always set, also where it is the same number: only then does libev ask the kernel again, and a number that was
-            # closed and used again in the meantime is another file.
-            wait.watcher.fd = fd
-        else:
-            wait = Wait()
-            wait.hub = self.hub
-            wait.loop = self.loop
-            wait.watcher = self.make_watcher(fd, events)
-        wait.fd = fd
-        wait.error = 0
-        wait.born = generation
-        return wait
-
-    cdef object make_watcher(self, int fd, int events):
-        cdef int flags = -1
-        if not self.is_reusable:
-            flags = fcntl(fd, F_GETFL)
-        watcher = self.loop.io(fd, events)
-        # libuv has made the file non-blocking, for everybody who shares it.
-        if flags >= 0 and not flags & O_NONBLOCK:
-            fcntl(fd, F_SETFL, flags)
-        return watcher
-
-    cdef int put_back(self, Wait wait, int events) except -1:
-        wait.watcher.stop()
-        if self.is_reusable:
-            (self.idle_readers if events == READ else self.idle_writers).append(wait)
-        else:
-            wait.watcher.close()
-        return 0
-
-
-# By descriptor, the last Wait parked on it, or NULL (borrowed: a parked greenlet's frame holds its Wait); close() reads it. The
-# waits of every thread's hub are here, under the GIL.
-cdef PyObject **_parked = NULL
-cdef int _parked_size = 0
-
-
-# The Parking that was used last, or NULL (borrowed: its hub owns it): nearly always the one that is wanted.
-cdef PyObject *_latest_parking = NULL
-
-
-cdef Parking parking_of(object hub):
-    global _latest_parking
-    cdef Parking parking
-    if _latest_parking != NULL and (<Parking>_latest_parking).hub is hub:
-        return <Parking>_latest_parking
-    parking = getattr(hub, "_coopos_parking", None)
-    if parking is None:
-        parking = hub._coopos_parking = Parking(hub)
-    _latest_parking = <PyObject *>parking
-    return parking
-
-
-cdef int enlist(Wait wait) except -1:
-    global _parked, _parked_size
-    cdef int fd = wait.fd
-    cdef int size
-    cdef PyObject **table
-    if fd >= _parked_size:
-        size = max(2 * fd, 64)
-        table = <PyObject **>realloc(_parked, <size_t>size * sizeof(PyObject *))
-        if table == NULL:
-            raise MemoryError
-        memset(table + _parked_size, 0, <size_t>(size - _parked_size) * sizeof(PyObject *))
-        _parked, _parked_size = table, size
-    wait.next = _parked[fd]
-    _parked[fd] = <PyObject *>wait
+cdef inline int be_fair() except -1:
+    """At the start of each call: a greenlet that is killed here has moved no byte."""
+    global ready_calls
+    if fairness > 0:
+        ready_calls += 1
+        if ready_calls > fairness:
+            ready_calls = 1
+            take_turns()
     return 0
 
 
-cdef int delist(Wait wait) noexcept:
-    cdef PyObject **link = &_parked[wait.fd]
-    while link[0] != NULL:
-        if link[0] == <PyObject *>wait:
-            link[0] = wait.next
-            break
-        link = &(<Wait>link[0]).next
-    wait.next = NULL
-    return 0
+cdef int wait_until_ready(int fd, int events, str call) except -1:
+    global ready_calls
+    ready_calls = 0
+    return park(fd, events, call)
 
 
-cdef int park(int fd, int events, str call) except -1:
-    """Let the others run until *fd* is ready, or raise EBADF as soon as it is closed by this module's close().
-
-    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte.
-    """
-    cdef Parking parking = parking_of(get_hub())
-    cdef Wait wait = parking.aim(fd, events)
-    cdef object current = current_greenlet()
-    wait.switch = current.switch
-    enlist(wait)
-    try:
-        wait.watcher.start(wait.switch, wait)
-        came_back = give_way(parking.hub, current)
-        if came_back is not wait:
-            raise wrong_switch(came_back, f"fd {fd} in {call}")
-    finally:
-        delist(wait)
-        wait.switch = None
-        if wait.queued is not None:
-            wait.queued.stop()
-            wait.queued = None
-        parking.put_back(wait, events)
-    if wait.error:
-        raise os_error(wait.error, call, fd)
-    return 0
-
-
-cdef int evict(Wait wait) except -1:
-    """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
-    if wait.switch is not None and not wait.error:
-        wait.error = EBADF
-        wait.watcher.stop()
-        wait.queued = wait.loop.run_callback(wait.switch, wait)
-    return 0
-
-
-# ---- close -------------------------------------------------------------------------------------------------------------------
-
-@cython.final
-@cython.internal
-cdef class PutOffClose:
-    """A close(2) that has to wait until other parties' watchers on the number have been stopped."""
-    cdef int fd
-    cdef int parties       # how many have still to stop theirs
-    cdef bint is_polled    # whether the loop of the thread that called close() is one of them
-    cdef dev_t dev
-    cdef ino_t ino
-
-    cdef bint is_same_file(self) noexcept:
-        cdef stat_t st
-        return fstat(self.fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
-
-    cdef int stopped(self) except -1:
-        self.parties -= 1
-        if self.parties == 0:
-            if _put_off.get(self.fd) is self:
-                del _put_off[self.fd]
-            # Somebody may have closed and re-used the number behind our back: then it is not ours to close.
-            if self.is_same_file():
-                c_close(self.fd)
-        return 0
-
-    cdef int forget_other_threads(self) except -1:
-        """In a forked child."""
-        if self.parties > self.is_polled:
-            self.parties = 1 + self.is_polled
-            self.stopped()
-        return 0
-
-    def after_polling(self, check):
-        check.stop()
-        check.close()
-        self.stopped()
-
-    def evict_there(self, list waits):
-        for wait in waits:
-            evict(<Wait>wait)
-        self.stopped()
-
-
-cdef dict _put_off = {}
-
-
-cdef PutOffClose put_off(int fd):
-    cdef PutOffClose later = PutOffClose.__new__(PutOffClose)
-    cdef stat_t st
-    if fstat(fd, &st) < 0:
-        raise os_error(errno, "close", fd)
-    later.fd = fd
-    later.dev = st.st_dev
-    later.ino = st.st_ino
-    _put_off[fd] = later
-    return later
-
-
-def close(Py_ssize_t fd):
-    """Close a file descriptor.
-
-    Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
-    in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
-    gevent socket or selector), or of another thread, is active on *fd* is the system call put off to the next turn of that
-    loop, because closing a descriptor under an active watcher can abort the process.
-
-    Args:
-        fd: int, the descriptor.
-
-    Raises:
-        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop; EIO as close(2).
-        TypeError, OverflowError: *fd* is not an int, or too large for one.
-
-    Doesn't switch greenlets. Safe in any thread and after a fork.
-
-    Source: close(2); ``gevent.os.close``, which always puts the system call off.
-
-    .. versionadded:: 0.1.0
-    """
-    close_fd(as_int(fd))
-
-
-cdef int close_fd(int fd) except -1:
-    cdef PutOffClose later = None
-    cdef dict elsewhere = None
-    cdef int rc, err
-    hub = get_hub_if_exists()
-    loop = None if hub is None else hub.loop
-    if _put_off and (<object>fd) in _put_off:
-        later = <PutOffClose>_put_off[fd]
-        if later.is_same_file():
-            raise os_error(EBADF, "close", fd)
-        del _put_off[fd]
-        later = None
-    if 0 <= fd < _parked_size and _parked[fd] != NULL:
-        elsewhere = evict_all(fd, loop)
-    if elsewhere:
-        later = put_off(fd)
-        later.parties = 1
-        for other, waits in elsewhere.items():
-            later.parties += post(other, later.evict_there, (waits,))
-    if loop is not None and loop.closing_fd(fd):
-        if later is None:
-            later = put_off(fd)
-            later.parties = 1
-        later.is_polled = True
-        check = loop.check()
-        check.start(later.after_polling, check)
-        return 0
-    if later is not None:
-        later.stopped()
-        return 0
-    with nogil:
-        rc = c_close(fd)
-        err = errno
-    if rc < 0:
-        raise os_error(err, "close", fd)
-    return 0
-
-
-cdef dict evict_all(int fd, object loop):
-    """Evict every greenlet parked on *fd* in *loop*; return {other loop: [Wait, ...]} for the rest, or None."""
-    cdef PyObject *link = _parked[fd]
-    cdef Wait wait
-    cdef dict elsewhere = None
-    while link != NULL:
-        wait = <Wait>link
-        link = wait.next
-        if wait.loop is loop:
-            evict(wait)
-        elif wait.born == generation and wait.hub.thread_ident in sys._current_frames():   # else its thread is no more
-            if elsewhere is None:
-                elsewhere = {}
-            elsewhere.setdefault(wait.loop, []).append(wait)
-    return elsewhere
-
-
-# ---- reading and writing -----------------------------------------------------------------------------------------------------
-
-ctypedef ssize_t (*Reader)(int, void *, size_t) noexcept nogil
-ctypedef ssize_t (*Writer)(int, const void *, size_t) noexcept nogil
-
-
-cdef ssize_t plain_read(int fd, void *buf, size_t n) noexcept nogil:
-    return c_read(fd, buf, n)
-
-
-cdef ssize_t plain_write(int fd, const void *buf, size_t n) noexcept nogil:
-    return c_write(fd, buf, n)
-
+# ---- one attempt -------------------------------------------------------------------------------------------------------------
 
 cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **bytes, Py_ssize_t n) except -1
@@ -438,58 +105,473 @@ cdef enum:
     SMALL_READ = 512
 
 
-cdef object read_once(Reader reader, int fd, Py_ssize_t n, int *err):
-    """One read of up to *n* bytes: the bytes, or None with errno in *err*. A signal handler's exception comes out.
+cdef ssize_t attempt(Move *move, int *err) except -2:
+    """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out."""
+    cdef ssize_t moved
+    while True:
+        with nogil:
+            moved = coopos_move(move)
+            err[0] = errno
+        if moved >= 0 or err[0] != EINTR:
+            return moved
+        PyErr_CheckSignals()
+
+
+cdef inline object read_once(Move *move, int fd, Py_ssize_t n, int *err):
+    """One read of up to *n* bytes: the bytes, or None with errno in *err*. By *move*, or plainly from *fd* where that is NULL.
 
     The buffer lives only as long as the call: a greenlet that goes on to wait holds no memory for it.
     """
     cdef char[SMALL_READ] small
-    cdef PyObject *data
     cdef char *buf = small
+    cdef iovec iov
     cdef ssize_t nread
-    result = None
+    cdef PyObject *resized
+    data = None
     if n > SMALL_READ:
-        result = PyBytes_FromStringAndSize(NULL, n)
-        buf = PyBytes_AS_STRING(result)
+        data = PyBytes_FromStringAndSize(NULL, n)
+        buf = PyBytes_AS_STRING(data)
+    if move != NULL:
+        iov.iov_base, iov.iov_len = buf, <size_t>n
+        move.iov, move.count = &iov, 1
     while True:
         with nogil:
-            nread = reader(fd, buf, <size_t>n)
+            nread = c_read(fd, buf, <size_t>n) if move == NULL else coopos_move(move)
             err[0] = errno
         if nread >= 0:
             break
         if err[0] != EINTR:
             return None
         PyErr_CheckSignals()
-    if result is None:
+    if data is None:
         return PyBytes_FromStringAndSize(buf, nread)
     if nread == n:
-        return result
-    data = <PyObject *>result
-    Py_INCREF(result)
-    result = None
-    _PyBytes_Resize(&data, nread)
-    result = <object>data
-    Py_DECREF(result)
+        return data
+    resized = <PyObject *>data
+    Py_INCREF(data)
+    data = None
+    _PyBytes_Resize(&resized, nread)
+    data = <object>resized
+    Py_DECREF(data)
+    return data
+
+
+# ---- the ladder --------------------------------------------------------------------------------------------------------------
+
+cdef bint is_undecided(int err) noexcept:
+    """Whether the kernel says that it can't tell if this descriptor would block: or a seccomp filter, in its place."""
+    return err == EOPNOTSUPP or err == ENOSYS or err == EPERM
+
+
+cdef bint is_pollable(int fd, str call) except -1:
+    """Whether readiness means anything for *fd*: regular files and block devices are always ready, and block all the same."""
+    cdef stat_t st
+    if fstat(fd, &st) < 0:
+        raise os_error(errno, call, fd)
+    return not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
+
+
+cdef bint is_socket(int fd) noexcept:
+    cdef stat_t st
+    return fstat(fd, &st) == 0 and S_ISSOCK(st.st_mode)
+
+
+cdef bint is_nonblocking(int fd) noexcept:
+    cdef int flags = fcntl(fd, F_GETFL)
+    return flags >= 0 and flags & O_NONBLOCK
+
+
+cdef bint is_at_end(int fd, off_t offset) noexcept:
+    """Whether an empty read of a regular file means its end. Before Linux 5.8 RWF_NOWAIT stopped short in the page cache."""
+    cdef stat_t st
+    if offset < 0:
+        offset = lseek(fd, 0, SEEK_CUR)
+    return fstat(fd, &st) == 0 and S_ISREG(st.st_mode) and 0 < st.st_size <= offset
+
+
+cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
+    cdef Move move
+    move.fd = fd
+    # Who asks for RWF_NOWAIT himself wants to hear of EAGAIN.
+    move.how = COOPOS_PLAIN if flags & RWF_NOWAIT else first_rung
+    move.writes = writes
+    move.iov = NULL
+    move.count = 0
+    move.offset = offset
+    move.flags = flags
+    return move
+
+
+cdef enum Step:
+    AGAIN
+    IN_POOL
+
+
+cdef int step(Move *move, int err, str call) except -1:
+    """An attempt came to nothing: wait on the hub, or go down a rung, and try AGAIN; or leave it to the pool, when what can be
+    waited for is ready. What is wrong with the call itself is raised before anything waits.
+    """
+    cdef int events = WRITE if move.writes else READ
+    if move.flags & RWF_NOWAIT:
+        raise os_error(err, call, move.fd)
+    if err == EAGAIN:
+        if is_pollable(move.fd, call):
+            wait_until_ready(move.fd, events, call)
+            return AGAIN
+        return IN_POOL
+    if not is_undecided(err) or move.how == COOPOS_PLAIN:
+        raise os_error(err, call, move.fd)
+    return step_down(move, call)
+
+
+cdef int step_down(Move *move, str call) except -1:
+    cdef int events = WRITE if move.writes else READ
+    if not is_pollable(move.fd, call):
+        return IN_POOL
+    if is_nonblocking(move.fd):
+        move.how = COOPOS_PLAIN
+        return AGAIN
+    if move.offset < 0 and is_socket(move.fd):
+        move.how = COOPOS_DONTWAIT
+        return AGAIN
+    if coopos_may_move(move.fd, move.writes) < 0:
+        raise os_error(errno, call, move.fd)
+    park_until_ready(move.fd, events, call)
+    return IN_POOL
+
+
+# ---- the threadpool ----------------------------------------------------------------------------------------------------------
+
+cdef long pool_calls = 0
+
+
+def count_pool_calls():
+    """How many reads and writes only a thread could make cooperative, in this process."""
+    return pool_calls
+
+
+cdef object threadpool():
+    global pool_calls
+    hub = get_hub()
+    if getcurrent() is hub:
+        # Before the thread is asked: what it would move then would be nobody's.
+        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+    pool_calls += 1
+    return hub.threadpool
+
+
+@cython.final
+@cython.internal
+cdef class PoolCall:
+    """A call in the threadpool. A greenlet that is killed before it has begun takes it back."""
+    cdef object function
+    cdef tuple args
+    cdef object error          # which the pool would print
+    cdef bint is_taken_back
+
+    def __cinit__(self, function, tuple args):
+        self.function = function
+        self.args = args
+
+    def __call__(self):
+        if not self.is_taken_back:
+            try:
+                return self.function(*self.args)
+            except BaseException as ex:
+                self.error = ex
+
+
+cdef object in_pool(function, tuple args):
+    cdef PoolCall call = PoolCall(function, args)
+    try:
+        result = threadpool().apply(call)
+    finally:
+        call.is_taken_back = True
+    if call.error is not None:
+        raise call.error
     return result
 
 
-cdef ssize_t write_once(Writer writer, int fd, Py_buffer *view, Py_ssize_t start, int *err) except -2:
-    """One write of a buffer's rest: the number of bytes, or -1 with errno in *err*."""
-    cdef ssize_t written
-    cdef Py_ssize_t n = min(view.len - start, <Py_ssize_t>COOPOS_IO_MAX)
-    while True:
-        with nogil:
-            written = writer(fd, <char *>view.buf + start, <size_t>n)
-            err[0] = errno
-        if written >= 0 or err[0] != EINTR:
-            return written
-        PyErr_CheckSignals()
+@cython.final
+@cython.internal
+cdef class PoolRead:
+    """A read in the threadpool that can't be taken back. If its greenlet is killed, it is the next reader's."""
+    cdef PoolCall call
+    cdef object result         # gevent's AsyncResult
+    cdef bytes rest            # what the last one to read it had no room for
+    cdef dev_t dev
+    cdef ino_t ino
 
+    cdef bint is_of(self, int fd) noexcept:
+        cdef stat_t st
+        return fstat(fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
+
+
+# {fd: [PoolRead, ...]}, oldest first: reads that nobody waits for any more, and what was left of them.
+cdef dict left_over = {}
+
+
+def forget_parents_reads():
+    """Run by the interpreter in every forked child: what the parent's threads read is the parent's."""
+    left_over.clear()
+
+
+os.register_at_fork(after_in_child=forget_parents_reads)
+
+
+cdef PoolRead take_left_over(int fd):
+    """The oldest read of this file that nobody waits for, or None."""
+    cdef list reads = left_over.get(fd)
+    cdef PoolRead read = None
+    if reads is None:
+        return None
+    while reads and read is None:
+        read = reads.pop(0)
+        if not read.is_of(fd):
+            read = None        # the number is another file's by now
+    if not reads:
+        del left_over[fd]
+    return read
+
+
+cdef int leave_over(int fd, PoolRead read) except -1:
+    left_over.setdefault(fd, []).insert(0, read)
+    return 0
+
+
+cdef bytes finish(int fd, PoolRead read, Py_ssize_t n):
+    """Wait for a read in the pool; its first *n* bytes. The rest, or all of it if we are killed, is the next reader's."""
+    cdef bytes data = read.rest
+    if data is None:
+        try:
+            data = read.result.get()
+        except:
+            leave_over(fd, read)
+            raise
+        if read.call.error is not None:
+            raise read.call.error
+    if len(data) > n:
+        read.rest = data[n:]
+        leave_over(fd, read)
+        data = data[:n]
+    return data
+
+
+cdef bytes read_in_pool(Move *move, Py_ssize_t n, str call):
+    """Up to *n* bytes, read by a thread."""
+    cdef PoolRead read
+    cdef stat_t st
+    cdef int fd = move.fd
+    cdef off_t offset
+    if move.offset >= 0:
+        return pread_in_pool(fd, n, move.offset, move.flags)
+    if not is_pollable(fd, call):
+        offset = lseek(fd, 0, SEEK_CUR)
+        while offset >= 0:
+            data = pread_in_pool(fd, n, offset, move.flags)
+            # Others may have read meanwhile, and then this is theirs.
+            if lseek(fd, 0, SEEK_CUR) == offset:
+                if lseek(fd, len(data), SEEK_CUR) < 0:
+                    raise os_error(errno, call, fd)
+                return data
+            offset = lseek(fd, 0, SEEK_CUR)
+    if fstat(fd, &st) < 0:
+        raise os_error(errno, call, fd)
+    read = PoolRead.__new__(PoolRead)
+    read.dev, read.ino = st.st_dev, st.st_ino
+    read.call = PoolCall(posix.read, (fd, n))
+    read.result = threadpool().spawn(read.call)
+    return finish(fd, read, n)
+
+
+cdef bytes pread_in_pool(int fd, Py_ssize_t n, off_t offset, int flags):
+    if not flags:
+        return in_pool(posix.pread, (fd, n, offset))
+    buffer = bytearray(n)
+    nread = in_pool(posix.preadv, (fd, [buffer], offset, flags))
+    return bytes(buffer[:nread])
+
+
+cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, str call) except -1:
+    """How many bytes a thread has written of *source*, one buffer or a sequence of them, after the *done* bytes that are written.
+    The thread's views of it keep it alive, whatever becomes of the greenlet.
+    """
+    cdef list views = []
+    if is_pollable(move.fd, call):
+        # As much as is sure not to wait, now that there is room.
+        return in_pool(posix.write, (move.fd, (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]))
+    for buffer in source if isinstance(source, (list, tuple)) else (source,):
+        view = memoryview(buffer).cast("B")
+        if len(view) > done:
+            views.append(view[done:])
+        done = max(done - len(view), 0)
+    if move.offset < 0 and not move.flags:
+        return in_pool(posix.writev, (move.fd, views))
+    if not move.flags and len(views) == 1:
+        return in_pool(posix.pwrite, (move.fd, views[0], move.offset))
+    return in_pool(posix.pwritev, (move.fd, views, move.offset, move.flags))
+
+
+# ---- reads and writes, whole -------------------------------------------------------------------------------------------------
+
+cdef object read_bytes(Move *move, Py_ssize_t n, str call):
+    """Up to *n* bytes."""
+    cdef PoolRead left
+    cdef int err = 0
+    if n < 0:
+        raise os_error(EINVAL, call, move.fd)
+    n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+    be_fair()
+    if left_over and move.offset < 0 and (left := take_left_over(move.fd)) is not None:
+        return finish(move.fd, left, n)
+    while True:
+        data = read_once(move, move.fd, n, &err)
+        if data is None:
+            if step(move, err, call) == AGAIN:
+                continue
+        elif data or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
+            return data
+        return read_in_pool(move, n, call)
+
+
+cdef Py_ssize_t total_of(const Move *move) noexcept:
+    cdef Py_ssize_t total = 0
+    cdef int i
+    for i in range(move.count):
+        total += <Py_ssize_t>move.iov[i].iov_len
+    return total
+
+
+cdef Py_ssize_t fill(const Move *move, bytes data) noexcept:
+    """Distribute *data* over the buffers."""
+    cdef const char *source = PyBytes_AS_STRING(data)
+    cdef Py_ssize_t left = len(data)
+    cdef Py_ssize_t n
+    cdef int i
+    for i in range(move.count):
+        n = min(left, <Py_ssize_t>move.iov[i].iov_len)
+        memcpy(move.iov[i].iov_base, source, <size_t>n)
+        source += n
+        left -= n
+    return len(data)
+
+
+cdef Py_ssize_t read_into(Move *move, str call) except -1:
+    """Into the buffers of *move*; how many bytes."""
+    cdef PoolRead left
+    cdef Py_ssize_t nread
+    cdef Py_ssize_t n = total_of(move)
+    cdef int err = 0
+    be_fair()
+    if left_over and move.offset < 0 and (left := take_left_over(move.fd)) is not None:
+        return fill(move, finish(move.fd, left, n))
+    while True:
+        nread = attempt(move, &err)
+        if nread < 0:
+            if step(move, err, call) == AGAIN:
+                continue
+        elif nread or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
+            return nread
+        # Into a buffer of the thread's own: ours may be gone before it has read.
+        return fill(move, read_in_pool(move, n, call))
+
+
+cdef int advance(Move *move, Py_ssize_t written) noexcept:
+    """Past what was written."""
+    cdef Py_ssize_t n
+    if move.offset >= 0:
+        move.offset += written
+    while written:
+        n = min(written, <Py_ssize_t>move.iov.iov_len)
+        move.iov.iov_base = <char *>move.iov.iov_base + n
+        move.iov.iov_len -= <size_t>n
+        written -= n
+        if not move.iov.iov_len and move.count > 1:
+            move.iov += 1
+            move.count -= 1
+    return 0
+
+
+cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
+    """From the buffers of *move*, which are those of *source*; how many bytes. All of them, where the descriptor is in blocking
+    mode, as write(2) does it.
+    """
+    cdef Py_ssize_t written
+    cdef Py_ssize_t done = 0
+    cdef Py_ssize_t n = total_of(move)
+    cdef int err = 0
+    be_fair()
+    try:
+        while True:
+            written = attempt(move, &err)
+            if written < 0:
+                if done and err != EAGAIN and not is_undecided(err):
+                    return done
+                if step(move, err, call) == AGAIN:
+                    continue
+                written = write_in_pool(move, source, done, call)
+                if not is_pollable(move.fd, call):
+                    return done + written
+            done += written
+            if done >= n or move.flags & RWF_NOWAIT or (is_nonblocking(move.fd) and is_pollable(move.fd, call)):
+                return done
+            advance(move, written)
+    except BaseException as ex:
+        if done:
+            ex.characters_written = done
+        raise
+
+
+cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) except -1:
+    """The caller releases *view*."""
+    PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+    iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
+    return 0
+
+
+@cython.final
+@cython.internal
+cdef class Buffers:
+    """A sequence of buffers, locked, as readv and writev take it."""
+    cdef tuple sources
+    cdef Py_buffer *views
+    cdef iovec *iov
+    cdef int count             # of views that are held
+
+    def __cinit__(self, str call, buffers, bint writable):
+        if not PySequence_Check(buffers):
+            raise TypeError(f"{call}() arg 2 must be a sequence")
+        self.sources = tuple(buffers)
+        if len(self.sources) > INT_MAX:
+            raise OverflowError("signed integer is greater than maximum")
+        self.views = <Py_buffer *>calloc(len(self.sources) + 1, sizeof(Py_buffer))
+        self.iov = <iovec *>calloc(len(self.sources) + 1, sizeof(iovec))
+        if self.views == NULL or self.iov == NULL:
+            raise MemoryError
+        for buffer in self.sources:
+            take_buffer(buffer, &self.views[self.count], writable, &self.iov[self.count])
+            self.count += 1
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.count):
+            PyBuffer_Release(&self.views[i])
+        free(self.views)
+        free(self.iov)
+
+    cdef int give(self, Move *move) noexcept:
+        move.iov = self.iov
+        move.count = self.count
+        return 0
+
+
+# ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
 
 def nb_read(Py_ssize_t fd, Py_ssize_t n):
     """Read up to *n* bytes from a non-blocking descriptor, letting other greenlets run while there are none.
 
-    Like :func:`os.read`, but waits on the hub where that raises BlockingIOError.
+    Like :func:`os.read`, but waits on the hub where that raises BlockingIOError. A descriptor that was left in blocking mode is
+    read as :func:`read` does it.
 
     Args:
         fd: int, a descriptor in non-blocking mode (see :func:`make_nonblocking`).
@@ -511,22 +593,26 @@ def nb_read(Py_ssize_t fd, Py_ssize_t n):
     """
     cdef int number = as_int(fd)
     cdef int err = 0
+    if not is_known(number) and not note_mode(number):
+        return read_as_blocking(number, n)
     if n < 0:
         raise os_error(EINVAL, "nb_read", fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+    be_fair()
     while True:
-        data = read_once(plain_read, number, n, &err)
+        data = read_once(NULL, number, n, &err)
         if data is not None:
             return data
         if err != EAGAIN:
             raise os_error(err, "nb_read", fd)
-        park(number, READ, "nb_read")
+        wait_until_ready(number, READ, "nb_read")
 
 
 def nb_write(Py_ssize_t fd, buf):
     """Write a buffer, or as much of it as fits, to a non-blocking descriptor, letting other greenlets run while nothing fits.
 
-    Like :func:`os.write`, but waits on the hub where that raises BlockingIOError.
+    Like :func:`os.write`, but waits on the hub where that raises BlockingIOError. A descriptor that was left in blocking mode is
+    written as :func:`write` does it.
 
     Args:
         fd: int, a descriptor in non-blocking mode (see :func:`make_nonblocking`).
@@ -550,18 +636,44 @@ def nb_write(Py_ssize_t fd, buf):
     cdef int number = as_int(fd)
     cdef Py_buffer view
     cdef ssize_t written
-    cdef int err = 0
+    cdef int err
     PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
     try:
+        if not is_known(number) and not note_mode(number):
+            return write_as_blocking(number, buf, &view)
+        be_fair()
         while True:
-            written = write_once(plain_write, number, &view, 0, &err)
+            with nogil:
+                written = c_write(number, view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX))
+                err = errno
             if written >= 0:
                 return written
-            if err != EAGAIN:
+            if err == EINTR:
+                PyErr_CheckSignals()
+            elif err == EAGAIN:
+                wait_until_ready(number, WRITE, "nb_write")
+            else:
                 raise os_error(err, "nb_write", fd)
-            park(number, WRITE, "nb_write")
     finally:
         PyBuffer_Release(&view)
+
+
+cdef inline bint is_known(int fd) noexcept:
+    """Whether the descriptor was seen in non-blocking mode."""
+    return 0 <= fd < KNOWN_SIZE and is_known_nonblocking[fd]
+
+
+cdef object read_as_blocking(int fd, Py_ssize_t n):
+    cdef Move move = move_of(fd, False, -1, 0)
+    return read_bytes(&move, n, "nb_read")
+
+
+cdef Py_ssize_t write_as_blocking(int fd, object buf, const Py_buffer *view) except -1:
+    cdef Move move = move_of(fd, True, -1, 0)
+    cdef iovec iov
+    iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
+    move.iov, move.count = &iov, 1
+    return write_from(&move, buf, "nb_write")
 
 
 def make_nonblocking(fd):
@@ -594,105 +706,405 @@ def make_nonblocking(fd):
     raise os_error(errno, "make_nonblocking", number)
 
 
-# The errnos with which the kernel says that it can't tell whether this descriptor would block. Never remembered: another file of
-# the same kind may well answer.
-cdef bint is_undecided(int err) noexcept:
-    return err == EOPNOTSUPP or err == ENOSYS or err == EINVAL or err == EPERM
+# ---- the os functions --------------------------------------------------------------------------------------------------------
+
+def read(Py_ssize_t fd, Py_ssize_t length, /):
+    """Read up to *length* bytes from any descriptor, letting other greenlets run while there are none.
+
+    Like :func:`os.read`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. What is there
+    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest, and blocking FIFOs
+    and terminals once they are ready, is read in the hub's threadpool.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        length: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 0 to *length* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *length* is negative;
+            otherwise as read(2).
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
+    goes to the next reader. Works in any thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    return read_bytes(&move, length, "read")
 
 
-cdef bint is_pollable(int fd, str call) except -1:
-    """Whether readiness means anything for *fd*: regular files and block devices are always ready, and block all the same."""
-    cdef stat_t st
-    if fstat(fd, &st) < 0:
-        raise os_error(errno, call, fd)
-    return not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
+def readinto(Py_ssize_t fd, buffer, /):
+    """Read into a buffer from any descriptor, letting other greenlets run while there is nothing.
+
+    Like ``os.readinto`` of Python 3.14, and cooperative as :func:`read` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffer: a writable bytes-like object, contiguous. It stays locked until the call is over.
+
+    Returns:
+        int: how many bytes were read, 0 to ``len(buffer)``; 0 at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as read(2).
+        TypeError, BufferError: *buffer* is not a writable bytes-like object, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
+    goes to the next reader. Works in any thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    try:
+        take_buffer(buffer, &view, True, &iov)
+    except BufferError as ex:
+        if memoryview(buffer).readonly:
+            raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
+        raise
+    move.iov, move.count = &iov, 1
+    try:
+        return read_into(&move, "readinto")
+    finally:
+        PyBuffer_Release(&view)
 
 
-cdef bint is_nonblocking(int fd) noexcept:
-    cdef int flags = fcntl(fd, F_GETFL)
-    return flags >= 0 and flags & O_NONBLOCK
+def write(Py_ssize_t fd, data, /):
+    """Write a buffer to any descriptor, letting other greenlets run while it would block.
+
+    Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As
+    write(2) does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once, and the hub waits
+    for room; other files are written in the hub's threadpool.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        data: bytes-like, contiguous. It stays locked until the call is over.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(data)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as write(2).
+        TypeError, BufferError: *data* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
+    thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; write(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, -1, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    take_buffer(data, &view, False, &iov)
+    move.iov, move.count = &iov, 1
+    try:
+        return write_from(&move, data, "write")
+    finally:
+        PyBuffer_Release(&view)
 
 
-cdef int park_until_ready(int fd, int events, str call) except -1:
-    """Park, unless *fd* is ready at this moment. What can't be waited for is always ready to poll(2)."""
-    cdef pollfd request
-    request.fd = fd
-    request.events = POLLIN if events == READ else POLLOUT
-    request.revents = 0
-    if poll(&request, 1, 0) == 0:
-        park(fd, events, call)
-    return 0
+def readv(Py_ssize_t fd, buffers, /):
+    """Read into several buffers, one after the other, letting other greenlets run while there is nothing.
+
+    Like :func:`os.readv`, and cooperative as :func:`read` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of writable bytes-like objects. They stay locked until the call is over.
+
+    Returns:
+        int: how many bytes were read in all; 0 at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as readv(2).
+        TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
+    goes to the next reader. Works in any thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; readv(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    cdef Buffers locked = Buffers("readv", buffers, True)
+    locked.give(&move)
+    return read_into(&move, "readv")
 
 
-def read_or_defer(Py_ssize_t fd, Py_ssize_t n, str call):
-    """Read without a thread where the kernel can tell whether the read would block; wait on the hub where it would.
+def writev(Py_ssize_t fd, buffers, /):
+    """Write several buffers, one after the other, letting other greenlets run while it would block.
 
-    Returns bytes, or None where only a thread can make this read cooperative. Then there was something to read: a descriptor whose
-    readiness means anything has been waited for. Flags are not touched. An empty read is left to the thread too: kernels before 5.8
-    returned short from the page cache, so it need not be the end of the file.
+    Like :func:`os.writev`, and cooperative as :func:`write` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of bytes-like objects. They stay locked until the call is over.
+
+    Returns:
+        int: how many bytes were written in all.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as writev(2).
+        TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
+    thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; writev(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, -1, 0)
+    cdef Buffers locked = Buffers("writev", buffers, False)
+    locked.give(&move)
+    return write_from(&move, locked.sources, "writev")
+
+
+def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
+    """Read up to *length* bytes from a place in a file, letting other greenlets run while it would block.
+
+    Like :func:`os.pread`. What is in the page cache is read at once, the rest in the hub's threadpool.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        length: int, bytes, 0 or more.
+        offset: int, bytes from the start of the file, 0 or more. The descriptor's own offset stays where it is.
+
+    Returns:
+        bytes: 0 to *length* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading; EINVAL if *length* or *offset* is negative; ESPIPE if *fd* has no offset.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has moved nothing. Works in any thread's hub and in a forked
+    child.
+
+    Source: preadv2(2), RWF_NOWAIT; pread(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, <off_t>offset, 0)
+    if offset < 0:
+        raise os_error(EINVAL, "pread", fd)
+    return read_bytes(&move, length, "pread")
+
+
+def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
+    """Write a buffer to a place in a file, letting other greenlets run while it would block.
+
+    Like :func:`os.pwrite`. Where the kernel can't tell whether that would block, it is done in the hub's threadpool.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffer: bytes-like, contiguous. It stays locked until the call is over.
+        offset: int, bytes from the start of the file, 0 or more. The descriptor's own offset stays where it is.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(buffer)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; EINVAL if *offset* is negative; ESPIPE if *fd* has no offset; otherwise as
+            pwrite(2).
+        TypeError, BufferError: *buffer* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
+    thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; pwrite(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, <off_t>offset, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    take_buffer(buffer, &view, False, &iov)
+    move.iov, move.count = &iov, 1
+    try:
+        if offset < 0:
+            raise os_error(EINVAL, "pwrite", fd)
+        return write_from(&move, buffer, "pwrite")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
+    """Read from a place in a file into several buffers, letting other greenlets run while it would block.
+
+    Like :func:`os.preadv`, and cooperative as :func:`pread` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of writable bytes-like objects. They stay locked until the call is over.
+        offset: int, bytes from the start of the file; -1, on Linux: the descriptor's own offset.
+        flags: int, ``os.RWF_*``. With ``RWF_NOWAIT`` it doesn't wait and raises BlockingIOError.
+
+    Returns:
+        int: how many bytes were read in all; 0 at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading; EINVAL if *offset* is negative; EOPNOTSUPP for flags that the system or the
+            file doesn't know; ESPIPE if *fd* has no offset.
+        TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has moved nothing. Works in any thread's hub and in a forked
+    child.
 
     Source: preadv2(2), RWF_NOWAIT.
+
+    .. versionadded:: 0.1.0
     """
-    cdef int number = as_int(fd)
-    cdef Reader reader = coopos_read_nowait
-    cdef int err = 0
-    if n < 0:
-        raise os_error(EINVAL, call, fd)
-    n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
-    while True:
-        data = read_once(reader, number, n, &err)
-        if data is not None:
-            return data if data or n == 0 or is_pollable(number, call) else None
-        if err == EAGAIN or is_undecided(err):
-            if not is_pollable(number, call):
-                return None
-            if err == EAGAIN:
-                park(number, READ, call)
-                continue
-            if is_nonblocking(number) and reader != plain_read:
-                reader = plain_read
-                continue
-            park_until_ready(number, READ, call)
-            return None
-        raise os_error(err, call, fd)
+    cdef Move move = move_of(as_int(fd), False, <off_t>offset, flags)
+    cdef Buffers locked = Buffers("preadv", buffers, True)
+    if offset < -1:
+        raise os_error(EINVAL, "preadv", fd)
+    locked.give(&move)
+    return read_into(&move, "preadv")
 
 
-def write_or_defer(Py_ssize_t fd, buf, str call):
-    """Write without a thread where the kernel can tell whether the write would block; wait on the hub where it would.
+def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
+    """Write several buffers to a place in a file, letting other greenlets run while it would block.
 
-    Returns how many bytes were written, or None where only a thread can make this write cooperative; nothing is written then, and a
-    descriptor whose readiness means anything has been waited for. Flags are not touched. On a descriptor in blocking mode it
-    returns when all is written, as write(2) does.
+    Like :func:`os.pwritev`, and cooperative as :func:`pwrite` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of bytes-like objects. They stay locked until the call is over.
+        offset: int, bytes from the start of the file; -1, on Linux: the descriptor's own offset.
+        flags: int, ``os.RWF_*``. With ``RWF_NOWAIT`` it doesn't wait and raises BlockingIOError.
+
+    Returns:
+        int: how many bytes were written in all.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; EINVAL if *offset* is negative; EOPNOTSUPP for flags that the system or the
+            file doesn't know; ESPIPE if *fd* has no offset; otherwise as pwritev(2).
+        TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
+    thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, <off_t>offset, flags)
+    cdef Buffers locked = Buffers("pwritev", buffers, False)
+    if offset < -1:
+        raise os_error(EINVAL, "pwritev", fd)
+    locked.give(&move)
+    return write_from(&move, locked.sources, "pwritev")
+
+
+# ---- all of it ---------------------------------------------------------------------------------------------------------------
+
+def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
+    """Read *n* bytes from any descriptor, letting other greenlets run until they are there.
+
+    As :func:`read` again and again.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: *n* bytes long.
+
+    Raises:
+        EOFError: the file ended before. What was read is in its attribute ``partial``.
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *n* is negative;
+            otherwise as read(2).
+
+    Switches greenlets only if it has to wait. Killed or timed out, or if an error comes in between, the exception has what was
+    read until then as an attribute ``partial``. Works in any thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; read(2).
+
+    .. versionadded:: 0.1.0
     """
     cdef int number = as_int(fd)
-    cdef Py_buffer view
-    cdef Writer writer = coopos_write_nowait
+    cdef Move move
+    cdef Py_ssize_t nread
     cdef Py_ssize_t done = 0
-    cdef ssize_t written
-    cdef int err = 0
-    PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+    cdef iovec iov
+    if n < 0:
+        raise os_error(EINVAL, "read_exactly", fd)
+    data = PyBytes_FromStringAndSize(NULL, n)
     try:
         while True:
-            written = write_once(writer, number, &view, done, &err)
-            if written >= 0:
-                done += written
-                if done >= view.len or is_nonblocking(number):
-                    return done
-            elif err == EAGAIN and is_pollable(number, call):
-                park(number, WRITE, call)
-            elif done:
-                return done
-            elif err == EAGAIN or is_undecided(err):
-                if not is_pollable(number, call):
-                    return None
-                if is_nonblocking(number) and writer != plain_write:
-                    writer = plain_write
-                    continue
-                park_until_ready(number, WRITE, call)
-                return None
-            else:
-                raise os_error(err, call, fd)
+            move = move_of(number, False, -1, 0)
+            iov.iov_base = PyBytes_AS_STRING(data) + done
+            iov.iov_len = <size_t>min(n - done, <Py_ssize_t>COOPOS_IO_MAX)
+            move.iov, move.count = &iov, 1
+            nread = read_into(&move, "read_exactly")
+            done += nread
+            if done == n:
+                return data
+            if not nread:
+                raise EOFError(f"end of file after {done} of {n} bytes: read_exactly({number})")
+    except BaseException as ex:
+        ex.partial = data[:done]
+        raise
+
+
+def write_all(Py_ssize_t fd, data, /):
+    """Write all of a buffer to any descriptor, letting other greenlets run until it is written.
+
+    As :func:`write` again and again: on a descriptor in non-blocking mode, too, all is written when it returns.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        data: bytes-like, contiguous. It stays locked until the call is over.
+
+    Returns:
+        None
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as write(2).
+        TypeError, BufferError: *data* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out, or if an error comes in between, after a part was written, the
+    exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; write(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int number = as_int(fd)
+    cdef Move move
+    cdef Py_buffer view
+    cdef iovec iov
+    cdef Py_ssize_t done = 0
+    take_buffer(data, &view, False, &iov)
+    try:
+        while True:
+            move = move_of(number, True, -1, 0)
+            iov.iov_base = <char *>view.buf + done
+            iov.iov_len = <size_t>min(view.len - done, <Py_ssize_t>COOPOS_IO_MAX)
+            move.iov, move.count = &iov, 1
+            done += write_from(&move, memoryview(data).cast("B")[done:] if done else data, "write_all")
+            if done >= view.len:
+                return
+    except BaseException as ex:
+        done += getattr(ex, "characters_written", 0)
+        if done:
+            ex.characters_written = done
+        raise
     finally:
         PyBuffer_Release(&view)

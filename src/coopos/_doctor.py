@@ -54,13 +54,10 @@ def _nonblocking(read_fd: int, write_fd: int) -> str:
 
 
 def _any_mode(read_fd: int) -> str:
-    """What serves tp_read on a descriptor that has data, whatever its mode."""
-    data = coopos._core.read_or_defer(read_fd, len(MESSAGE), "tp_read")
-    if data is None:
-        _expect(coopos.tp_read(read_fd, len(MESSAGE)), MESSAGE)
-        return "the threadpool"
-    _expect(data, MESSAGE)
-    return "RWF_NOWAIT"
+    """What serves read on a descriptor that has data, whatever its mode: nothing that waits, or a thread."""
+    before = coopos._core.count_pool_calls()
+    _expect(coopos.read(read_fd, len(MESSAGE)), MESSAGE)
+    return "the threadpool" if coopos._core.count_pool_calls() > before else "RWF_NOWAIT"
 
 
 def check_pipe() -> str:

@@ -1,6 +1,6 @@
 # C declarations that Cython's own libc and posix packages lack or lack `nogil` for, grouped by header.
 
-from posix.types cimport id_t, pid_t, uid_t
+from posix.types cimport id_t, off_t, pid_t, uid_t
 
 
 cdef extern from "Python.h":
@@ -10,6 +10,10 @@ cdef extern from "Python.h":
     void PyOS_AfterFork_Child()
     void PyOS_AfterFork_Parent()
     int PyObject_AsFileDescriptor(object) except -1
+
+
+cdef extern from "<limits.h>" nogil:
+    int PIPE_BUF
 
 
 cdef extern from "<poll.h>" nogil:
@@ -44,9 +48,17 @@ cdef extern from "<sys/stat.h>" nogil:
         mode_t st_mode
         dev_t st_dev
         ino_t st_ino
+        off_t st_size
     int fstat(int fd, stat_t *buf)
     bint S_ISREG(mode_t mode)
     bint S_ISBLK(mode_t mode)
+    bint S_ISSOCK(mode_t mode)
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
 
 
 cdef extern from "<sys/wait.h>" nogil:
@@ -103,6 +115,16 @@ cdef extern from "_compat.h" nogil:
     int coopos_bell_new(int *bell)
     void coopos_bell_ring(const int *bell)
     void coopos_bell_close(const int *bell)
-    ssize_t coopos_read_nowait(int fd, void *buf, size_t n)
-    ssize_t coopos_write_nowait(int fd, const void *buf, size_t n)
+    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN
+    ctypedef struct Move "struct coopos_move":
+        int fd
+        int how
+        int writes
+        iovec *iov
+        int count
+        off_t offset
+        int flags
+    ssize_t coopos_move(const Move *move)
+    int coopos_may_move(int fd, int writes)
+    int RWF_NOWAIT
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)

@@ -54,17 +54,15 @@ def tp_read(fd: int, n: int) -> bytes:
     Raises:
         OSError: EBADF if *fd* is not open for reading; EINVAL if *n* is negative; otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte; a read that is
-    in the threadpool goes on there, and what it reads is lost. Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
+    goes to the next reader (not on Windows). Works in any thread's hub and in a forked child.
 
     Source: preadv2(2), RWF_NOWAIT; ``gevent.os.tp_read``.
 
     .. versionadded:: 0.1.0
     """
     if _core is not None:
-        data = _core.read_or_defer(fd, n, "tp_read")
-        if data is not None:
-            return data
+        return _core.read(fd, n)
     result: bytes = _in_thread(_read, fd, n)
     return result
 
@@ -87,16 +85,15 @@ def tp_write(fd: int, buf: Buffer) -> int:
         OSError: EBADF if *fd* is not open for writing; EPIPE if nobody can read; otherwise as write(2).
         TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits, it may have written a part of *buf*; a write that
-    is in the threadpool goes on there. Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
+    thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT; ``gevent.os.tp_write``.
 
     .. versionadded:: 0.1.0
     """
     if _core is not None:
-        written = _core.write_or_defer(fd, buf, "tp_write")
-        if written is not None:
-            return written
+        return _core.write(fd, buf)
     result: int = _in_thread(_write, fd, buf)
     return result

@@ -1,0 +1,31 @@
+# What the compiled modules share: how arguments and errors are made, how a greenlet gives way to its hub, other threads' loops.
+
+cdef enum:
+    READ = 1
+    WRITE = 2
+
+cdef int generation
+
+# By descriptor, whether it was last seen in non-blocking mode. Higher numbers are asked for each time.
+cdef enum:
+    KNOWN_SIZE = 65536
+cdef char[KNOWN_SIZE] is_known_nonblocking
+
+cdef object os_error(int err, str call, object subject)
+cdef object give_way(object hub, object current)
+cdef object wrong_switch(object came_back, str what)
+cdef bint is_alive(object loop) noexcept
+cdef bint post(object loop, object callback, tuple args=*) except -1
+cdef int park(int fd, int events, str call) except -1
+cdef int park_until_ready(int fd, int events, str call) except -1
+cdef bint note_mode(int fd) noexcept
+cdef int take_turns() except -1
+
+
+cdef inline int as_int(Py_ssize_t number) except? -1:
+    """A C int for what os functions take as one. Their arguments are declared Py_ssize_t, which Cython, as `os` does, takes from
+    integers alone; into a C int it would also put a float.
+    """
+    if number != <int>number:
+        raise OverflowError("signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum")
+    return <int>number

@@ -1,0 +1,482 @@
+"""How a greenlet waits for a descriptor, and how the descriptor is closed under it. What the compiled modules share.
+
+The kernel keeps the books. Nothing here polls, or changes a descriptor's flags. Three rules hold throughout:
+
+1. A greenlet that waits is registered before its watcher is started, and leaves by a `finally`.
+2. A watcher is touched only by its own loop's thread; other threads post a callback.
+3. No watcher stays active between two waits: a number that was closed and used again is another file.
+
+The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
+"""
+
+cimport cython
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_Import
+from libc.errno cimport EBADF, errno
+from libc.stdlib cimport realloc
+from libc.string cimport memset, strerror
+from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
+from posix.unistd cimport close as c_close
+
+from coopos._posix cimport POLLIN, POLLOUT, dev_t, fstat, ino_t, poll, pollfd, stat_t
+
+import os
+import sys
+
+from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
+from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
+
+
+cdef object os_error(int err, str call, object subject):
+    """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
+    return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
+
+
+# ---- giving way to the hub ---------------------------------------------------------------------------------------------------
+
+# greenlet's C API (greenlet.h), a table that its capsule points to: as quick as it gets, and no header to build with.
+ctypedef object (*GetCurrent)()
+ctypedef object (*Switch)(object greenlet, PyObject *args, PyObject *kwargs)
+cdef void **greenlet_api = <void **>PyCapsule_Import("greenlet._C_API", 0)
+cdef GetCurrent current_greenlet = <GetCurrent>greenlet_api[4]
+cdef Switch greenlet_switch = <Switch>greenlet_api[6]
+
+# {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
+cdef dict _has_switch_out = {}
+# The last type that had none.
+cdef object _plain_kind = None
+
+
+cdef object give_way(object hub, object current):
+    """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
+    if current is hub:
+        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+    global _plain_kind
+    cdef object kind = type(current)
+    if kind is not _plain_kind:
+        if kind not in _has_switch_out:
+            _has_switch_out[kind] = hasattr(kind, "switch_out")
+        if _has_switch_out[kind]:
+            return hub.switch()
+        _plain_kind = kind
+    return greenlet_switch(hub, NULL, NULL)
+
+
+cdef object wrong_switch(object came_back, str what):
+    return InvalidSwitchError(f"switched into {current_greenlet()!r} with {came_back!r}: it waits for {what}")
+
+
+# ---- other threads' loops ----------------------------------------------------------------------------------------------------
+
+# Counts the forks since the module was loaded, in this line of descent: what is of an older generation was made by the parent.
+generation = 0
+
+
+def count_generation():
+    """Run by the interpreter in every forked child."""
+    global generation
+    cdef PutOffClose later
+    generation += 1
+    for later in list(_put_off.values()):
+        later.forget_other_threads()
+
+
+os.register_at_fork(after_in_child=count_generation)
+
+
+cdef bint is_alive(object loop) noexcept:
+    """Whether a loop was not destroyed with its thread."""
+    try:
+        return bool(loop.ptr)
+    except Exception:
+        return False
+
+
+cdef bint post(object loop, object callback, tuple args=()) except -1:
+    """Have *callback* run in the thread of *loop*; False if the loop is destroyed."""
+    try:
+        loop.run_callback_threadsafe(callback, *args)
+    except Exception:
+        return False           # also while its thread is still at destroying it
+    return True
+
+
+# ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
+
+@cython.final
+@cython.internal
+cdef class Wait:
+    """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
+    cdef object watcher
+    cdef object hub
+    cdef object loop
+    cdef object switch     # of the greenlet that waits
+    cdef object queued     # the loop callback that will wake it, once close() has evicted it
+    cdef PyObject *next    # another one parked on the same descriptor, borrowed
+    cdef int fd
+    cdef int error         # errno that the waiter is to raise; 0
+    cdef int born          # generation
+
+
+@cython.final
+@cython.internal
+cdef class Parking:
+    """A hub's idle waits, kept by kind so that a re-used watcher needs only its descriptor changed."""
+    cdef object hub
+    cdef object loop
+    cdef bint is_reusable  # libuv's io watchers share a handle per descriptor and can't be re-aimed
+    cdef list idle_readers
+    cdef list idle_writers
+
+    def __cinit__(self, hub):
+        self.hub = hub
+        self.loop = hub.loop
+        self.is_reusable = not hasattr(hub.loop, "_io_watchers")
+        self.idle_readers = []
+        self.idle_writers = []
+
+    def __dealloc__(self):
+        global _latest_parking
+        if _latest_parking == <PyObject *>self:
+            _latest_parking = NULL
+
+    cdef Wait aim(self, int fd, int events):
+        cdef list idle = self.idle_readers if events == READ else self.idle_writers
+        cdef Wait wait
+        if idle:
+            wait = <Wait>idle.pop()
+            # Always set, also where it is the same number: only then does libev ask the kernel again, and a number that was
+            # closed and used again in the meantime is another file.
+            wait.watcher.fd = fd
+        else:
+            wait = Wait()
+            wait.hub = self.hub
+            wait.loop = self.loop
+            wait.watcher = self.make_watcher(fd, events)
+        wait.fd = fd
+        wait.error = 0
+        wait.born = generation
+        return wait
+
+    cdef object make_watcher(self, int fd, int events):
+        cdef int flags = -1
+        if not self.is_reusable:
+            flags = fcntl(fd, F_GETFL)
+        watcher = self.loop.io(fd, events)
+        # libuv has made the file non-blocking, for everybody who shares it.
+        if flags >= 0 and not flags & O_NONBLOCK:
+            fcntl(fd, F_SETFL, flags)
+        return watcher
+
+    cdef int put_back(self, Wait wait, int events) except -1:
+        wait.watcher.stop()
+        if self.is_reusable:
+            (self.idle_readers if events == READ else self.idle_writers).append(wait)
+        else:
+            wait.watcher.close()
+        return 0
+
+
+# By descriptor, the last Wait parked on it, or NULL (borrowed: a parked greenlet's frame holds its Wait); close() reads it. The
+# waits of every thread's hub are here, under the GIL.
+cdef PyObject **_parked = NULL
+cdef int _parked_size = 0
+
+
+# The Parking that was used last, or NULL (borrowed: its hub owns it): nearly always the one that is wanted.
+cdef PyObject *_latest_parking = NULL
+
+
+cdef Parking parking_of(object hub):
+    global _latest_parking
+    cdef Parking parking
+    if _latest_parking != NULL and (<Parking>_latest_parking).hub is hub:
+        return <Parking>_latest_parking
+    parking = getattr(hub, "_coopos_parking", None)
+    if parking is None:
+        parking = hub._coopos_parking = Parking(hub)
+    _latest_parking = <PyObject *>parking
+    return parking
+
+
+cdef int enlist(Wait wait) except -1:
+    global _parked, _parked_size
+    cdef int fd = wait.fd
+    cdef int size
+    cdef PyObject **table
+    if fd >= _parked_size:
+        size = max(2 * fd, 64)
+        table = <PyObject **>realloc(_parked, <size_t>size * sizeof(PyObject *))
+        if table == NULL:
+            raise MemoryError
+        memset(table + _parked_size, 0, <size_t>(size - _parked_size) * sizeof(PyObject *))
+        _parked, _parked_size = table, size
+    wait.next = _parked[fd]
+    _parked[fd] = <PyObject *>wait
+    return 0
+
+
+cdef int delist(Wait wait) noexcept:
+    cdef PyObject **link = &_parked[wait.fd]
+    while link[0] != NULL:
+        if link[0] == <PyObject *>wait:
+            link[0] = wait.next
+            break
+        link = &(<Wait>link[0]).next
+    wait.next = NULL
+    return 0
+
+
+cdef int park(int fd, int events, str call) except -1:
+    """Let the others run until *fd* is ready, or raise EBADF as soon as it is closed by this module's close().
+
+    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte.
+    """
+    cdef Parking parking = parking_of(get_hub())
+    cdef Wait wait = parking.aim(fd, events)
+    cdef object current = current_greenlet()
+    wait.switch = current.switch
+    enlist(wait)
+    try:
+        wait.watcher.start(wait.switch, wait)
+        came_back = give_way(parking.hub, current)
+        if came_back is not wait:
+            raise wrong_switch(came_back, f"fd {fd} in {call}")
+    finally:
+        delist(wait)
+        wait.switch = None
+        if wait.queued is not None:
+            wait.queued.stop()
+            wait.queued = None
+        parking.put_back(wait, events)
+    if wait.error:
+        raise os_error(wait.error, call, fd)
+    return 0
+
+
+cdef int park_until_ready(int fd, int events, str call) except -1:
+    """Park, unless *fd* is ready at this moment. What can't be waited for is always ready to poll(2)."""
+    cdef pollfd request
+    request.fd = fd
+    request.events = POLLIN if events == READ else POLLOUT
+    request.revents = 0
+    if poll(&request, 1, 0) == 0:
+        park(fd, events, call)
+    return 0
+
+
+cdef int evict(Wait wait) except -1:
+    """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
+    if wait.switch is not None and not wait.error:
+        wait.error = EBADF
+        wait.watcher.stop()
+        wait.queued = wait.loop.run_callback(wait.switch, wait)
+    return 0
+
+
+cdef int take_turns() except -1:
+    """Let the other greenlets that are ready run once. In the hub itself, which can't: nothing."""
+    cdef object hub = get_hub()
+    cdef object current = current_greenlet()
+    if current is hub:
+        return 0
+    cdef object switch = current.switch
+    queued = hub.loop.run_callback(switch, switch)
+    try:
+        came_back = give_way(hub, current)
+        if came_back is not switch:
+            raise wrong_switch(came_back, "its turn")
+    finally:
+        queued.stop()
+    return 0
+
+
+# ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
+
+# The one thing of the kernel's that is remembered, because asking each time would cost a read of a ready pipe half its time
+# again: close() forgets it. Stale (the number was closed and used again behind our back), a read or write may block, as gevent's.
+cdef char[KNOWN_SIZE] is_known_nonblocking
+
+
+cdef bint note_mode(int fd) noexcept:
+    """Whether *fd* is in non-blocking mode, remembered if it is. What is not open isn't; the call itself says so."""
+    cdef int flags = fcntl(fd, F_GETFL)
+    if flags < 0 or not flags & O_NONBLOCK:
+        return False
+    if fd < KNOWN_SIZE:
+        is_known_nonblocking[fd] = True
+    return True
+
+
+# ---- close -------------------------------------------------------------------------------------------------------------------
+
+@cython.final
+@cython.internal
+cdef class PutOffClose:
+    """A close(2) that has to wait until other parties' watchers on the number have been stopped."""
+    cdef int fd
+    cdef int parties       # how many have still to stop theirs
+    cdef bint is_polled    # whether the loop of the thread that called close() is one of them
+    cdef dev_t dev
+    cdef ino_t ino
+
+    cdef bint is_same_file(self) noexcept:
+        cdef stat_t st
+        return fstat(self.fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
+
+    cdef int stopped(self) except -1:
+        self.parties -= 1
+        if self.parties == 0:
+            if _put_off.get(self.fd) is self:
+                del _put_off[self.fd]
+            # Somebody may have closed and re-used the number behind our back: then it is not ours to close.
+            if self.is_same_file():
+                c_close(self.fd)
+        return 0
+
+    cdef int forget_other_threads(self) except -1:
+        """In a forked child."""
+        if self.parties > self.is_polled:
+            self.parties = 1 + self.is_polled
+            self.stopped()
+        return 0
+
+    def after_polling(self, check):
+        check.stop()
+        check.close()
+        self.stopped()
+
+    def evict_there(self, list waits):
+        for wait in waits:
+            evict(<Wait>wait)
+        self.stopped()
+
+
+cdef dict _put_off = {}
+
+
+cdef PutOffClose put_off(int fd):
+    cdef PutOffClose later = PutOffClose.__new__(PutOffClose)
+    cdef stat_t st
+    if fstat(fd, &st) < 0:
+        raise os_error(errno, "close", fd)
+    later.fd = fd
+    later.dev = st.st_dev
+    later.ino = st.st_ino
+    _put_off[fd] = later
+    return later
+
+
+def close(Py_ssize_t fd):
+    """Close a file descriptor.
+
+    Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
+    in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
+    gevent socket or selector), or of another thread, is active on *fd* is the system call put off to the next turn of that
+    loop, because closing a descriptor under an active watcher can abort the process.
+
+    Args:
+        fd: int, the descriptor.
+
+    Raises:
+        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop; EIO as close(2).
+        TypeError, OverflowError: *fd* is not an int, or too large for one.
+
+    Doesn't switch greenlets. Safe in any thread and after a fork.
+
+    Source: close(2); ``gevent.os.close``, which always puts the system call off.
+
+    .. versionadded:: 0.1.0
+    """
+    close_fd(as_int(fd))
+
+
+cdef int close_fd(int fd) except -1:
+    cdef PutOffClose later = None
+    cdef dict elsewhere = None
+    cdef int rc, err
+    hub = get_hub_if_exists()
+    loop = None if hub is None else hub.loop
+    if 0 <= fd < KNOWN_SIZE:
+        is_known_nonblocking[fd] = False
+    if _put_off and (<object>fd) in _put_off:
+        later = <PutOffClose>_put_off[fd]
+        if later.is_same_file():
+            raise os_error(EBADF, "close", fd)
+        del _put_off[fd]
+        later = None
+    if 0 <= fd < _parked_size and _parked[fd] != NULL:
+        elsewhere = evict_all(fd, loop)
+    if elsewhere:
+        later = put_off(fd)
+        later.parties = 1
+        for other, waits in elsewhere.items():
+            later.parties += post(other, later.evict_there, (waits,))
+    if loop is not None and loop.closing_fd(fd):
+        if later is None:
+            later = put_off(fd)
+            later.parties = 1
+        later.is_polled = True
+        check = loop.check()
+        check.start(later.after_polling, check)
+        return 0
+    if later is not None:
+        later.stopped()
+        return 0
+    with nogil:
+        rc = c_close(fd)
+        err = errno
+    if rc < 0:
+        raise os_error(err, "close", fd)
+    return 0
+
+
+def closerange(Py_ssize_t fd_low, Py_ssize_t fd_high, /):
+    """Close all descriptors from *fd_low* on and below *fd_high*, ignoring errors.
+
+    Like :func:`os.closerange`, and each as :func:`close` does it: greenlets that wait for one of them get ``OSError(EBADF)``.
+
+    Args:
+        fd_low: int, the first descriptor.
+        fd_high: int, the first that is not closed.
+
+    Raises:
+        TypeError, OverflowError: an argument is not an int, or too large for one.
+
+    Doesn't switch greenlets. Safe in any thread and after a fork.
+
+    Source: close(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int fd
+    cdef int low = max(as_int(fd_low), 0)
+    cdef int high = as_int(fd_high)
+    numbers = range(low, high)
+    if high - low > 1000:
+        try:
+            numbers = [fd for fd in map(int, os.listdir("/dev/fd")) if low <= fd < high]
+        except OSError:
+            pass
+    for fd in numbers:
+        try:
+            close_fd(fd)
+        except OSError:
+            pass
+
+
+cdef dict evict_all(int fd, object loop):
+    """Evict every greenlet parked on *fd* in *loop*; return {other loop: [Wait, ...]} for the rest, or None."""
+    cdef PyObject *link = _parked[fd]
+    cdef Wait wait
+    cdef dict elsewhere = None
+    while link != NULL:
+        wait = <Wait>link
+        link = wait.next
+        if wait.loop is loop:
+            evict(wait)
+        elif wait.born == generation and wait.hub.thread_ident in sys._current_frames():   # else its thread is no more
+            if elsewhere is None:
+                elsewhere = {}
+            elsewhere.setdefault(wait.loop, []).append(wait)
+    return elsewhere
