@@ -24,7 +24,7 @@ from libc.string cimport memset, strerror
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getuid
 
-from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, wrong_switch
+from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, set_ref, wrong_switch
 from coopos._posix cimport (
     COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent,
     PyOS_BeforeFork, PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring,
@@ -295,12 +295,6 @@ cdef int close_all_pidfds() noexcept:
 def count_refusals():
     """How often a child could not be watched by pidfd, in this process: {errno: int}. A thread has watched it."""
     return dict(_refusals)
-
-
-cdef int set_ref(watcher, bint ref) except -1:
-    """Say whether an active watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
-    getattr(watcher, "_watcher_ref", watcher).ref = ref
-    return 0
 
 
 @cython.final

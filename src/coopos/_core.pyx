@@ -103,21 +103,32 @@ cdef extern from "Python.h":
 # Up to here a copy is cheaper than an allocation for each attempt.
 cdef enum:
     SMALL_READ = 512
+# Bytes that are copied in less time than it takes to let go of the interpreter's lock and to get it back.
+cdef enum:
+    QUICK = 4096
 
 
 cdef ssize_t attempt(Move *move, int *err) except -2:
-    """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out."""
+    """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out.
+
+    To let other threads run takes longer than a short call that is sure not to block.
+    """
     cdef ssize_t moved
+    cdef bint is_quick = move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK
     while True:
-        with nogil:
+        if is_quick:
             moved = coopos_move(move)
             err[0] = errno
+        else:
+            with nogil:
+                moved = coopos_move(move)
+                err[0] = errno
         if moved >= 0 or err[0] != EINTR:
             return moved
         PyErr_CheckSignals()
 
 
-cdef inline object read_once(Move *move, int fd, Py_ssize_t n, int *err):
+cdef object read_once(Move *move, int fd, Py_ssize_t n, int *err):
     """One read of up to *n* bytes: the bytes, or None with errno in *err*. By *move*, or plainly from *fd* where that is NULL.
 
     The buffer lives only as long as the call: a greenlet that goes on to wait holds no memory for it.
@@ -134,15 +145,17 @@ cdef inline object read_once(Move *move, int fd, Py_ssize_t n, int *err):
     if move != NULL:
         iov.iov_base, iov.iov_len = buf, <size_t>n
         move.iov, move.count = &iov, 1
-    while True:
-        with nogil:
-            nread = c_read(fd, buf, <size_t>n) if move == NULL else coopos_move(move)
-            err[0] = errno
-        if nread >= 0:
-            break
-        if err[0] != EINTR:
-            return None
-        PyErr_CheckSignals()
+        nread = attempt(move, err)
+    else:
+        while True:
+            with nogil:
+                nread = c_read(fd, buf, <size_t>n)
+                err[0] = errno
+            if nread >= 0 or err[0] != EINTR:
+                break
+            PyErr_CheckSignals()
+    if nread < 0:
+        return None
     if data is None:
         return PyBytes_FromStringAndSize(buf, nread)
     if nread == n:
@@ -200,11 +213,6 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
     move.offset = offset
     move.flags = flags
     return move
-
-
-cdef enum Step:
-    AGAIN
-    IN_POOL
 
 
 cdef int step(Move *move, int err, str call) except -1:
@@ -780,8 +788,8 @@ def write(Py_ssize_t fd, data, /):
     """Write a buffer to any descriptor, letting other greenlets run while it would block.
 
     Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As
-    write(2) does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once, and the hub waits
-    for room; other files are written in the hub's threadpool.
+    write(2) does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once, and
+    the hub waits for room; other files are written in the hub's threadpool.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.

@@ -1,5 +1,7 @@
 # What the compiled modules share: how arguments and errors are made, how a greenlet gives way to its hub, other threads' loops.
 
+from cpython.object cimport PyObject
+
 cdef enum:
     READ = 1
     WRITE = 2
@@ -11,6 +13,23 @@ cdef enum:
     KNOWN_SIZE = 65536
 cdef char[KNOWN_SIZE] is_known_nonblocking
 
+cdef class Wait:
+    cdef object watcher
+    cdef object hub
+    cdef object loop
+    cdef object switch     # of the greenlet that waits
+    cdef object queued     # the loop callback that will wake it, once close() has evicted it
+    cdef PyObject *next    # another one parked on the same descriptor, borrowed
+    cdef int fd
+    cdef int events        # of one that may stay on
+    cdef int error         # errno that the waiter is to raise; 0
+    cdef int born          # generation
+    cdef bint is_on        # the watcher is, whether or not anybody waits
+    cdef bint is_left      # nobody will wait again
+    cdef object waiter     # the greenlet that waits by a watcher that stays on,
+    cdef tuple token       # what it is switched to with,
+    cdef object keeper     # and whose `ref` says whether the watcher keeps the loop running
+
 cdef object os_error(int err, str call, object subject)
 cdef object give_way(object hub, object current)
 cdef object wrong_switch(object came_back, str what)
@@ -18,6 +37,11 @@ cdef bint is_alive(object loop) noexcept
 cdef bint post(object loop, object callback, tuple args=*) except -1
 cdef int park(int fd, int events, str call) except -1
 cdef int park_until_ready(int fd, int events, str call) except -1
+cdef Wait new_seat(int fd, int events)
+cdef int park_in(Wait seat, str call) except -1
+cdef int leave_seat(Wait seat) except -1
+cdef int close_fd(int fd) except -1
+cdef int set_ref(watcher, bint ref) except -1
 cdef bint note_mode(int fd) noexcept
 cdef int take_turns() except -1
 

@@ -12,6 +12,7 @@ The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of
 cimport cython
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_Import
+from cpython.tuple cimport PyTuple_GET_ITEM
 from libc.errno cimport EBADF, errno
 from libc.stdlib cimport realloc
 from libc.string cimport memset, strerror
@@ -104,18 +105,16 @@ cdef bint post(object loop, object callback, tuple args=()) except -1:
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
 
 @cython.final
-@cython.internal
 cdef class Wait:
     """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
-    cdef object watcher
-    cdef object hub
-    cdef object loop
-    cdef object switch     # of the greenlet that waits
-    cdef object queued     # the loop callback that will wake it, once close() has evicted it
-    cdef PyObject *next    # another one parked on the same descriptor, borrowed
-    cdef int fd
-    cdef int error         # errno that the waiter is to raise; 0
-    cdef int born          # generation
+
+    def hear(self):
+        """In the hub: the descriptor of a watcher that stays on is ready."""
+        cdef object waiter = self.waiter
+        if waiter is not None:
+            greenlet_switch(waiter, <PyObject *>self.token, NULL)
+        else:
+            rest(self)
 
 
 @cython.final
@@ -267,10 +266,101 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
 
 cdef int evict(Wait wait) except -1:
     """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
+    if wait.is_on:
+        turn_off(wait)
+        if wait.waiter is not None:
+            wait.error = EBADF
+            wait.queued = wait.loop.run_callback(wait.hear)
     if wait.switch is not None and not wait.error:
         wait.error = EBADF
         wait.watcher.stop()
         wait.queued = wait.loop.run_callback(wait.switch, wait)
+    return 0
+
+
+# ---- waiting for a descriptor that one object owns ---------------------------------------------------------------------------
+
+# Its watcher may stay on between two waits, since the number can't become another file's: that saves two system calls each time. It
+# is in the table of the parked all that time, and keeps the loop running only while somebody waits.
+
+cdef int set_ref(watcher, bint ref) except -1:
+    """Say whether a watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
+    getattr(watcher, "_watcher_ref", watcher).ref = ref
+    return 0
+
+
+cdef Wait new_seat(int fd, int events):
+    """A wait for park_in."""
+    cdef Parking parking = parking_of(get_hub())
+    cdef Wait seat = Wait()
+    seat.hub = parking.hub
+    seat.loop = parking.loop
+    seat.fd = fd
+    seat.events = events
+    seat.watcher = parking.make_watcher(fd, events)
+    seat.keeper = getattr(seat.watcher, "_watcher_ref", seat.watcher)
+    seat.token = (object(),)
+    return seat
+
+
+cdef int turn_off(Wait seat) except -1:
+    """In its loop's thread."""
+    if seat.is_on:
+        seat.is_on = False
+        delist(seat)
+        seat.watcher.stop()
+    return 0
+
+
+cdef int rest(Wait seat) except -1:
+    """In its loop's thread, with nobody waiting: stop the watcher, and close it if nobody ever will."""
+    turn_off(seat)
+    if seat.is_left:
+        seat.watcher.close()
+    return 0
+
+
+cdef int leave_seat(Wait seat) except -1:
+    """Its owner gives the descriptor up, and has yet to tell who waits."""
+    seat.is_left = True
+    hub = get_hub_if_exists()
+    if hub is None or seat.loop is not hub.loop:
+        post(seat.loop, seat.hear)
+    elif seat.switch is None:
+        rest(seat)
+    return 0
+
+
+cdef int park_in(Wait seat, str call) except -1:
+    """As park(). Whoever comes second, or from another thread, gets a watcher of his own."""
+    cdef object current
+    if seat.waiter is not None or seat.hub is not get_hub():
+        return park(seat.fd, seat.events, call)
+    current = current_greenlet()
+    seat.error = 0
+    seat.born = generation
+    seat.waiter = current
+    try:
+        seat.keeper.ref = True
+        if not seat.is_on:
+            enlist(seat)
+            seat.is_on = True
+            seat.watcher.start(seat.hear)
+            seat.keeper.ref = True     # libuv's begin anew with each start
+        came_back = give_way(seat.hub, current)
+        if came_back is not <object>PyTuple_GET_ITEM(seat.token, 0):
+            raise wrong_switch(came_back, f"fd {seat.fd} in {call}")
+    finally:
+        seat.waiter = None
+        if seat.queued is not None:
+            seat.queued.stop()
+            seat.queued = None
+        if seat.is_left:
+            rest(seat)
+        elif seat.is_on:
+            seat.keeper.ref = False
+    if seat.error:
+        raise os_error(seat.error, call, seat.fd)
     return 0
 
 

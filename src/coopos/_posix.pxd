@@ -49,10 +49,12 @@ cdef extern from "<sys/stat.h>" nogil:
         dev_t st_dev
         ino_t st_ino
         off_t st_size
+        long st_blksize
     int fstat(int fd, stat_t *buf)
     bint S_ISREG(mode_t mode)
     bint S_ISBLK(mode_t mode)
     bint S_ISSOCK(mode_t mode)
+    bint S_ISDIR(mode_t mode)
 
 
 cdef extern from "<sys/uio.h>" nogil:

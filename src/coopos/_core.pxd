@@ -1,0 +1,15 @@
+# What _owned takes from the core: one attempt, and what to do after it.
+
+from posix.types cimport off_t
+
+from coopos._posix cimport Move
+
+cdef enum Step:
+    AGAIN
+    IN_POOL
+
+cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept
+cdef ssize_t attempt(Move *move, int *err) except -2
+cdef object read_bytes(Move *move, Py_ssize_t n, str call)
+cdef Py_ssize_t read_into(Move *move, str call) except -1
+cdef Py_ssize_t write_from(Move *move, object source, str call) except -1

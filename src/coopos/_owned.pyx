@@ -1,0 +1,200 @@
+"""Reading and writing on a descriptor that one object owns: what FileIO is made of.
+
+Because the number can't become another file's under it, two things may be kept from one call to the next: the watcher stays on, and
+a read that came back short says that the next one has to wait, so that it waits first. Both are hints: the watcher tells as long as
+there is something to read, and who waits in vain is told by the kernel as everybody is.
+
+The module knows libc, `_parking` and `_core`, and nothing else of coopos or gevent.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EAGAIN, EINTR, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.stdio cimport SEEK_CUR
+from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
+from posix.types cimport off_t
+from posix.unistd cimport lseek, write as c_write
+
+from coopos._core cimport attempt, move_of, read_bytes, read_into, write_from
+from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in
+from coopos._posix cimport (
+    COOPOS_IO_MAX, COOPOS_PLAIN, Move, PyErr_CheckSignals, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
+
+import os
+
+
+cdef enum:
+    CHUNK = 65536
+    SMALL_READ = 8192
+
+
+cdef object closed_error():
+    return ValueError("I/O operation on closed file")
+
+
+@cython.final
+cdef class Owned:
+    """The descriptor. Takes and gives what the methods of io.FileIO do, letting other greenlets run."""
+    cdef readonly int fd           # -1 once it is closed
+    cdef readonly int blksize      # as the file system would have it
+    cdef Wait seat                 # of who waits to read
+    cdef bint is_stream            # read by what stands here, as far as is known
+    cdef bint is_plain             # in non-blocking mode when it was opened
+    cdef bint is_drained           # there was nothing more to read a moment ago
+
+    def __init__(self, int fd):
+        cdef stat_t st
+        cdef int flags
+        if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.fd = fd
+        self.blksize = <int>st.st_blksize
+        self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
+        self.is_plain = self.is_stream and flags & O_NONBLOCK
+
+    cdef Move move(self, bint writes) except *:
+        if self.fd < 0:
+            raise closed_error()
+        cdef Move move = move_of(self.fd, writes, -1, 0)
+        if self.is_plain:
+            move.how = COOPOS_PLAIN
+        return move
+
+    cdef int wait(self) except -1:
+        """Until there is something to read, if there was nothing a moment ago."""
+        if self.is_drained:
+            if self.seat is None:
+                self.seat = new_seat(self.fd, READ)
+            park_in(self.seat, "read")
+            if self.fd < 0:
+                raise closed_error()
+        return 0
+
+    cdef ssize_t read_stream(self, Move *move) except -2:
+        """One read into the buffer of *move*. -1: nothing there, or, where this is no stream any more, only the ladder can tell."""
+        cdef int err = 0
+        cdef ssize_t nread = attempt(move, &err)
+        if nread >= 0:
+            self.is_drained = 0 < nread < <ssize_t>move.iov.iov_len
+        elif err == EAGAIN:
+            self.is_drained = True
+        elif err == EOPNOTSUPP or err == ENOSYS or err == EPERM:
+            self.is_stream = self.is_drained = False
+        else:
+            raise os_error(err, "read", self.fd)
+        return nread
+
+    cdef object read_some(self, Move *move, Py_ssize_t n):
+        """One read of up to *n* bytes, or None. Not part of read(), whose frame is copied when the greenlet switches."""
+        cdef char[SMALL_READ] small
+        cdef char *buf = small
+        cdef iovec iov
+        cdef ssize_t nread
+        data = None
+        if n > SMALL_READ:
+            data = PyBytes_FromStringAndSize(NULL, n)
+            buf = PyBytes_AS_STRING(data)
+        iov.iov_base, iov.iov_len = buf, <size_t>n
+        move.iov, move.count = &iov, 1
+        nread = self.read_stream(move)
+        if nread < 0:
+            return None
+        return data if nread == n and data is not None else PyBytes_FromStringAndSize(buf, nread)
+
+    def read(self, size=-1, /):
+        """Up to *size* bytes, those of one system call; all there are, for -1 or None."""
+        cdef Py_ssize_t n = -1 if size is None else size
+        cdef Move move = self.move(False)
+        if n < 0:
+            return self.readall()
+        n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+        while self.is_stream and n:
+            self.wait()        # holding no memory for what is to come
+            data = self.read_some(&move, n)
+            if data is not None:
+                return data
+        move = self.move(False)
+        return read_bytes(&move, n, "read")
+
+    def readinto(self, buffer, /):
+        """As much as one system call brings; how many bytes."""
+        cdef Move move = self.move(False)
+        cdef Py_buffer view
+        cdef iovec iov
+        cdef ssize_t nread
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
+            while self.is_stream and view.len:
+                self.wait()
+                move.iov, move.count = &iov, 1
+                nread = self.read_stream(&move)
+                if nread >= 0:
+                    return nread
+            move = self.move(False)
+            move.iov, move.count = &iov, 1
+            return read_into(&move, "readinto")
+        finally:
+            PyBuffer_Release(&view)
+
+    def readall(self):
+        """What there is until the end."""
+        cdef stat_t st
+        cdef off_t offset
+        cdef Py_ssize_t n = CHUNK
+        if self.fd < 0:
+            raise closed_error()
+        if fstat(self.fd, &st) == 0 and S_ISREG(st.st_mode) and (offset := lseek(self.fd, 0, SEEK_CUR)) >= 0:
+            n = max(n, <Py_ssize_t>(st.st_size - offset) + 1)
+        parts = []
+        try:
+            while part := self.read(n):
+                parts.append(part)
+        except BaseException as ex:
+            ex.partial = b"".join(parts)
+            raise
+        return b"".join(parts)
+
+    def write(self, data, /):
+        """A buffer, or as much of it as fits now; all of it, in blocking mode. How many bytes."""
+        cdef Move move = self.move(True)
+        cdef Py_buffer view
+        cdef iovec iov
+        cdef ssize_t written
+        cdef int err = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if self.is_plain:
+                while True:
+                    with nogil:
+                        written = c_write(self.fd, view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX))
+                        err = errno
+                    if written >= 0:
+                        return written
+                    if err == EINTR:
+                        PyErr_CheckSignals()
+                    elif err == EAGAIN:
+                        park(self.fd, WRITE, "write")
+                    else:
+                        raise os_error(err, "write", self.fd)
+                    if self.fd < 0:
+                        raise closed_error()
+            iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
+            move.iov, move.count = &iov, 1
+            return write_from(&move, data, "write")
+        finally:
+            PyBuffer_Release(&view)
+
+    def close(self, bint closes=True):
+        """Let go of the descriptor, and close it, unless *closes* is false. Whoever waits gets ``OSError(EBADF)``."""
+        cdef int fd = self.fd
+        cdef Wait seat = self.seat
+        if fd < 0:
+            return
+        self.fd = -1
+        self.seat = None
+        if seat is not None:
+            leave_seat(seat)
+        if closes:
+            close_fd(fd)
