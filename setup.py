@@ -63,7 +63,7 @@ extensions = [
         # forkpty(3): in libc on macOS and from glibc 2.34 on, where libutil is still there, empty.
         libraries=[] if sys.platform == "darwin" else ["util"],
     )
-    for name in ("_parking", "_core", "_owned", "_children", "_wait")
+    for name in ("_parking", "_blocking", "_core", "_owned", "_children", "_wait")
 ]
 for extension in extensions:
     # setuptools hands these to Cython when it builds the extension, and only then: asking for metadata compiles nothing.

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 #: From the bottom up. A module imports from lower layers only, but for the names in SIDEWAYS.
 LAYERS = [
     {"_parking"},
-    {"_core", "_children"},
+    {"_blocking", "_core", "_children"},
     {"_wait", "_owned"},
     {"_fork", "_programs", "_threadpool", "_patch", "subprocess", "io"},
     {"__init__"},
@@ -122,7 +122,7 @@ def test_module_takes_from_gevent_what_its_layer_may(module):
 
 
 def test_compiled_modules_import_nothing_else_of_python():
-    for module in ("_parking", "_core", "_owned", "_children", "_wait"):
+    for module in ("_parking", "_blocking", "_core", "_owned", "_children", "_wait"):
         others = {
             source.split(".")[0]
             for source, _name, _is_lazy in imports_of(module)

@@ -35,8 +35,8 @@ __version__ = "0.1.0.dev0"
 __implements__: list[str] = []
 #: The names that :mod:`os` hasn't.
 __extensions__: list[str] = ["tp_read", "tp_write"]
-#: The names of functions of :mod:`os` that let other greenlets run here. Those that :func:`patch` leaves alone come first.
-__cooperative__: list[str] = []
+#: Forms of functions of :mod:`os` that :func:`patch` doesn't put there.
+_forms: list[str] = []
 
 if hasattr(_os, "fork"):
     from coopos._core import (
@@ -72,6 +72,23 @@ if hasattr(_os, "fork"):
         spawnvpe as spawnvpe,
         system as system,
     )
+    from coopos._threadpool import (
+        eventfd_read as eventfd_read,
+        eventfd_write as eventfd_write,
+        fdatasync as fdatasync,
+        fsync as fsync,
+        ftruncate as ftruncate,
+        getgrouplist as getgrouplist,
+        getlogin as getlogin,
+        getrandom as getrandom,
+        initgroups as initgroups,
+        lockf as lockf,
+        open as open,
+        posix_fallocate as posix_fallocate,
+        sync as sync,
+        truncate as truncate,
+        urandom as urandom,
+    )
     from coopos._wait import (
         wait as wait,
         wait3 as wait3,
@@ -80,21 +97,26 @@ if hasattr(_os, "fork"):
         waitpid as waitpid,
     )
 
+    _forms += ["fsync", "fdatasync", "sync", "posix_fallocate", "truncate", "ftruncate", "open", "lockf"]
+    _forms += ["eventfd_read", "eventfd_write", "getrandom", "urandom", "getlogin", "getgrouplist", "initgroups"]
+    for _name in [name for name in _forms if not hasattr(_os, name)]:
+        _forms.remove(_name)
+        del globals()[_name]
     _wait_family = ["waitpid", "wait", "wait3", "wait4"]
     if hasattr(_os, "waitid"):
         from coopos._wait import waitid as waitid
 
         _wait_family += ["waitid"]
-    __cooperative__ += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange"]
+    _forms += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange"]
     if hasattr(_os, "preadv"):
         from coopos._core import preadv as preadv, pwritev as pwritev
 
-        __cooperative__ += ["preadv", "pwritev"]
+        _forms += ["preadv", "pwritev"]
     __implements__ += ["fork", "close", "system", "popen"]
     __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
     __extensions__ += ["read_exactly", "write_all"]
-    (__cooperative__ if hasattr(_os, "readinto") else __extensions__).append("readinto")
+    (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
         from coopos._fork import (
             forkpty as forkpty,
@@ -132,11 +154,13 @@ def doctor() -> int:
     return main()
 
 
-_own = {*__implements__, *__extensions__, *__cooperative__}
+__all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "unpatch"})
+
+#: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets. docs/census.rst says why these.
+__cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))
+
 #: The names taken from :mod:`os` as they are.
-__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in _own]
+__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in __all__]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
-__all__ = sorted({*_own, "doctor", "patch", "unpatch"})
-__cooperative__ += __implements__
-del _name, _own
+del _name

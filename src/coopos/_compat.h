@@ -504,4 +504,41 @@ static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), v
     return err;
 }
 
+static inline void coopos_do_nothing(int signal)
+{
+    (void)signal;
+}
+
+/* For the thread itself: let it be interrupted, as below. */
+static inline void coopos_thread_be_interruptible(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGURG);
+    (void)pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
+
+/* Have a thread's system call fail with EINTR, until the thread has rung its bell; join it. Call it with the GIL held.
+ *
+ * Not pthread_cancel: in glibc before 2.41 it also takes effect when the call has just succeeded, and what was got is lost. SIGURG is
+ * the signal that does least: it is ignored unless there is a handler. Ours is there for these microseconds alone, and without
+ * SA_RESTART. A signal that comes before the thread is in its system call ends nothing, hence the loop.
+ */
+static inline void coopos_thread_interrupt(pthread_t thread, const int *bell)
+{
+    struct sigaction ours, before;
+    struct pollfd rung;
+    memset(&ours, 0, sizeof ours);
+    ours.sa_handler = coopos_do_nothing;
+    sigemptyset(&ours.sa_mask);
+    (void)sigaction(SIGURG, &ours, &before);
+    rung.fd = bell[0];
+    rung.events = POLLIN;
+    do
+        (void)pthread_kill(thread, SIGURG);
+    while (poll(&rung, 1, 1) <= 0);
+    (void)pthread_join(thread, NULL);
+    (void)sigaction(SIGURG, &before, NULL);
+}
+
 #endif

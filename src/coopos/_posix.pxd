@@ -130,3 +130,5 @@ cdef extern from "_compat.h" nogil:
     int coopos_may_move(int fd, int writes)
     int RWF_NOWAIT
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
+    void coopos_thread_be_interruptible()
+    void coopos_thread_interrupt(pthread_t thread, const int *bell)

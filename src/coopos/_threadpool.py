@@ -1,11 +1,18 @@
-"""The calls that only a thread can make cooperative: here because every platform has them.
+"""The calls that only a thread can make cooperative: tp_read and tp_write, which every platform has, and what else in os may wait.
 
-A thread is the last step. Where the kernel can say that a read or write would not block, it is made at once; where readiness means
-anything, the hub waits for it, and no thread is held. Knows `_core` (where there is one) and the hub's threadpool.
+A thread is the last step. Where the kernel can say that a call would not block, it is made at once; where readiness means anything,
+the hub waits for it, and no thread is held. What waits for a disk or a directory service goes to the hub's threadpool; what waits
+for another party, who may never come, is `_blocking`'s. Arguments are left to os to refuse. It is asked by the name of its builtin
+module, which nobody replaces functions of. Knows `_core` and `_blocking` (where there are such) and the hub's threadpool.
 """
 
 from __future__ import annotations
 
+import errno
+import operator
+import os
+import stat
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gevent.exceptions import BlockingSwitchOutError
@@ -14,27 +21,52 @@ from gevent.monkey import get_original
 from greenlet import getcurrent
 
 try:
-    from coopos import _core
+    import posix
+
+    from coopos import _blocking, _core
 except ImportError:
-    if hasattr(__import__("os"), "fork"):
+    if hasattr(os, "fork"):
         raise  # a POSIX system without the core is a broken installation
     _core = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from _typeshed import FileDescriptorLike, StrOrBytesPath
     from typing_extensions import Buffer
 
 _read = get_original("os", "read")
 _write = get_original("os", "write")
 
 
-def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    hub = get_hub()
-    if getcurrent() is hub:
-        # Before the thread is asked: what it would read then would be nobody's.
+def _refuse_in_hub() -> None:
+    """Before a thread is asked: what it would answer then would be nobody's."""
+    if getcurrent() is get_hub():
         raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
-    return hub.threadpool.apply(function, args)
+
+
+def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in the hub's threadpool. A call that has not begun when its greenlet is killed or timed out isn't made:
+    by then its descriptor's number may be another file's.
+    """
+    _refuse_in_hub()
+    wanted = [True]
+
+    def call() -> tuple[Any, BaseException | None]:
+        if not wanted:
+            return None, None
+        try:
+            return function(*args), None
+        except BaseException as ex:
+            return None, ex  # what is raised there, the pool prints
+
+    try:
+        result, error = get_hub().threadpool.apply(call)
+    finally:
+        wanted.clear()
+    if error is not None:
+        raise error
+    return result
 
 
 def tp_read(fd: int, n: int) -> bytes:
@@ -97,3 +129,428 @@ def tp_write(fd: int, buf: Buffer) -> int:
         return _core.write(fd, buf)
     result: int = _in_thread(_write, fd, buf)
     return result
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------------
+
+
+def _number(fd: FileDescriptorLike) -> int:
+    """The descriptor of what has one; other than a number is left for os to refuse."""
+    return fd.fileno() if hasattr(fd, "fileno") else fd
+
+
+def fsync(fd: FileDescriptorLike) -> None:
+    """Have a file's data and metadata written to the disk, letting other greenlets run until they are there.
+
+    Like :func:`os.fsync`, in the hub's threadpool.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+
+    Raises:
+        OSError: EBADF if *fd* is not open, EINVAL if it can't be synchronised, otherwise as fsync(2).
+        TypeError, ValueError: *fd* is of another type, or negative.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
+    and in a forked child.
+
+    Source: fsync(2).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.fsync, _number(fd))
+
+
+def fdatasync(fd: FileDescriptorLike) -> None:
+    """Have a file's data written to the disk, letting other greenlets run until it is there.
+
+    Like :func:`os.fdatasync`, in the hub's threadpool.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+
+    Raises:
+        OSError: EBADF if *fd* is not open, EINVAL if it can't be synchronised, otherwise as fdatasync(2).
+        TypeError, ValueError: *fd* is of another type, or negative.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
+    and in a forked child.
+
+    Source: fdatasync(2).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.fdatasync, _number(fd))
+
+
+def sync() -> None:
+    """Have everything written to the disks, letting other greenlets run until it is there.
+
+    Like :func:`os.sync`, in the hub's threadpool.
+
+    Raises:
+        BlockingSwitchOutError: called in the event loop itself. Otherwise nothing.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread. Works in any thread's hub and in a forked child.
+
+    Source: sync(2).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.sync)
+
+
+def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
+    """Reserve room on the disk for a part of a file, letting other greenlets run until there is.
+
+    Like :func:`os.posix_fallocate`, in the hub's threadpool.
+
+    Args:
+        fd: int, an open regular file.
+        offset: int, bytes, 0 or more: where the part begins.
+        length: int, bytes, more than 0.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; ENOSPC; EINVAL, EFBIG, ESPIPE, ENODEV as posix_fallocate(3).
+        TypeError, OverflowError: an argument is not an int, or too large.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
+    and in a forked child.
+
+    Source: posix_fallocate(3).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.posix_fallocate, fd, offset, length)
+
+
+def truncate(path: StrOrBytesPath | int, length: int) -> None:
+    """Set the length of a file, letting other greenlets run until it is done.
+
+    Like :func:`os.truncate`, in the hub's threadpool: to free the room of a large file takes time, and who has a lease on the file
+    is waited for.
+
+    Args:
+        path: str, bytes, path-like, or int, a descriptor open for writing.
+        length: int, bytes, 0 or more. A file that was shorter is filled up with zeros.
+
+    Raises:
+        OSError: as truncate(2), ftruncate(2).
+        TypeError, ValueError, OverflowError: an argument is of another type, or has a null in it, or is too large.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
+    and in a forked child.
+
+    Source: truncate(2).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.truncate, path, length)
+
+
+def ftruncate(fd: int, length: int, /) -> None:
+    """Set the length of an open file, letting other greenlets run until it is done.
+
+    Like :func:`os.ftruncate`, in the hub's threadpool.
+
+    Args:
+        fd: int, open for writing.
+        length: int, bytes, 0 or more.
+
+    Raises:
+        OSError: EBADF if *fd* is not open; EINVAL if not for writing, or *length* is negative; otherwise as ftruncate(2).
+        TypeError, OverflowError: an argument is not an int, or too large.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
+    and in a forked child.
+
+    Source: ftruncate(2).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.ftruncate, fd, length)
+
+
+def _may_wait_to_open(path: StrOrBytesPath, flags: int, dir_fd: int | None) -> bool:
+    """Whether open(2) may wait for somebody: the other end of a FIFO, the carrier of a terminal line."""
+    if flags & (os.O_NONBLOCK | getattr(os, "O_PATH", 0)):
+        return False
+    mode = posix.stat(path, dir_fd=dir_fd).st_mode
+    return stat.S_ISCHR(mode) or (stat.S_ISFIFO(mode) and not flags & os.O_RDWR)
+
+
+def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    """Open a file, letting other greenlets run while it waits for the other end of a FIFO, or for a terminal line's carrier.
+
+    Like :func:`os.open`. What is neither a FIFO nor a character device is opened at once, as are all under O_NONBLOCK and O_PATH,
+    and a FIFO under O_RDWR. Otherwise a thread is made for the call; it is none of the hub's threadpool.
+
+    Args:
+        path: str, bytes or path-like.
+        flags: int, O_RDONLY, O_WRONLY or O_RDWR, and others of :mod:`os`.
+        mode: int, the permissions of a file that it makes, less the umask.
+        dir_fd: int, the directory that a relative *path* is relative to; None for the working directory.
+
+    Returns:
+        int: a descriptor that no program started from here inherits.
+
+    Raises:
+        OSError: as open(2).
+        TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
+
+    Switches greenlets only for a FIFO or character device. Killed or timed out, it leaves no descriptor open and nobody in the
+    FIFO. Works in any thread's hub and in a forked child.
+
+    Source: open(2), openat(2), fifo(7).
+
+    .. versionadded:: 0.1.0
+    """
+    try:
+        may_wait = _may_wait_to_open(path, flags, dir_fd) and not isinstance(path, int)
+        number = operator.index(mode)
+    except (OSError, TypeError, ValueError):
+        may_wait = False  # os makes it, or says what is wrong
+    if not may_wait:
+        return posix.open(path, flags, mode, dir_fd=dir_fd)
+    _refuse_in_hub()
+    sys.audit("open", path, None, flags | os.O_CLOEXEC)
+    return _blocking.wait_open(os.fsencode(path), flags | os.O_CLOEXEC, number, dir_fd, path)
+
+
+def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
+    """Take, test or release a lock on a part of a file, letting other greenlets run while another process has it.
+
+    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread made for the call, which is
+    none of the hub's threadpool. As ever with this lock it is the process that has it, not the greenlet, and to close any
+    descriptor of the file releases it.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method: open for writing. The part begins at its position.
+        command: int, os.F_LOCK, F_TLOCK, F_ULOCK or F_TEST.
+        length: int, bytes; 0 for all that follows, negative for what stands before.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; EDEADLK if the other process waits for one of ours; otherwise as lockf(3).
+        BlockingIOError, PermissionError: EAGAIN or EACCES, another process has the lock (F_TLOCK and F_TEST).
+        TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has not got the lock, and will not get it later. Works in any
+    thread's hub and in a forked child.
+
+    Source: lockf(3), fcntl(2).
+
+    .. versionadded:: 0.1.0
+    """
+    number = _number(fd)
+    if operator.index(command) != os.F_LOCK:
+        return posix.lockf(number, command, length)
+    try:
+        return posix.lockf(number, os.F_TLOCK, length)
+    except OSError as ex:
+        if ex.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+    _refuse_in_hub()
+    return _blocking.wait_lock(number, operator.index(length))
+
+
+# ---- counters ----------------------------------------------------------------------------------------------------------------
+
+
+def eventfd_read(fd: FileDescriptorLike) -> int:
+    """Read an eventfd's counter, letting other greenlets run while it is 0.
+
+    Like :func:`os.eventfd_read`, but waits too where that raises BlockingIOError.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+
+    Returns:
+        int: the counter, which is 0 now; with EFD_SEMAPHORE 1, by which it is less now.
+
+    Raises:
+        OSError: EBADF if *fd* is not open, or :func:`close` closes it during the wait; EINVAL if it is no eventfd.
+        TypeError, ValueError: *fd* is of another type, or negative.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has left the counter as it was. Works in any thread's hub and
+    in a forked child.
+
+    Source: eventfd(2).
+
+    .. versionadded:: 0.1.0
+    """
+    number = _number(fd)
+    if not isinstance(number, int) or number < 0:
+        return posix.eventfd_read(number)  # which says what is wrong
+    data = tp_read(number, 8)
+    if len(data) != 8:
+        raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: eventfd_read({number})")
+    return int.from_bytes(data, sys.byteorder)
+
+
+def eventfd_write(fd: FileDescriptorLike, value: int) -> None:
+    """Add to an eventfd's counter, letting other greenlets run while the sum would be too large for it.
+
+    Like :func:`os.eventfd_write`, but waits too where that raises BlockingIOError.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+        value: int, 0 to 2**64 - 2.
+
+    Raises:
+        OSError: EBADF if *fd* is not open; EINVAL if *value* is 2**64 - 1.
+        TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
+
+    Switches greenlets only if it has to wait. Works in any thread's hub and in a forked child.
+
+    Source: eventfd(2).
+
+    .. versionadded:: 0.1.0
+    """
+    number = _number(fd)
+    if not isinstance(number, int) or number < 0 or not isinstance(value, int) or not 0 <= value < 1 << 64:
+        return posix.eventfd_write(number, value)  # which says what is wrong
+    tp_write(number, value.to_bytes(8, sys.byteorder))
+    return None
+
+
+# ---- randomness --------------------------------------------------------------------------------------------------------------
+
+
+def getrandom(size: int, flags: int = 0) -> bytes:
+    """Get random bytes, letting other greenlets run until the machine has gathered what it needs for them.
+
+    Like :func:`os.getrandom`. There is something to wait for only just after the machine has started; then the hub's threadpool
+    does.
+
+    Args:
+        size: int, bytes, 0 or more.
+        flags: int, os.GRND_NONBLOCK and os.GRND_RANDOM.
+
+    Returns:
+        bytes: as many as asked for; fewer if *size* is over 256 and a signal came, or under GRND_RANDOM.
+
+    Raises:
+        BlockingIOError: EAGAIN, under GRND_NONBLOCK only.
+        OSError: EINVAL, unknown flags, or *size* is negative.
+        TypeError, OverflowError: an argument is not an int, or too large.
+
+    Switches greenlets only if it has to wait. Works in any thread's hub and in a forked child.
+
+    Source: getrandom(2).
+
+    .. versionadded:: 0.1.0
+    """
+    try:
+        return posix.getrandom(size, flags | os.GRND_NONBLOCK)
+    except BlockingIOError:
+        if flags & os.GRND_NONBLOCK:
+            raise
+    result: bytes = _in_thread(posix.getrandom, size, flags)
+    return result
+
+
+def urandom(size: int, /) -> bytes:
+    """Get random bytes fit for cryptography, letting other greenlets run until the machine has gathered what it needs for them.
+
+    Like :func:`os.urandom`. There is something to wait for only just after the machine has started; then the hub's threadpool
+    does.
+
+    Args:
+        size: int, bytes, 0 or more.
+
+    Returns:
+        bytes: *size* bytes.
+
+    Raises:
+        ValueError: *size* is negative.
+        TypeError, OverflowError: *size* is not an int, or too large.
+        NotImplementedError: the system has no source of randomness.
+
+    Switches greenlets only if it has to wait. Works in any thread's hub and in a forked child.
+
+    Source: getrandom(2), random(4).
+
+    .. versionadded:: 0.1.0
+    """
+    if hasattr(posix, "getrandom"):
+        try:
+            posix.getrandom(1, os.GRND_NONBLOCK)
+        except BlockingIOError:
+            result: bytes = _in_thread(posix.urandom, size)
+            return result
+        except OSError:
+            pass  # an old kernel, or a sandbox: os.urandom has other means, which don't wait
+    return posix.urandom(size)
+
+
+# ---- users and groups --------------------------------------------------------------------------------------------------------
+
+
+def getlogin() -> str:
+    """Get the name of the user who is logged in at the process's terminal, letting other greenlets run while it is looked up.
+
+    Like :func:`os.getlogin`, in the hub's threadpool: the user database may be one on the network.
+
+    Returns:
+        str: the name.
+
+    Raises:
+        OSError: ENXIO, ENOTTY, ENOENT and others of getlogin(3): there is no terminal, or nobody is logged in there.
+
+    Switches greenlets. Works in any thread's hub and in a forked child.
+
+    Source: getlogin(3), nsswitch.conf(5).
+
+    .. versionadded:: 0.1.0
+    """
+    result: str = _in_thread(posix.getlogin)
+    return result
+
+
+def getgrouplist(user: str, group: int, /) -> list[int]:
+    """Get the groups that a user belongs to, letting other greenlets run while they are looked up.
+
+    Like :func:`os.getgrouplist`, in the hub's threadpool: the group database may be one on the network.
+
+    Args:
+        user: str, the user's name.
+        group: int, a group that is in the list in any case, usually the one of the password database.
+
+    Returns:
+        list of int: the groups' ids.
+
+    Raises:
+        TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
+        OSError: as getgrouplist(3).
+
+    Switches greenlets. Works in any thread's hub and in a forked child.
+
+    Source: getgrouplist(3), nsswitch.conf(5).
+
+    .. versionadded:: 0.1.0
+    """
+    result: list[int] = _in_thread(posix.getgrouplist, user, group)
+    return result
+
+
+def initgroups(username: str, gid: int, /) -> None:
+    """Give the process the groups that a user belongs to, letting other greenlets run while they are looked up.
+
+    Like :func:`os.initgroups`, in the hub's threadpool: the group database may be one on the network.
+
+    Args:
+        username: str, the user's name.
+        gid: int, a group to have besides.
+
+    Raises:
+        OSError: EPERM if the process may not; ENOMEM.
+        TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
+
+    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
+    and in a forked child.
+
+    Source: initgroups(3), nsswitch.conf(5).
+
+    .. versionadded:: 0.1.0
+    """
+    _in_thread(posix.initgroups, username, gid)
