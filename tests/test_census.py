@@ -236,7 +236,7 @@ def test_call_in_pool_killed_before_it_begins(monkeypatch):
     monkeypatch.setattr("coopos._threadpool.get_hub", Hub)
     with pytest.raises(gevent.GreenletExit):
         coopos.ftruncate(3, 0)
-    assert queued.pop()() is None
+    assert queued.pop()() == (None, None)
     assert made.calls == []
 
 

@@ -39,6 +39,7 @@ __extensions__: list[str] = ["tp_read", "tp_write"]
 _forms: list[str] = []
 
 if hasattr(_os, "fork"):
+    from coopos import _copying
     from coopos._core import (
         make_nonblocking as make_nonblocking,
         nb_read as nb_read,
@@ -97,6 +98,10 @@ if hasattr(_os, "fork"):
         waitpid as waitpid,
     )
 
+    for _name in ("sendfile", "splice", "copy_file_range"):
+        if hasattr(_copying, _name):
+            globals()[_name] = getattr(_copying, _name)
+            _forms.append(_name)
     _forms += ["fsync", "fdatasync", "sync", "posix_fallocate", "truncate", "ftruncate", "open", "lockf"]
     _forms += ["eventfd_read", "eventfd_write", "getrandom", "urandom", "getlogin", "getgrouplist", "initgroups"]
     for _name in [name for name in _forms if not hasattr(_os, name)]:

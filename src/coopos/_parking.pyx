@@ -28,6 +28,9 @@ from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 
 
+globals().update(READ=READ, WRITE=WRITE)
+
+
 cdef object os_error(int err, str call, object subject):
     """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
     return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
@@ -262,6 +265,11 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
     if poll(&request, 1, 0) == 0:
         park(fd, events, call)
     return 0
+
+
+def wait_until_ready(int fd, int events, str call):
+    """For Python: park until *fd* is ready for READ or WRITE, unless it is."""
+    park_until_ready(fd, events, call)
 
 
 cdef int evict(Wait wait) except -1:

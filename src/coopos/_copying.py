@@ -1,0 +1,258 @@
+"""sendfile, splice and copy_file_range: bytes that go from one descriptor to another inside the kernel. POSIX only.
+
+The kernel has no form of them that is sure not to wait. So each is made in the hub only where nothing can hold it up (pipes, which
+SPLICE_F_NONBLOCK is about, what is in non-blocking mode, a file whose pages have been read); otherwise in the threadpool, once what
+can be waited for is ready. sendfile to a descriptor in blocking mode, which would wait for its reader with all of it, is made of
+pread and write. Knows `_core`, `_parking` and `_threadpool`.
+"""
+
+from __future__ import annotations
+
+import os
+import posix
+import stat
+
+from gevent.hub import sleep
+
+from coopos import _core
+from coopos._parking import READ, WRITE, wait_until_ready
+from coopos._threadpool import _in_thread
+
+#: Bytes. What sendfile moves at a time: no more than the kernel reads ahead, and than a socket takes.
+CHUNK = 128 * 1024
+
+
+def _is_file(fd: int) -> bool:
+    """Whether readiness means nothing: what is read or written there waits for a disk."""
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def _is_pipe(fd: int) -> bool:
+    return stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+_sendfile = getattr(posix, "sendfile", None)
+# Linux's takes a file and nothing else; elsewhere it can put headers before it.
+_TAKES_HEADERS = "headers" in (getattr(_sendfile, "__text_signature__", None) or "")
+
+if _sendfile and not _TAKES_HEADERS:
+
+    def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
+        """Send a part of a file to another descriptor, letting other greenlets run while that takes no more.
+
+        Like :func:`os.sendfile`. To a descriptor in blocking mode all *count* bytes are sent, if the file has them. What isn't in
+        the page cache is read in the hub's threadpool.
+
+        Args:
+            out_fd: int, open for writing: a socket, a pipe, a file.
+            in_fd: int, open for reading: a regular file.
+            offset: int, bytes from the start of *in_fd*, whose own offset then stays where it is; or None, to begin at that one.
+            count: int, bytes, 0 or more.
+
+        Returns:
+            int: how many bytes were sent; 0 at the end of *in_fd*.
+
+        Raises:
+            OSError: EBADF if a descriptor is not open for this; EINVAL if *in_fd* can't be read in this way; otherwise as
+                sendfile(2).
+            TypeError, OverflowError: an argument is of another type, or too large.
+
+        Switches greenlets only if it has to wait. Killed or timed out before anything was sent, it has sent nothing; after a part
+        was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+        Source: sendfile(2).
+
+        .. versionadded:: 0.1.0
+        """
+        if not count or not _may_send(out_fd, in_fd, offset, count):
+            return posix.sendfile(out_fd, in_fd, offset, count)
+        if not _is_file(in_fd):
+            if offset is not None or not _is_pipe(out_fd):
+                return posix.sendfile(out_fd, in_fd, offset, count)  # which says what is wrong
+            wait_until_ready(in_fd, READ, "sendfile")
+            wait_until_ready(out_fd, WRITE, "sendfile")
+            result: int = _in_thread(posix.sendfile, out_fd, in_fd, offset, count)
+            return result
+        if os.get_blocking(out_fd) or _is_file(out_fd):
+            return _send_by_hand(out_fd, in_fd, offset, count)
+        while True:
+            start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
+            chunk = min(count, CHUNK)
+            # Both ends of it: then the kernel has read ahead what stands in between.
+            _core.pread(in_fd, 1, start)
+            _core.pread(in_fd, 1, start + chunk - 1)
+            try:
+                return posix.sendfile(out_fd, in_fd, offset, chunk)
+            except BlockingIOError:
+                wait_until_ready(out_fd, WRITE, "sendfile")
+
+    def _may_send(out_fd: int, in_fd: int, offset: int | None, count: int) -> bool:
+        """Whether the arguments are of the right kind; if not, os is asked, and says what is wrong."""
+        return (
+            isinstance(out_fd, int)
+            and isinstance(in_fd, int)
+            and (offset is None or (isinstance(offset, int) and 0 <= offset < 1 << 63))
+            and isinstance(count, int)
+            and 0 <= count < 1 << 63
+            and all(0 <= fd < 1 << 31 for fd in (out_fd, in_fd))
+            and _is_open(out_fd, os.O_WRONLY)
+            and _is_open(in_fd, os.O_RDONLY)
+        )
+
+    def _is_open(fd: int, way: int) -> bool:
+        import fcntl
+
+        try:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        except OSError:
+            return False
+        return flags & os.O_ACCMODE in (way, os.O_RDWR) and not flags & getattr(os, "O_PATH", 0)
+
+    def _send_by_hand(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
+        start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
+        sent = 0
+        try:
+            while sent < count:
+                data = _core.pread(in_fd, min(count - sent, CHUNK), start + sent)
+                if not data:
+                    break
+                written = _core.write(out_fd, data)
+                sent += written
+                if written < len(data):
+                    break
+        except BaseException as ex:
+            sent += getattr(ex, "characters_written", 0)
+            if sent:
+                ex.characters_written = sent  # type: ignore[attr-defined]
+            raise
+        finally:
+            if offset is None and sent:
+                os.lseek(in_fd, start + sent, os.SEEK_SET)
+        return sent
+
+elif _sendfile:
+
+    def sendfile(  # type: ignore[misc]
+        out_fd: int, in_fd: int, offset: int, count: int, headers: object = (), trailers: object = (), flags: int = 0
+    ) -> int:
+        """Send a part of a file to a socket, letting other greenlets run while that takes no more.
+
+        Like :func:`os.sendfile`, in the hub's threadpool.
+
+        Args:
+            out_fd: int, a stream socket.
+            in_fd: int, open for reading: a regular file.
+            offset: int, bytes from the start of *in_fd*.
+            count: int, bytes, 0 or more; 0 for all.
+            headers, trailers: sequences of bytes-like objects, sent before and after.
+            flags: int, ``os.SF_*``.
+
+        Returns:
+            int: how many bytes were sent.
+
+        Raises:
+            OSError: as sendfile(2).
+            TypeError, OverflowError: an argument is of another type, or too large.
+
+        Switches greenlets. Killed or timed out while it waits for room, it has sent nothing; what a thread has begun goes on there.
+        Works in any thread's hub and in a forked child.
+
+        Source: sendfile(2).
+
+        .. versionadded:: 0.1.0
+        """
+        while True:
+            try:
+                result: int = _in_thread(posix.sendfile, out_fd, in_fd, offset, count, headers, trailers, flags)
+                return result
+            except BlockingIOError as ex:
+                if getattr(ex, "characters_written", 0):
+                    raise
+                wait_until_ready(out_fd, WRITE, "sendfile")
+
+
+if hasattr(posix, "splice"):
+
+    def splice(src: int, dst: int, count: int, offset_src: int | None = None, offset_dst: int | None = None, flags: int = 0) -> int:
+        """Move bytes from a pipe or to a pipe, letting other greenlets run while there are none, or no room.
+
+        Like :func:`os.splice`.
+
+        Args:
+            src: int, open for reading; it or *dst* is a pipe.
+            dst: int, open for writing.
+            count: int, bytes, 0 or more.
+            offset_src, offset_dst: int, bytes from the start of a file, whose own offset then stays where it is; or None.
+            flags: int, ``os.SPLICE_F_*``. With ``SPLICE_F_NONBLOCK`` it doesn't wait and raises BlockingIOError.
+
+        Returns:
+            int: how many bytes were moved; 0 at the end of *src*.
+
+        Raises:
+            OSError: EBADF if a descriptor is not open for this; EINVAL if neither is a pipe; ESPIPE for the offset of one that has
+                none; otherwise as splice(2).
+            TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
+
+        Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has moved nothing; what a
+        thread has begun goes on there. Works in any thread's hub and in a forked child.
+
+        Source: splice(2).
+
+        .. versionadded:: 0.1.0
+        """
+        args = (offset_src, offset_dst, flags | os.SPLICE_F_NONBLOCK)
+        try:
+            ends = [(fd, _is_pipe(fd), _is_file(fd)) for fd in (src, dst)]
+        except (OSError, TypeError, ValueError):
+            return posix.splice(src, dst, count, *args)  # which says what is wrong
+        if not any(is_pipe for _, is_pipe, _ in ends) or count <= 0:
+            return posix.splice(src, dst, count, *args)
+        while True:
+            is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
+            try:
+                if is_sure or flags & os.SPLICE_F_NONBLOCK:
+                    return posix.splice(src, dst, count, *args)
+                for (fd, is_pipe, is_file), events in zip(ends, (READ, WRITE), strict=True):
+                    if not is_pipe and not is_file:
+                        wait_until_ready(fd, events, "splice")
+                result: int = _in_thread(posix.splice, src, dst, count, *args)
+                return result
+            except BlockingIOError:
+                if flags & os.SPLICE_F_NONBLOCK:
+                    raise
+            wait_until_ready(src, READ, "splice")
+            wait_until_ready(dst, WRITE, "splice")
+            sleep(0)
+
+
+if hasattr(posix, "copy_file_range"):
+
+    def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = None, offset_dst: int | None = None) -> int:
+        """Copy a part of a file to another, letting other greenlets run meanwhile.
+
+        Like :func:`os.copy_file_range`, in the hub's threadpool.
+
+        Args:
+            src: int, open for reading.
+            dst: int, open for writing.
+            count: int, bytes, 0 or more.
+            offset_src, offset_dst: int, bytes from the start, and the descriptor's own offset stays where it is; or None, to begin
+                at that one.
+
+        Returns:
+            int: how many bytes were copied; 0 at the end of *src*.
+
+        Raises:
+            OSError: as copy_file_range(2).
+            TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
+
+        Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's
+        hub and in a forked child.
+
+        Source: copy_file_range(2).
+
+        .. versionadded:: 0.1.0
+        """
+        result: int = _in_thread(posix.copy_file_range, src, dst, count, offset_src, offset_dst)
+        return result
