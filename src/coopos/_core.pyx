@@ -36,6 +36,7 @@ from coopos._posix cimport (
     COOPOS_DONTWAIT, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, PIPE_BUF, RWF_NOWAIT, Move, PyErr_CheckSignals,
     PyObject_AsFileDescriptor, S_ISBLK, S_ISREG, S_ISSOCK, coopos_may_move, coopos_move, dev_t, fstat, ino_t, iovec, stat_t)
 
+import contextlib
 import os
 import posix
 
@@ -276,6 +277,7 @@ cdef class PoolCall:
     cdef tuple args
     cdef object error          # which the pool would print
     cdef bint is_taken_back
+    cdef bint has_begun
 
     def __cinit__(self, function, tuple args):
         self.function = function
@@ -283,6 +285,7 @@ cdef class PoolCall:
 
     def __call__(self):
         if not self.is_taken_back:
+            self.has_begun = True
             try:
                 return self.function(*self.args)
             except BaseException as ex:
@@ -400,24 +403,45 @@ cdef bytes pread_in_pool(int fd, Py_ssize_t n, off_t offset, int flags):
     return bytes(buffer[:nread])
 
 
-cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, str call) except -1:
+# A greenlet that is killed while a thread writes for it waits for that so long, to say how much was written.
+cdef double LAST_WRITE_S = 1.0
+
+
+cdef Py_ssize_t write_by_thread(function, tuple args, Py_ssize_t *late) except -1:
+    """How many bytes a thread has written; in *late*, if the greenlet was killed meanwhile."""
+    cdef PoolCall call = PoolCall(function, args)
+    result = threadpool().spawn(call)
+    try:
+        written = result.get()
+    except BaseException:
+        call.is_taken_back = True
+        if call.has_begun:
+            with contextlib.suppress(BaseException):
+                late[0] = result.get(timeout=LAST_WRITE_S)
+        raise
+    if call.error is not None:
+        raise call.error
+    return written
+
+
+cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, str call, Py_ssize_t *late) except -1:
     """How many bytes a thread has written of *source*, one buffer or a sequence of them, after the *done* bytes that are written.
     The thread's views of it keep it alive, whatever becomes of the greenlet.
     """
     cdef list views = []
     if is_pollable(move.fd, call):
         # As much as is sure not to wait, now that there is room.
-        return in_pool(posix.write, (move.fd, (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]))
+        return write_by_thread(posix.write, (move.fd, (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]), late)
     for buffer in source if isinstance(source, (list, tuple)) else (source,):
         view = memoryview(buffer).cast("B")
         if len(view) > done:
             views.append(view[done:])
         done = max(done - len(view), 0)
     if move.offset < 0 and not move.flags:
-        return in_pool(posix.writev, (move.fd, views))
+        return write_by_thread(posix.writev, (move.fd, views), late)
     if not move.flags and len(views) == 1:
-        return in_pool(posix.pwrite, (move.fd, views[0], move.offset))
-    return in_pool(posix.pwritev, (move.fd, views, move.offset, move.flags))
+        return write_by_thread(posix.pwrite, (move.fd, views[0], move.offset), late)
+    return write_by_thread(posix.pwritev, (move.fd, views, move.offset, move.flags), late)
 
 
 # ---- reads and writes, whole -------------------------------------------------------------------------------------------------
@@ -500,16 +524,26 @@ cdef int advance(Move *move, Py_ssize_t written) noexcept:
     return 0
 
 
+cdef int tell_written(ex, Py_ssize_t done) except -1:
+    """Have an exception say how much was written before it came: one object may come more than once, as Timeouts do."""
+    if done:
+        ex.characters_written = done
+    elif hasattr(ex, "characters_written"):
+        del ex.characters_written
+    return 0
+
+
 cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
     """From the buffers of *move*, which are those of *source*; how many bytes. All of them, where the descriptor is in blocking
     mode, as write(2) does it.
     """
     cdef Py_ssize_t written
     cdef Py_ssize_t done = 0
+    cdef Py_ssize_t late = 0
     cdef Py_ssize_t n = total_of(move)
     cdef int err = 0
-    be_fair()
     try:
+        be_fair()
         while True:
             written = attempt(move, &err)
             if written < 0:
@@ -517,7 +551,7 @@ cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
                     return done
                 if step(move, err, call) == AGAIN:
                     continue
-                written = write_in_pool(move, source, done, call)
+                written = write_in_pool(move, source, done, call, &late)
                 if not is_pollable(move.fd, call):
                     return done + written
             done += written
@@ -525,8 +559,7 @@ cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
                 return done
             advance(move, written)
     except BaseException as ex:
-        if done:
-            ex.characters_written = done
+        tell_written(ex, done + late)
         raise
 
 
@@ -804,8 +837,7 @@ def write(Py_ssize_t fd, data, /):
         TypeError, BufferError: *data* is not bytes-like, or not contiguous.
 
     Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
-    thread's hub and in a forked child.
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT; write(2).
 
@@ -869,8 +901,7 @@ def writev(Py_ssize_t fd, buffers, /):
         TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
 
     Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
-    thread's hub and in a forked child.
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT; writev(2).
 
@@ -930,8 +961,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
         TypeError, BufferError: *buffer* is not bytes-like, or not contiguous.
 
     Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
-    thread's hub and in a forked child.
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT; pwrite(2).
 
@@ -1004,8 +1034,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
         TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
 
     Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
-    thread's hub and in a forked child.
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT.
 
@@ -1110,9 +1139,7 @@ def write_all(Py_ssize_t fd, data, /):
             if done >= view.len:
                 return
     except BaseException as ex:
-        done += getattr(ex, "characters_written", 0)
-        if done:
-            ex.characters_written = done
+        tell_written(ex, done + getattr(ex, "characters_written", 0))
         raise
     finally:
         PyBuffer_Release(&view)

@@ -118,8 +118,7 @@ def tp_write(fd: int, buf: Buffer) -> int:
         TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
 
     Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. A write that is in the threadpool goes on there. Works in any
-    thread's hub and in a forked child.
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: pwritev2(2), RWF_NOWAIT; ``gevent.os.tp_write``.
 
