@@ -13,11 +13,12 @@ uvloop and trio take part where they do the same job, if they are installed
 (``pip install uvloop trio``); where one is not, the table says so by name.
 
 How to read the table. Times are microseconds per operation: the median over all
-samples, then the lower and upper quartile. ``gevent/it`` says how many times
-faster than gevent.os a row is, ``it/os`` how many times the cost of the plain
-``os`` call. Both are medians of ratios taken within one round, so a machine that
-slows down half-way changes the times and leaves the ratios. A target stands
-beside the ratio it is about; nothing is asserted, and a missed target is no
+samples, then the lower and upper quartile; `parked_memory` has bytes in their place.
+``gevent/it`` says how many times faster than gevent.os a row is (or than what else of
+gevent does the job: its row is then called ``gevent``), ``it/os`` how many times the
+cost of the plain ``os`` call. Both are medians of ratios taken within one round, so a
+machine that slows down half-way changes the times and leaves the ratios. A target
+stands beside the ratio it is about; nothing is asserted, and a missed target is no
 failure of the run. The exit status is 1 only if an implementation crashed.
 
 How it measures. Implementations take turns (A B C, B C A, ...), never one after the

@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.list:
         for benchmark in registry.values():
-            print(f"{benchmark.name:<14}{benchmark.summary}")
+            print(f"{benchmark.name:<17}{benchmark.summary}")
         return 0
     names = list(dict.fromkeys(options.names)) or list(registry)
     if unknown := [name for name in names if name not in registry]:

@@ -1,7 +1,7 @@
 """What a benchmark is: the data that a runner and a report need to know about one.
 
 A benchmark has cases (an argument: a size, a number of children) and metrics (the
-times one sample yields, in seconds per operation). Each implementation is a
+times one sample yields, in seconds per operation, or what else `unit` says). Each implementation is a
 factory: ``factory(case, quick)`` gives a context manager whose value is called once
 per sample and returns ``{metric: seconds}``. What a factory imports it imports when
 called, so that a missing peer costs that row only.
@@ -35,6 +35,7 @@ class Target:
     """What the ratio of coopos to `against` should come to, in some cases.
 
     `at_least` is a speed (their time / ours), `at_most` a cost (our time / theirs).
+    Where several rows are coopos, `of` says which; `words` say it better than we could.
     """
 
     metric: str
@@ -42,6 +43,8 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     cases: tuple[int, ...] | None = None
+    of: str = OURS
+    words: str = ""
 
     def applies_to(self, metric: str, case: int) -> bool:
         return self.metric == metric and (self.cases is None or case in self.cases)
@@ -53,6 +56,8 @@ class Target:
         return self.at_most is None or cost <= self.at_most
 
     def __str__(self) -> str:
+        if self.words:
+            return self.words
         if self.at_least is not None:
             return f">= {self.at_least:g} x faster than {self.against}"
         return f"<= {self.at_most:g} x {self.against}"
@@ -78,6 +83,8 @@ class Benchmark:
     implementations: Mapping[str, Factory]
     targets: tuple[Target, ...] = ()
     growth: Growth | None = None
+    unit: str = "s"  # of the metrics: seconds, or "B", bytes
+    gevent: str = GEVENT  # the row that stands for gevent in the ratios
     quick_cases: tuple[int, ...] | None = None  # None: the same cases
     is_shared: bool = False  # all implementations take turns in one interpreter
     turns: int = 1  # samples of each implementation per interpreter

@@ -2,7 +2,7 @@
 
 A ratio is the median of the ratios within each round, not the ratio of two medians:
 what slowed one round down slowed both. Times inside are seconds; only the table
-prints microseconds.
+prints microseconds. Where a benchmark is about bytes, they stand in place of times.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks._model import GEVENT, OS, OURS, Benchmark, Growth
+from benchmarks._model import OS, OURS, Benchmark, Growth
 from benchmarks._run import CaseResult
 
-LEGEND = "times in us per operation; gevent/it: times faster than gevent.os; it/os: times the cost of os"
+LEGEND = "times in us per operation; gevent/it: times faster than gevent's row; it/os: times the cost of os"
 
 
 def summarize(benchmark: Benchmark, results: list[CaseResult]) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def summarize(benchmark: Benchmark, results: list[CaseResult]) -> dict[str, Any]
         "name": benchmark.name,
         "summary": benchmark.summary,
         "note": benchmark.note() if benchmark.note else None,
+        "unit": benchmark.unit,
         "cases": [
             {
                 "case": result.case,
@@ -43,22 +44,24 @@ def summarize_metric(benchmark: Benchmark, result: CaseResult, metric: str) -> d
     columns = {name: [sample[metric] for sample in samples if metric in sample] for name, samples in result.samples.items()}
     columns = {name: values for name, values in columns.items() if values}
     rows = {}
+    unit = benchmark.unit
     for name, values in columns.items():
         lower, median, upper = quartiles(values)
         rows[name] = {
-            "median_s": median,
-            "lower_quartile_s": lower,
-            "upper_quartile_s": upper,
-            "times_faster_than_gevent": ratio(columns.get(GEVENT), values),
+            f"median_{unit}": median,
+            f"lower_quartile_{unit}": lower,
+            f"upper_quartile_{unit}": upper,
+            "times_faster_than_gevent": ratio(columns.get(benchmark.gevent), values),
             "times_cost_of_os": ratio(values, columns.get(OS)),
-            "samples_s": values,
+            f"samples_{unit}": values,
         }
     targets = []
     for target in benchmark.targets:
         if target.applies_to(metric, result.case):
-            cost = ratio(columns.get(OURS), columns.get(target.against))
+            cost = ratio(columns.get(target.of), columns.get(target.against))
             targets.append(
                 {
+                    "of": target.of,
                     "against": target.against,
                     "target": str(target),
                     "met": None if cost is None else target.is_met(cost),
@@ -116,7 +119,7 @@ def table(summary: dict[str, Any]) -> Iterator[str]:
     for case in summary["cases"]:
         for metric in case["metrics"]:
             yield ""
-            yield from metric_table(case["label"], metric)
+            yield from metric_table(case["label"], metric, summary["unit"])
         for word in ("missing", "failed"):
             for name, reason in case[word].items():
                 yield f"    {word}: {name}: {reason}"
@@ -125,18 +128,17 @@ def table(summary: dict[str, Any]) -> Iterator[str]:
         yield from growth_lines(summary["growth"])
 
 
-def metric_table(label: str, metric: dict[str, Any]) -> Iterator[str]:
+def metric_table(label: str, metric: dict[str, Any], unit: str) -> Iterator[str]:
     yield f"  {label}: {metric['operation']}"
     yield (f"    {'':<20}{'median':>10}{'quartiles':>21}{'gevent/it':>12}{'it/os':>9}  target")
     for name, row in metric["implementations"].items():
-        spread = f"{us(row['lower_quartile_s'])} - {us(row['upper_quartile_s'])}"
+        lower, median, upper = (amount(row[f"{word}_{unit}"], unit) for word in ("lower_quartile", "median", "upper_quartile"))
+        spread = f"{lower} - {upper}"
         line = (
-            f"    {name:<20}{us(row['median_s']):>10}{spread:>21}"
-            f"{times(row['times_faster_than_gevent']):>12}"
-            f"{times(row['times_cost_of_os']):>9}"
+            f"    {name:<20}{median:>10}{spread:>21}{times(row['times_faster_than_gevent']):>12}{times(row['times_cost_of_os']):>9}"
         )
-        if name == OURS:
-            line += "  " + "; ".join(map(target_words, metric["targets"]))
+        if targets := [target for target in metric["targets"] if target["of"] == name]:
+            line += "  " + "; ".join(map(target_words, targets))
         yield line.rstrip()
 
 
@@ -157,6 +159,10 @@ def growth_lines(growth: dict[str, Any]) -> Iterator[str]:
             verdict = "met" if growth["met"] else "missed"
             line += f"  {growth['target']}: {verdict}"
         yield line
+
+
+def amount(value: float, unit: str) -> str:
+    return us(value) if unit == "s" else f"{value:.0f}"
 
 
 def us(seconds: float) -> str:

@@ -1,8 +1,9 @@
-"""Calls on one descriptor that never wait: ready, tp_read, close.
+"""Calls on one descriptor that never wait: ready, tp_read, cached_files, close.
 
 `ready` and `close` look for a few per cent, so their rows share an interpreter and
-take many short turns in it. `tp_read` doesn't share: gevent's row starts threads,
-and the kernel does more work on the descriptors of a process that has some.
+take many short turns in it. `tp_read` and `cached_files` don't share: gevent's row
+starts threads, and the kernel does more work on the descriptors of a process that has
+some.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import RawIOBase
 from itertools import repeat
 from time import perf_counter
 from typing import Any
@@ -90,37 +92,60 @@ def time_writes(write: Write, receiver: int, sender: int, data: bytes, calls: in
 
 @contextmanager
 def tp_read(implementation: str, size: int, quick: bool) -> Iterator[Sampler]:
-    rounds = 1 if quick else 4
-    with tempfile.TemporaryFile(dir=disk_directory()[0], buffering=0) as file:
-        file.write(b"x" * size * CHUNKS)
-        fd = file.fileno()
+    with cached_file(size) as fd:
         if implementation == OS:
-            read_all: Callable[[], None] = partial(pread_all, fd, size)
+            read_all: Callable[[], None] = partial(pread_all, os.pread, fd, size)
         else:
             library = importlib.import_module(implementation)
-            read_all = partial(tp_read_all, library.tp_read, fd, size)
-
-        def sample() -> dict[str, float]:
-            read_all()  # warms the cache, and starts the pool's thread
-            elapsed = 0.0
-            for _ in range(rounds):
-                os.lseek(fd, 0, os.SEEK_SET)
-                start = perf_counter()
-                read_all()
-                elapsed += perf_counter() - start
-            return {"read": elapsed / (rounds * CHUNKS)}
-
-        yield sample
+            read_all = partial(read_all_by, library.tp_read, fd, size)
+        yield lambda: time_cached(read_all, fd, quick)
 
 
-def tp_read_all(read: Read, fd: int, size: int) -> None:
+@contextmanager
+def cached_files(module: str, name: str, size: int, quick: bool) -> Iterator[Sampler]:
+    read = getattr(importlib.import_module(module), name)
+    with cached_file(size) as fd:
+        if name == "FileIO":
+            read_all: Callable[[], None] = partial(read_file, read(fd, "rb", closefd=False), size)
+        else:
+            read_all = partial(pread_all if name == "pread" else read_all_by, read, fd, size)
+        yield lambda: time_cached(read_all, fd, quick)
+
+
+@contextmanager
+def cached_file(size: int) -> Iterator[int]:
+    with tempfile.TemporaryFile(dir=disk_directory()[0], buffering=0) as file:
+        file.write(b"x" * size * CHUNKS)
+        yield file.fileno()
+
+
+def time_cached(read_all: Callable[[], None], fd: int, quick: bool) -> dict[str, float]:
+    rounds = 1 if quick else 4
+    os.lseek(fd, 0, os.SEEK_SET)
+    read_all()  # warms the cache, and starts the pool's thread
+    elapsed = 0.0
+    for _ in range(rounds):
+        os.lseek(fd, 0, os.SEEK_SET)
+        start = perf_counter()
+        read_all()
+        elapsed += perf_counter() - start
+    return {"read": elapsed / (rounds * CHUNKS)}
+
+
+def read_all_by(read: Read, fd: int, size: int) -> None:
     for _ in repeat(None, CHUNKS):
         read(fd, size)
 
 
-def pread_all(fd: int, size: int) -> None:
+def pread_all(pread: Callable[[int, int, int], bytes], fd: int, size: int) -> None:
     for offset in range(0, CHUNKS * size, size):
-        os.pread(fd, size, offset)
+        pread(fd, size, offset)
+
+
+def read_file(file: RawIOBase, size: int) -> None:
+    read = file.read
+    for _ in repeat(None, CHUNKS):
+        read(size)
 
 
 def describe_disk() -> str:
@@ -208,6 +233,27 @@ register(
         metrics={"read": "one read"},
         implementations={name: partial(tp_read, name) for name in (OURS, GEVENT, OS)},
         targets=(Target("read", GEVENT, at_least=25),),
+        note=describe_disk,
+        repeat=7,
+    )
+)
+
+CACHED_READS = {f"{OURS}.{name}": (OURS, name) for name in ("tp_read", "read", "pread", "FileIO")}
+
+register(
+    Benchmark(
+        name="cached_files",
+        summary="what reads a regular file in the page cache; gevent has tp_read alone",
+        case_label="{} bytes",
+        cases=(CHUNK_B,),
+        metrics={"read": "one read"},
+        implementations={
+            **{row: partial(cached_files, *read) for row, read in CACHED_READS.items()},
+            GEVENT: partial(cached_files, GEVENT, "tp_read"),
+            OS: partial(cached_files, OS, "pread"),
+            "os.read": partial(cached_files, OS, "read"),
+        },
+        targets=tuple(Target("read", GEVENT, at_least=25, of=row, words=">= 25 x gevent's tp_read") for row in CACHED_READS),
         note=describe_disk,
         repeat=7,
     )

@@ -1,4 +1,4 @@
-"""Calls that have to wait for another greenlet: pingpong, readers.
+"""Calls that have to wait for another greenlet: pingpong, fileio_pingpong, readers.
 
 Here the cost is the parking: finding that nothing is there, registering with the
 loop, switching, being woken. Each row has its own interpreter, since each brings a
@@ -11,10 +11,10 @@ import importlib
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks._model import GEVENT, OURS, Benchmark, Sample, Sampler, Target, register
 from benchmarks._system import need_fds
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROUND_TRIPS = 10_000
 WARM_UP = 500
+ROOM_B = 4_096  # what a reader who doesn't know how long messages are asks for
 READER_WAKES = 20_000
 WARM_UP_LAPS = 10
 BYTE = b"x"
@@ -43,10 +44,11 @@ def round_trips(quick: bool) -> int:
     return ROUND_TRIPS // 5 if quick else ROUND_TRIPS
 
 
-@contextmanager
-def pingpong_greenlets(implementation: str, size: int, quick: bool) -> Iterator[Sampler]:
-    import gevent
+# The rows of a pingpong take first how many bytes they ask for: `room`.
 
+
+@contextmanager
+def pingpong_greenlets(implementation: str, room: int, size: int, quick: bool) -> Iterator[Sampler]:
     library = importlib.import_module(implementation)
     read, write = library.nb_read, library.nb_write
     trips = round_trips(quick)
@@ -56,7 +58,7 @@ def pingpong_greenlets(implementation: str, size: int, quick: bool) -> Iterator[
 
     def echo() -> None:
         for _ in range(WARM_UP + trips):
-            write(echo_out, read(echo_in, size))
+            write(echo_out, read(echo_in, room))
 
     def ping() -> float:
         start = 0.0
@@ -64,19 +66,51 @@ def pingpong_greenlets(implementation: str, size: int, quick: bool) -> Iterator[
             if trip == WARM_UP:
                 start = perf_counter()
             write(ping_out, data)
-            read(ping_in, size)
+            read(ping_in, room)
         return (perf_counter() - start) / trips
 
-    def sample() -> Sample:
-        greenlets = [gevent.spawn(ping), gevent.spawn(echo)]
-        gevent.joinall(greenlets, raise_error=True)
-        return {"trip": greenlets[0].value}
+    yield lambda: {"trip": run_pingpong(ping, echo)}
 
-    yield sample
+
+def run_pingpong(ping: Callable[[], float], echo: Callable[[], None]) -> float:
+    import gevent
+
+    greenlets: list[gevent.Greenlet[[], Any]] = [gevent.spawn(ping), gevent.spawn(echo)]
+    gevent.joinall(greenlets, raise_error=True)
+    elapsed: float = greenlets[0].get()
+    return elapsed
 
 
 @contextmanager
-def pingpong_threads(size: int, quick: bool) -> Iterator[Sampler]:
+def pingpong_files(is_blocking: bool, room: int, size: int, quick: bool) -> Iterator[Sampler]:
+    """The methods are looked up beforehand, as the functions are in the other rows."""
+    from coopos import FileIO
+
+    trips = round_trips(quick)
+    data = BYTE * size
+    fds = [fd for _ in range(2) for fd in (os.pipe() if is_blocking else make_pipe())]
+    echo_in, ping_out, ping_in, echo_out = (FileIO(fd, mode) for fd, mode in zip(fds, ("rb", "wb") * 2, strict=True))
+    ping_read, ping_write = ping_in.read, ping_out.write
+    echo_read, echo_write = echo_in.read, echo_out.write
+
+    def echo() -> None:
+        for _ in range(WARM_UP + trips):
+            echo_write(echo_read(room))
+
+    def ping() -> float:
+        start = 0.0
+        for trip in range(WARM_UP + trips):
+            if trip == WARM_UP:
+                start = perf_counter()
+            ping_write(data)
+            ping_read(room)
+        return (perf_counter() - start) / trips
+
+    yield lambda: {"trip": run_pingpong(ping, echo)}
+
+
+@contextmanager
+def pingpong_threads(room: int, size: int, quick: bool) -> Iterator[Sampler]:
     trips = round_trips(quick)
     data = BYTE * size
     echo_in, ping_out = os.pipe()
@@ -84,7 +118,7 @@ def pingpong_threads(size: int, quick: bool) -> Iterator[Sampler]:
 
     def echo() -> None:
         for _ in range(WARM_UP + trips):
-            os.write(echo_out, os.read(echo_in, size))
+            os.write(echo_out, os.read(echo_in, room))
 
     def sample() -> Sample:
         thread = threading.Thread(target=echo)
@@ -94,7 +128,7 @@ def pingpong_threads(size: int, quick: bool) -> Iterator[Sampler]:
             if trip == WARM_UP:
                 start = perf_counter()
             os.write(ping_out, data)
-            os.read(ping_in, size)
+            os.read(ping_in, room)
         elapsed = perf_counter() - start
         thread.join()
         return {"trip": elapsed / trips}
@@ -123,7 +157,7 @@ async def echo_coroutine(send: Send, receive: Receive, trips: int) -> None:
 
 
 @contextmanager
-def pingpong_asyncio(loop_module: str, kind: str, size: int, quick: bool) -> Iterator[Sampler]:
+def pingpong_asyncio(loop_module: str, kind: str, room: int, size: int, quick: bool) -> Iterator[Sampler]:
     import asyncio
 
     module = importlib.import_module(loop_module)
@@ -131,8 +165,8 @@ def pingpong_asyncio(loop_module: str, kind: str, size: int, quick: bool) -> Ite
     trips = round_trips(quick)
 
     async def both() -> float:
-        ping_to_echo = await make_way(size)
-        echo_to_ping = await make_way(size)
+        ping_to_echo = await make_way(room)
+        echo_to_ping = await make_way(room)
         echo = asyncio.ensure_future(echo_coroutine(echo_to_ping[1], ping_to_echo[0], trips))
         elapsed = await ping_coroutine(ping_to_echo[1], echo_to_ping[0], BYTE * size, trips)
         await echo
@@ -145,7 +179,7 @@ def pingpong_asyncio(loop_module: str, kind: str, size: int, quick: bool) -> Ite
     yield sample
 
 
-async def add_reader_way(size: int) -> tuple[Receive, Send]:
+async def add_reader_way(room: int) -> tuple[Receive, Send]:
     """Plain reads and writes, and add_reader when there is nothing to read."""
     import asyncio
 
@@ -155,7 +189,7 @@ async def add_reader_way(size: int) -> tuple[Receive, Send]:
     async def receive() -> bytes:
         while True:
             try:
-                return os.read(receiver, size)
+                return os.read(receiver, room)
             except BlockingIOError:
                 woken = loop.create_future()
                 loop.add_reader(receiver, woken.set_result, None)
@@ -170,7 +204,7 @@ async def add_reader_way(size: int) -> tuple[Receive, Send]:
     return receive, send
 
 
-async def stream_way(size: int) -> tuple[Receive, Send]:
+async def stream_way(room: int) -> tuple[Receive, Send]:
     """A StreamReader on one end, a pipe transport on the other."""
     import asyncio
 
@@ -181,7 +215,7 @@ async def stream_way(size: int) -> tuple[Receive, Send]:
     transport, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(sender, "wb", 0))
 
     async def receive() -> bytes:
-        return await reader.read(size)
+        return await reader.read(room)
 
     async def send(data: bytes) -> None:
         transport.write(data)
@@ -190,14 +224,14 @@ async def stream_way(size: int) -> tuple[Receive, Send]:
 
 
 @contextmanager
-def pingpong_trio(size: int, quick: bool) -> Iterator[Sampler]:
+def pingpong_trio(room: int, size: int, quick: bool) -> Iterator[Sampler]:
     import trio
 
     trips = round_trips(quick)
 
     def trio_way() -> tuple[Receive, Send]:
         receiver, sender = map(trio.lowlevel.FdStream, os.pipe())
-        return partial(receiver.receive_some, size), sender.send_all
+        return partial(receiver.receive_some, room), sender.send_all
 
     async def both() -> float:
         ping_to_echo, echo_to_ping = trio_way(), trio_way()
@@ -284,6 +318,14 @@ def time_ring(read: Read, write: Write, count: int, laps: int) -> float:
     return elapsed
 
 
+# Those that stand in both.
+PEERS: dict[str, Callable[..., AbstractContextManager[Sampler]]] = {
+    "asyncio streams": partial(pingpong_asyncio, "asyncio", "streams"),
+    "uvloop streams": partial(pingpong_asyncio, "uvloop", "streams"),
+    "trio FdStream": pingpong_trio,
+    "threads": pingpong_threads,
+}
+
 register(
     Benchmark(
         name="pingpong",
@@ -292,16 +334,35 @@ register(
         cases=(1,),
         metrics={"trip": "one round trip, two waits"},
         implementations={
-            OURS: partial(pingpong_greenlets, OURS),
-            GEVENT: partial(pingpong_greenlets, GEVENT),
-            "asyncio add_reader": partial(pingpong_asyncio, "asyncio", "add_reader"),
-            "asyncio streams": partial(pingpong_asyncio, "asyncio", "streams"),
-            "uvloop add_reader": partial(pingpong_asyncio, "uvloop", "add_reader"),
-            "uvloop streams": partial(pingpong_asyncio, "uvloop", "streams"),
-            "trio FdStream": pingpong_trio,
-            "threads": pingpong_threads,
+            OURS: partial(pingpong_greenlets, OURS, 1),
+            GEVENT: partial(pingpong_greenlets, GEVENT, 1),
+            "asyncio add_reader": partial(pingpong_asyncio, "asyncio", "add_reader", 1),
+            "uvloop add_reader": partial(pingpong_asyncio, "uvloop", "add_reader", 1),
+            **{name: partial(row, 1) for name, row in PEERS.items()},
         },
         targets=(Target("trip", GEVENT, at_least=1.5),),
+        repeat=9,
+    )
+)
+
+register(
+    Benchmark(
+        name="fileio_pingpong",
+        summary=f"the same with files: read({ROOM_B}) and write of coopos.FileIO, without a buffer, on pipes in non-blocking mode",
+        case_label="{} byte(s)",
+        cases=(1, 64),
+        metrics={"trip": "one round trip, two waits"},
+        implementations={
+            OURS: partial(pingpong_files, False, ROOM_B),
+            "coopos, blocking": partial(pingpong_files, True, ROOM_B),
+            "coopos.nb_read": partial(pingpong_greenlets, OURS, ROOM_B),
+            GEVENT: partial(pingpong_greenlets, GEVENT, ROOM_B),
+            **{name: partial(row, ROOM_B) for name, row in PEERS.items()},
+        },
+        targets=(
+            Target("trip", GEVENT, at_least=1.9),
+            Target("trip", "uvloop streams", at_most=1, words="no slower than uvloop streams"),
+        ),
         repeat=9,
     )
 )

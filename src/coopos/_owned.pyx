@@ -14,12 +14,12 @@ from libc.errno cimport EAGAIN, EINTR, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.stdio cimport SEEK_CUR
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.types cimport off_t
-from posix.unistd cimport lseek, write as c_write
+from posix.unistd cimport lseek
 
 from coopos._core cimport attempt, move_of, read_bytes, read_into, write_from
 from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in
 from coopos._posix cimport (
-    COOPOS_IO_MAX, COOPOS_PLAIN, Move, PyErr_CheckSignals, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
+    COOPOS_IO_MAX, COOPOS_PLAIN, Move, PyErr_CheckSignals, coopos_move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
 
 import os
 
@@ -27,10 +27,24 @@ import os
 cdef enum:
     CHUNK = 65536
     SMALL_READ = 8192
+    QUICK = 4096
 
 
 cdef object closed_error():
     return ValueError("I/O operation on closed file")
+
+
+cdef ssize_t quick_move(Move *move, int *err) except -2:
+    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a short call that doesn't block. The owner leaves
+    his descriptor in the mode it was in.
+    """
+    cdef ssize_t moved
+    while True:
+        moved = coopos_move(move)
+        err[0] = errno
+        if moved >= 0 or err[0] != EINTR:
+            return moved
+        PyErr_CheckSignals()
 
 
 @cython.final
@@ -74,7 +88,11 @@ cdef class Owned:
     cdef ssize_t read_stream(self, Move *move) except -2:
         """One read into the buffer of *move*. -1: nothing there, or, where this is no stream any more, only the ladder can tell."""
         cdef int err = 0
-        cdef ssize_t nread = attempt(move, &err)
+        cdef ssize_t nread
+        if self.is_plain and move.iov.iov_len <= QUICK:
+            nread = quick_move(move, &err)
+        else:
+            nread = attempt(move, &err)
         if nread >= 0:
             self.is_drained = 0 < nread < <ssize_t>move.iov.iov_len
         elif err == EAGAIN:
@@ -164,24 +182,20 @@ cdef class Owned:
         cdef ssize_t written
         cdef int err = 0
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
+        move.iov, move.count = &iov, 1
         try:
             if self.is_plain:
                 while True:
-                    with nogil:
-                        written = c_write(self.fd, view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX))
-                        err = errno
+                    written = quick_move(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)
                     if written >= 0:
                         return written
-                    if err == EINTR:
-                        PyErr_CheckSignals()
-                    elif err == EAGAIN:
+                    if err == EAGAIN:
                         park(self.fd, WRITE, "write")
                     else:
                         raise os_error(err, "write", self.fd)
                     if self.fd < 0:
                         raise closed_error()
-            iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
-            move.iov, move.count = &iov, 1
             return write_from(&move, data, "write")
         finally:
             PyBuffer_Release(&view)
