@@ -431,7 +431,8 @@ cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, str ca
     cdef list views = []
     if is_pollable(move.fd, call):
         # As much as is sure not to wait, now that there is room.
-        return write_by_thread(posix.write, (move.fd, (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]), late)
+        data = (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]
+        return write_by_thread(posix.write, (move.fd, data), late)
     for buffer in source if isinstance(source, (list, tuple)) else (source,):
         view = memoryview(buffer).cast("B")
         if len(view) > done:

@@ -35,8 +35,8 @@ cdef object closed_error():
 
 
 cdef ssize_t quick_move(Move *move, int *err) except -2:
-    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a short call that doesn't block. The owner leaves
-    his descriptor in the mode it was in.
+    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a short call that doesn't block. The owner is to
+    leave his descriptor in the mode it was in.
     """
     cdef ssize_t moved
     while True:
