@@ -8,9 +8,11 @@ pread and write. Knows `_core`, `_parking` and `_threadpool`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import posix
 import stat
+from typing import Any
 
 from gevent.hub import sleep
 
@@ -30,6 +32,25 @@ def _is_file(fd: int) -> bool:
 
 def _is_pipe(fd: int) -> bool:
     return stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+def _is_plausible(out_fd: Any, in_fd: Any, count: Any, *offsets: Any) -> bool:
+    """Whether the arguments are of the right kind. If not, os is asked, and says what is wrong before anything waits."""
+    numbers = [count, *(offset for offset in offsets if offset is not None)]
+    return (
+        all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers)
+        and all(isinstance(fd, int) and 0 <= fd < 1 << 31 for fd in (out_fd, in_fd))
+        and _is_open(out_fd, os.O_WRONLY)
+        and _is_open(in_fd, os.O_RDONLY)
+    )
+
+
+def _is_open(fd: int, way: int) -> bool:
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    except (OSError, TypeError):
+        return False
+    return flags & os.O_ACCMODE in (way, os.O_RDWR) and not flags & getattr(os, "O_PATH", 0)
 
 
 _sendfile = getattr(posix, "sendfile", None)
@@ -65,7 +86,7 @@ if _sendfile and not _TAKES_HEADERS:
 
         .. versionadded:: 0.1.0
         """
-        if not count or not _may_send(out_fd, in_fd, offset, count):
+        if not _is_plausible(out_fd, in_fd, count, offset) or not count:
             return posix.sendfile(out_fd, in_fd, offset, count)
         if not _is_file(in_fd):
             if offset is not None or not _is_pipe(out_fd):
@@ -86,28 +107,6 @@ if _sendfile and not _TAKES_HEADERS:
                 return posix.sendfile(out_fd, in_fd, offset, chunk)
             except BlockingIOError:
                 wait_until_ready(out_fd, WRITE, "sendfile")
-
-    def _may_send(out_fd: int, in_fd: int, offset: int | None, count: int) -> bool:
-        """Whether the arguments are of the right kind; if not, os is asked, and says what is wrong."""
-        return (
-            isinstance(out_fd, int)
-            and isinstance(in_fd, int)
-            and (offset is None or (isinstance(offset, int) and 0 <= offset < 1 << 63))
-            and isinstance(count, int)
-            and 0 <= count < 1 << 63
-            and all(0 <= fd < 1 << 31 for fd in (out_fd, in_fd))
-            and _is_open(out_fd, os.O_WRONLY)
-            and _is_open(in_fd, os.O_RDONLY)
-        )
-
-    def _is_open(fd: int, way: int) -> bool:
-        import fcntl
-
-        try:
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        except OSError:
-            return False
-        return flags & os.O_ACCMODE in (way, os.O_RDWR) and not flags & getattr(os, "O_PATH", 0)
 
     def _send_by_hand(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
         start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
@@ -201,12 +200,11 @@ if hasattr(posix, "splice"):
 
         .. versionadded:: 0.1.0
         """
+        if not (_is_plausible(dst, src, count, offset_src, offset_dst) and isinstance(flags, int) and count):
+            return posix.splice(src, dst, count, offset_src, offset_dst, flags)  # which says what is wrong
         args = (offset_src, offset_dst, flags | os.SPLICE_F_NONBLOCK)
-        try:
-            ends = [(fd, _is_pipe(fd), _is_file(fd)) for fd in (src, dst)]
-        except (OSError, TypeError, ValueError):
-            return posix.splice(src, dst, count, *args)  # which says what is wrong
-        if not any(is_pipe for _, is_pipe, _ in ends) or count <= 0:
+        ends = [(fd, _is_pipe(fd), _is_file(fd)) for fd in (src, dst)]
+        if not any(is_pipe for _, is_pipe, _ in ends):
             return posix.splice(src, dst, count, *args)
         while True:
             is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
@@ -254,5 +252,7 @@ if hasattr(posix, "copy_file_range"):
 
         .. versionadded:: 0.1.0
         """
+        if not _is_plausible(dst, src, count, offset_src, offset_dst):
+            return posix.copy_file_range(src, dst, count, offset_src, offset_dst)  # which says what is wrong
         result: int = _in_thread(posix.copy_file_range, src, dst, count, offset_src, offset_dst)
         return result

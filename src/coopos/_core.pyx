@@ -31,7 +31,7 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek, read as c_read, write as c_write
 
 from coopos._parking cimport (
-    KNOWN_SIZE, READ, WRITE, as_int, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
+    KNOWN_SIZE, READ, WRITE, as_int, is_known_nonblocking, left_over, note_mode, os_error, park, park_until_ready, take_turns)
 from coopos._posix cimport (
     COOPOS_DONTWAIT, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, PIPE_BUF, RWF_NOWAIT, Move, PyErr_CheckSignals,
     PyObject_AsFileDescriptor, S_ISBLK, S_ISREG, S_ISSOCK, coopos_may_move, coopos_move, dev_t, fstat, ino_t, iovec, stat_t)
@@ -249,6 +249,15 @@ cdef int step_down(Move *move, str call) except -1:
     return IN_POOL
 
 
+cdef int choose_for_nothing(Move *move) noexcept:
+    """How to read or write no bytes at all. RWF_NOWAIT comes in the form of readv(2), which then returns at once; read(2) and write(2)
+    may have something to say: a datagram, or that it can't be done.
+    """
+    if move.how == COOPOS_NOWAIT and move.offset < 0:
+        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_PLAIN
+    return 0
+
+
 # ---- the threadpool ----------------------------------------------------------------------------------------------------------
 
 cdef long pool_calls = 0
@@ -316,10 +325,6 @@ cdef class PoolRead:
     cdef bint is_of(self, int fd) noexcept:
         cdef stat_t st
         return fstat(fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
-
-
-# {fd: [PoolRead, ...]}, oldest first: reads that nobody waits for any more, and what was left of them.
-cdef dict left_over = {}
 
 
 def forget_parents_reads():
@@ -431,6 +436,9 @@ cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, str ca
     cdef list views = []
     if is_pollable(move.fd, call):
         # As much as is sure not to wait, now that there is room.
+        while not move.iov.iov_len and move.count > 1:
+            move.iov += 1
+            move.count -= 1
         data = (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]
         return write_by_thread(posix.write, (move.fd, data), late)
     for buffer in source if isinstance(source, (list, tuple)) else (source,):
@@ -454,6 +462,8 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     if n < 0:
         raise os_error(EINVAL, call, move.fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+    if n == 0:
+        choose_for_nothing(move)
     be_fair()
     if left_over and move.offset < 0 and (left := take_left_over(move.fd)) is not None:
         return finish(move.fd, left, n)
@@ -715,6 +725,8 @@ cdef Py_ssize_t write_as_blocking(int fd, object buf, const Py_buffer *view) exc
     cdef iovec iov
     iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
     move.iov, move.count = &iov, 1
+    if view.len == 0:
+        choose_for_nothing(&move)
     return write_from(&move, buf, "nb_write")
 
 
@@ -812,6 +824,8 @@ def readinto(Py_ssize_t fd, buffer, /):
             raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
         raise
     move.iov, move.count = &iov, 1
+    if view.len == 0:
+        choose_for_nothing(&move)
     try:
         return read_into(&move, "readinto")
     finally:
@@ -849,6 +863,8 @@ def write(Py_ssize_t fd, data, /):
     cdef iovec iov
     take_buffer(data, &view, False, &iov)
     move.iov, move.count = &iov, 1
+    if view.len == 0:
+        choose_for_nothing(&move)
     try:
         return write_from(&move, data, "write")
     finally:
@@ -981,7 +997,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
         PyBuffer_Release(&view)
 
 
-def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
+def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
     """Read from a place in a file into several buffers, letting other greenlets run while it would block.
 
     Like :func:`os.preadv`, and cooperative as :func:`pread` is.
@@ -1007,7 +1023,7 @@ def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), False, <off_t>offset, flags)
+    cdef Move move = move_of(as_int(fd), False, <off_t>offset, as_int(flags))
     cdef Buffers locked = Buffers("preadv", buffers, True)
     if offset < -1:
         raise os_error(EINVAL, "preadv", fd)
@@ -1015,7 +1031,7 @@ def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
     return read_into(&move, "preadv")
 
 
-def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
+def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
     """Write several buffers to a place in a file, letting other greenlets run while it would block.
 
     Like :func:`os.pwritev`, and cooperative as :func:`pwrite` is.
@@ -1041,7 +1057,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, int flags=0, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), True, <off_t>offset, flags)
+    cdef Move move = move_of(as_int(fd), True, <off_t>offset, as_int(flags))
     cdef Buffers locked = Buffers("pwritev", buffers, False)
     if offset < -1:
         raise os_error(EINVAL, "pwritev", fd)
@@ -1136,6 +1152,8 @@ def write_all(Py_ssize_t fd, data, /):
             iov.iov_base = <char *>view.buf + done
             iov.iov_len = <size_t>min(view.len - done, <Py_ssize_t>COOPOS_IO_MAX)
             move.iov, move.count = &iov, 1
+            if view.len == 0:
+                choose_for_nothing(&move)
             done += write_from(&move, memoryview(data).cast("B")[done:] if done else data, "write_all")
             if done >= view.len:
                 return

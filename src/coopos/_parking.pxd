@@ -13,6 +13,9 @@ cdef enum:
     KNOWN_SIZE = 65536
 cdef char[KNOWN_SIZE] is_known_nonblocking
 
+cdef dict left_over
+
+
 cdef class Wait:
     cdef object watcher
     cdef object hub

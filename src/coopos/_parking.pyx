@@ -406,6 +406,12 @@ cdef bint note_mode(int fd) noexcept:
     return True
 
 
+# ---- reads in the threadpool -------------------------------------------------------------------------------------------------
+
+# {fd: [the core's PoolRead, ...]}, oldest first: reads that nobody waits for any more, and what was left of them. close() drops them.
+left_over = {}
+
+
 # ---- close -------------------------------------------------------------------------------------------------------------------
 
 @cython.final
@@ -497,6 +503,8 @@ cdef int close_fd(int fd) except -1:
     loop = None if hub is None else hub.loop
     if 0 <= fd < KNOWN_SIZE:
         is_known_nonblocking[fd] = False
+    if left_over:
+        left_over.pop(fd, None)
     if _put_off and (<object>fd) in _put_off:
         later = <PutOffClose>_put_off[fd]
         if later.is_same_file():
