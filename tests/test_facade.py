@@ -222,6 +222,8 @@ WITHOUT_RESULT = set(
     "close closerange eventfd_write fdatasync fsync ftruncate initgroups lockf patch posix_fallocate sync truncate unpatch "
     "wait_exit write_all".split()
 )
+#: Classes are what they return.
+WITHOUT_RESULT |= {"FileIO"}
 #: They stand for nothing in the system or in gevent, and fail at nothing.
 WITHOUT_SOURCE = {"doctor", "patch", "unpatch"}
 

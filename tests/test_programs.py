@@ -323,8 +323,9 @@ def test_popen_read():
         assert file.read() == "two\nthree"
         assert file.read() == ""
     assert file.closed
-    assert list(coopos.popen("printf 'one\\r\\ntwo\\nthree'; exit 7")) == ["one\n", "two\n", "three"]
-    assert coopos.wait()[1] == STATUS
+    file = coopos.popen("printf 'one\\r\\ntwo\\nthree'; exit 7")
+    assert list(file) == ["one\n", "two\n", "three"]
+    assert file.close() == STATUS
 
 
 def test_popen_write(tmp_path):
@@ -366,7 +367,8 @@ def test_popen_file(mode, buffering):
         file = popen("cat >&2" if mode == "w" else "exit 0", mode, buffering)
         answers = {name: getattr(file, name) for name in ATTRIBUTES}
         answers.update(readable=file.readable(), writable=file.writable(), seekable=file.seekable(), isatty=file.isatty())
-        answers["line_buffering"] = mode == "w" and file.line_buffering
+        answers.update(line_buffering=file.line_buffering, write_through=file.write_through, mode=getattr(file, "mode", None))
+        answers.update(name=type(file.name), raw=file.buffer.raw.mode)
         answers["fileno"] = type(file.fileno())
         answers["buffer"] = type(file.buffer)
         answers["read"] = error_of(file.read, 1)

@@ -97,6 +97,7 @@ if hasattr(_os, "fork"):
         wait_exit as wait_exit,
         waitpid as waitpid,
     )
+    from coopos.io import FileIO as FileIO, fdopen as fdopen  # type: ignore[no-redef]
 
     for _name in ("sendfile", "splice", "copy_file_range"):
         if hasattr(_copying, _name):
@@ -112,7 +113,7 @@ if hasattr(_os, "fork"):
         from coopos._wait import waitid as waitid
 
         _wait_family += ["waitid"]
-    _forms += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange"]
+    _forms += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange", "fdopen"]
     if hasattr(_os, "preadv"):
         from coopos._core import preadv as preadv, pwritev as pwritev
 
@@ -120,7 +121,7 @@ if hasattr(_os, "fork"):
     __implements__ += ["fork", "close", "system", "popen"]
     __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
-    __extensions__ += ["read_exactly", "write_all"]
+    __extensions__ += ["read_exactly", "write_all", "FileIO"]
     (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
         from coopos._fork import (

@@ -2,6 +2,8 @@ from typing import final
 
 from typing_extensions import Buffer
 
+def warn_unclosed(source: object) -> None: ...
+
 @final
 class Owned:
     def __init__(self, fd: int) -> None: ...

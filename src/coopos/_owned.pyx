@@ -10,6 +10,7 @@ The module knows libc, `_parking` and `_core`, and nothing else of coopos or gev
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.stdio cimport SEEK_CUR
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
@@ -28,6 +29,19 @@ cdef enum:
     CHUNK = 65536
     SMALL_READ = 8192
     QUICK = 4096
+
+
+cdef extern from "Python.h":
+    int PyErr_ResourceWarning(object source, Py_ssize_t stack_level, const char *format, ...) noexcept
+    void PyErr_WriteUnraisable(object where) noexcept
+
+
+def warn_unclosed(source):
+    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller. Never raises: where the
+    filters make an error of it, it is reported as one that nobody can catch.
+    """
+    if PyErr_ResourceWarning(source, 2, "unclosed file %R", <PyObject *>source) < 0:
+        PyErr_WriteUnraisable(source)
 
 
 cdef object closed_error():
@@ -79,10 +93,22 @@ cdef class Owned:
         """Until there is something to read, if there was nothing a moment ago."""
         if self.is_drained:
             if self.seat is None:
-                self.seat = new_seat(self.fd, READ)
+                self.take_seat()
             park_in(self.seat, "read")
             if self.fd < 0:
                 raise closed_error()
+        return 0
+
+    cdef int take_seat(self) except -1:
+        cdef Wait seat = new_seat(self.fd, READ)
+        # Making a watcher runs Python code: another thread may have closed the file meanwhile, or have been quicker.
+        if self.fd < 0:
+            seat.watcher.close()
+            raise closed_error()
+        if self.seat is None:
+            self.seat = seat
+        else:
+            seat.watcher.close()
         return 0
 
     cdef ssize_t read_stream(self, Move *move) except -2:
@@ -137,12 +163,16 @@ cdef class Owned:
 
     def readinto(self, buffer, /):
         """As much as one system call brings; how many bytes."""
-        cdef Move move = self.move(False)
+        cdef Move move
         cdef Py_buffer view
         cdef iovec iov
         cdef ssize_t nread
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BufferError:
+            raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
+        try:
+            move = self.move(False)
             iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
             while self.is_stream and view.len:
                 self.wait()
@@ -176,15 +206,16 @@ cdef class Owned:
 
     def write(self, data, /):
         """A buffer, or as much of it as fits now; all of it, in blocking mode. How many bytes."""
-        cdef Move move = self.move(True)
+        cdef Move move
         cdef Py_buffer view
         cdef iovec iov
         cdef ssize_t written
         cdef int err = 0
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
-        move.iov, move.count = &iov, 1
         try:
+            move = self.move(True)
+            iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
+            move.iov, move.count = &iov, 1
             if self.is_plain:
                 while True:
                     written = quick_move(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)

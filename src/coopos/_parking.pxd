@@ -30,8 +30,8 @@ cdef class Wait:
     cdef bint is_on        # the watcher is, whether or not anybody waits
     cdef bint is_left      # nobody will wait again
     cdef object waiter     # the greenlet that waits by a watcher that stays on,
-    cdef tuple token       # what it is switched to with,
-    cdef object keeper     # and whose `ref` says whether the watcher keeps the loop running
+    cdef tuple token       # and what it is switched to with
+    cdef bint may_stay     # the watcher may stay on when nobody waits
 
 cdef object os_error(int err, str call, object subject)
 cdef object give_way(object hub, object current)

@@ -16,7 +16,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM
 from libc.errno cimport EBADF, errno
 from libc.stdlib cimport realloc
 from libc.string cimport memset, strerror
-from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
+from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
 from coopos._posix cimport POLLIN, POLLOUT, dev_t, fstat, ino_t, poll, pollfd, stat_t
@@ -117,6 +117,12 @@ cdef class Wait:
         if waiter is not None:
             greenlet_switch(waiter, <PyObject *>self.token, NULL)
         else:
+            rest(self)
+
+    def leave(self):
+        """In its loop's thread: its owner has given the descriptor up."""
+        evict(self)
+        if self.waiter is None:
             rest(self)
 
 
@@ -276,6 +282,8 @@ cdef int evict(Wait wait) except -1:
     """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
     if wait.is_on:
         turn_off(wait)
+        if wait.may_stay:
+            wait.watcher.fd = wait.fd      # closed behind its owner's back it may be another file's by the next wait: see aim
         if wait.waiter is not None:
             wait.error = EBADF
             wait.queued = wait.loop.run_callback(wait.hear)
@@ -289,7 +297,8 @@ cdef int evict(Wait wait) except -1:
 # ---- waiting for a descriptor that one object owns ---------------------------------------------------------------------------
 
 # Its watcher may stay on between two waits, since the number can't become another file's: that saves two system calls each time. It
-# is in the table of the parked all that time, and keeps the loop running only while somebody waits.
+# is in the table of the parked all that time, and keeps the loop running only while somebody waits. Not with libuv: what keeps its
+# loop running is one handle per descriptor, which others who wait for the same one share.
 
 cdef int set_ref(watcher, bint ref) except -1:
     """Say whether a watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
@@ -306,8 +315,9 @@ cdef Wait new_seat(int fd, int events):
     seat.fd = fd
     seat.events = events
     seat.watcher = parking.make_watcher(fd, events)
-    seat.keeper = getattr(seat.watcher, "_watcher_ref", seat.watcher)
     seat.token = (object(),)
+    seat.born = generation
+    seat.may_stay = parking.is_reusable
     return seat
 
 
@@ -329,13 +339,16 @@ cdef int rest(Wait seat) except -1:
 
 
 cdef int leave_seat(Wait seat) except -1:
-    """Its owner gives the descriptor up, and has yet to tell who waits."""
+    """Its owner gives the descriptor up, and is going to close it, or not."""
     seat.is_left = True
     hub = get_hub_if_exists()
-    if hub is None or seat.loop is not hub.loop:
-        post(seat.loop, seat.hear)
-    elif seat.switch is None:
-        rest(seat)
+    if hub is not None and seat.loop is hub.loop:
+        seat.leave()
+    elif seat.born == generation and not post(seat.loop, seat.leave) and seat.is_on:
+        # Its loop is no more, and lets nobody stop the watcher.
+        seat.is_on = False
+        delist(seat)
+        seat.watcher.callback = None
     return 0
 
 
@@ -344,17 +357,20 @@ cdef int park_in(Wait seat, str call) except -1:
     cdef object current
     if seat.waiter is not None or seat.hub is not get_hub():
         return park(seat.fd, seat.events, call)
+    # The owner has made no attempt. libev aborts the process over a number that somebody closed behind its back.
+    if not seat.is_on and fcntl(seat.fd, F_GETFD) < 0:
+        raise os_error(errno, call, seat.fd)
     current = current_greenlet()
     seat.error = 0
     seat.born = generation
     seat.waiter = current
     try:
-        seat.keeper.ref = True
+        if seat.may_stay:
+            seat.watcher.ref = True
         if not seat.is_on:
             enlist(seat)
             seat.is_on = True
             seat.watcher.start(seat.hear)
-            seat.keeper.ref = True     # libuv's begin anew with each start
         came_back = give_way(seat.hub, current)
         if came_back is not <object>PyTuple_GET_ITEM(seat.token, 0):
             raise wrong_switch(came_back, f"fd {seat.fd} in {call}")
@@ -365,8 +381,10 @@ cdef int park_in(Wait seat, str call) except -1:
             seat.queued = None
         if seat.is_left:
             rest(seat)
-        elif seat.is_on:
-            seat.keeper.ref = False
+        elif seat.may_stay:
+            seat.watcher.ref = False
+        else:
+            turn_off(seat)
     if seat.error:
         raise os_error(seat.error, call, seat.fd)
     return 0

@@ -1,7 +1,7 @@
 """Programs: posix_spawn, the spawn family, system, popen. POSIX only.
 
 Each starts a child, watches it before any greenlet can switch, and waits for it with the wait family. Knows `_children`, `_wait`,
-and of gevent the file object by which popen reads and writes.
+and the files of `io` by which popen reads and writes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from gevent.monkey import get_original
 
 from coopos import _children
 from coopos._wait import waitpid
+from coopos.io import fdopen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -364,6 +366,14 @@ class _PopenFile:
         return getattr(self._stream, name)
 
 
+def _text_of(fd: int, mode: Literal["r", "w"], buffering: int, encoding: str) -> io.TextIOWrapper:
+    """What subprocess makes of its end of a pipe: text goes to the buffer at once, with 1 to the pipe by lines."""
+    buffer = fdopen(fd, mode + "b", -1 if buffering == 1 else buffering)
+    if mode == "r":
+        return io.TextIOWrapper(buffer, encoding)
+    return io.TextIOWrapper(buffer, encoding, line_buffering=buffering == 1, write_through=True)
+
+
 def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _PopenFile:
     """Start a shell command with a pipe to its standard output or input, as a text file that lets other greenlets run.
 
@@ -400,10 +410,9 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         raise ValueError("popen() does not support unbuffered streams")
     if not isinstance(buffering, int):
         raise TypeError("bufsize must be an integer")
-    if buffering > sys.maxsize:
-        raise OverflowError("Python int too large to convert to C ssize_t")
-    from gevent.fileobject import FileObjectPosix
-
+    if buffering.bit_length() > 31:
+        raise OverflowError("Python int too large to convert to C int")
+    encoding = io.text_encoding(None)
     reader, writer = os.pipe()
     ours, theirs = (reader, writer) if mode == "r" else (writer, reader)
     try:
@@ -413,4 +422,4 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         raise
     finally:
         os.close(theirs)
-    return _PopenFile(FileObjectPosix(ours, mode, buffering), pid)
+    return _PopenFile(_text_of(ours, mode, buffering, encoding), pid)

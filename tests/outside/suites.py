@@ -11,6 +11,11 @@ _MOCKS_PRIVATE_NAMES = (
     "a compiled nb_read and nb_write call read(2) and write(2)"
 )
 
+_NAMELESS = (
+    "makes a file object over a Python object that has no name, and expects it to have none; a file that coopos.fdopen "
+    "makes has its descriptor's number for a name, as os.fdopen's"
+)
+
 #: {module: {test id, without the module: why it is left out}}
 SUITES = {
     "gevent.tests.test__os": {
@@ -18,6 +23,10 @@ SUITES = {
         "TestOS_nb.test_event_closed_on_read_error": _MOCKS_PRIVATE_NAMES,
         "TestOS_nb.test_event_closed_on_write": _MOCKS_PRIVATE_NAMES,
         "TestOS_nb.test_event_closed_on_write_error": _MOCKS_PRIVATE_NAMES,
+    },
+    "gevent.tests.test__fileobject": {
+        "TestFileObjectPosix.test_seek_raises_ioerror": "asks for gevent's private attribute fileio",
+        "TestFileObjectPosix.test_name_after_close": _NAMELESS,
     },
     "gevent.tests.test__subprocess": {
         "TestPopen.test_subprocess_in_native_thread": (

@@ -1,0 +1,291 @@
+"""Files that let other greenlets run: FileIO, and fdopen, which puts it under the stdlib's buffers. POSIX only.
+
+What doesn't wait is io.FileIO's own code, down to the words of its errors. What waits, and close(), is Owned's; the base class is
+told that the descriptor isn't its to close. On a FileIO proper the methods that move bytes are Owned's bound ones, without a Python
+frame in between; a subclass finds Python methods that it can override and call by super().
+
+Knows `_owned`, `_threadpool` for the opening of paths, `_parking`, and the stdlib's io; nothing of gevent.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from coopos import _parking, _threadpool
+from coopos._owned import Owned, warn_unclosed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from _typeshed import FileDescriptorOrPath
+    from typing_extensions import Buffer
+
+_FLAGS = {
+    "r": os.O_RDONLY,
+    "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+}
+
+
+def _flags_of(mode: str) -> int:
+    """How open(2) is to open a file; ValueError for what io.FileIO takes for no mode."""
+    if set(mode) - set("rwxab+"):
+        raise ValueError(f"invalid mode: {mode}")
+    kinds = mode.replace("b", "").replace("+", "")
+    if len(kinds) != 1 or mode.count("+") > 1:
+        raise ValueError("Must have exactly one of create/read/write/append mode and at most one plus")
+    flags = _FLAGS[kinds] | os.O_CLOEXEC
+    return flags & ~os.O_WRONLY | os.O_RDWR if "+" in mode else flags
+
+
+def _is_number(file: object) -> bool:
+    return hasattr(type(file), "__index__")
+
+
+def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int] | None) -> int:
+    """A new descriptor for the path *file*."""
+    flags = _flags_of(mode)
+    sys.audit("open", file, mode, flags)
+    if not closefd:
+        raise ValueError("Cannot use closefd=False with file name")
+    if opener is None:
+        return _threadpool.open(file, flags, 0o666)
+    fd = opener(file, flags)
+    if not isinstance(fd, int):
+        raise TypeError("expected integer from opener")
+    if fd < 0:
+        raise ValueError(f"opener returned {fd}")
+    os.set_inheritable(fd, False)
+    return fd
+
+
+class FileIO(io.FileIO):
+    """Open a file without a buffer, whose reads and writes let other greenlets run.
+
+    Used exactly as :class:`io.FileIO`, of which it is a kind, on every kind of file. The descriptor's flags don't matter and are
+    not touched; in non-blocking mode too a read or write waits, and never returns None. ``close()`` wakes the greenlets that wait
+    for the file, in any thread's hub, with ``OSError(EBADF)``.
+
+    As long as the file is open its descriptor is its own: don't put another file in its place with dup2, nor take it out of
+    non-blocking mode. A watcher for it stays with the first hub that waited to read; others' waits take somewhat longer.
+
+    Args:
+        file: str, bytes or path-like, a path; or int, an open descriptor.
+        mode: ``"r"``, ``"w"``, ``"x"`` or ``"a"``, with ``"+"`` to read and write. ``"b"`` changes nothing.
+        closefd: bool, whether ``close()`` closes the descriptor; True with a path. False: it only lets go of it, and who waits to
+            write, or second to read, is told when the descriptor is ready.
+        opener: None, or what opens the path: called with it and the flags of open(2), returns a descriptor.
+
+    Raises:
+        OSError: as open(2); EBADF if *file* is no open descriptor; IsADirectoryError, EISDIR.
+        TypeError, ValueError: *file* or *mode* is none; *closefd* is false with a path.
+
+    Its methods raise what those of :class:`io.FileIO` raise.
+
+    Opening switches greenlets only for a FIFO or character device, reading and writing only if they have to wait. A greenlet killed
+    or timed out in ``read``, ``readinto`` or ``write`` has moved no byte, as in :func:`coopos.read` and :func:`coopos.write`; in
+    ``readall`` the exception has what was read as its attribute ``partial``. Works in any thread's hub and in a forked child.
+
+    Source: open(2), preadv2(2), RWF_NOWAIT; ``gevent.fileobject``.
+
+    .. versionadded:: 0.1.0
+    """
+
+    if TYPE_CHECKING:
+        _blksize: int  # of the base class
+        _finalizing: bool
+    _owned: Owned | None = None
+    _closes = True
+
+    def __init__(
+        self,
+        file: FileDescriptorOrPath,
+        mode: str = "r",
+        closefd: bool = True,
+        opener: Callable[[Any, int], int] | None = None,
+    ) -> None:
+        if not isinstance(mode, str):
+            raise TypeError(f"FileIO() argument 'mode' must be str, not {type(mode).__name__}")
+        if self._owned is not None:
+            self._let_go()
+        if _is_number(file):
+            super().__init__(file, mode, False)
+            fd = operator.index(file)  # type: ignore[arg-type]
+        else:
+            fd = _open(file, mode, closefd, opener)
+            try:
+                super().__init__(fd, mode, False)
+                self.name = file
+            except BaseException as ex:
+                _parking.close(fd)
+                if isinstance(ex, OSError):
+                    ex.filename = file
+                raise
+        self._closes = bool(closefd)
+        self._owned = owned = Owned(fd)
+        if type(self) is FileIO:
+            moves: dict[str, object] = vars(self)
+            moves.update(readall=owned.readall)
+            if self.readable():
+                moves.update(read=owned.read, readinto=owned.readinto)
+            if self.writable():
+                moves.update(write=owned.write)
+
+    @property
+    def closefd(self) -> bool:
+        return self._closes
+
+    # Where there is nothing to wait for, because the file is closed or wasn't opened for it, the base class says so.
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Up to *size* bytes, those of one system call; all there are until the end, for -1 or None."""
+        if self._owned is None or self.closed or not self.readable():
+            return super().read(size)
+        return self._owned.read(size)
+
+    def readall(self) -> bytes:
+        """All there is until the end."""
+        if self._owned is None or self.closed:
+            return super().readall()
+        return self._owned.readall()
+
+    def readinto(self, buffer: Buffer, /) -> int | None:
+        """Fill *buffer* with as much as one system call brings; how many bytes."""
+        if self._owned is None or self.closed or not self.readable():
+            return super().readinto(buffer)
+        return self._owned.readinto(buffer)
+
+    def write(self, data: Buffer, /) -> int:
+        """Write *data*: all of it in blocking mode, else as much as one system call takes; how many bytes."""
+        if self._owned is None or self.closed or not self.writable():
+            return super().write(data)
+        return self._owned.write(data)
+
+    def close(self) -> None:
+        """Let go of the descriptor, and close it, unless *closefd* was false. Whoever waits gets ``OSError(EBADF)``."""
+        if self._finalizing and self._closes and not self.closed:
+            warn_unclosed(self)
+        try:
+            super().close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._owned is not None:
+            self._owned.close(self._closes)
+
+    def _dealloc_warn(self, source: object) -> None:
+        """Called by the buffer *source* over it, which closes it because it is collected."""
+        if self._closes and not self.closed:
+            warn_unclosed(source)
+
+    def __repr__(self) -> str:
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        if self.closed:
+            return f"<{kind} [closed]>"
+        what = f"name={self.name!r}" if hasattr(self, "name") else f"fd={self.fileno()}"
+        return f"<{kind} {what} mode={self.mode!r} closefd={self.closefd}>"
+
+
+# ---- under the stdlib's buffers ----------------------------------------------------------------------------------------------
+
+
+def _check_open_arguments(mode: str, **texts: object) -> None:
+    """Refuse what io.open refuses before it makes anything."""
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"fdopen() argument {name!r} must be str or None, not {type(text).__name__}")
+        if text is not None and "\0" in text:
+            raise ValueError("embedded null character")
+    if set(mode) - set("rwxabt+") or len(set(mode)) < len(mode):
+        raise ValueError(f"invalid mode: {mode!r}")
+    if "t" in mode and "b" in mode:
+        raise ValueError("can't have text and binary mode at once")
+    if sum(kind in mode for kind in "rwxa") > 1:
+        raise ValueError("must have exactly one of create/read/write/append mode")
+    if "b" in mode:
+        for name, text in texts.items():
+            if text is not None:
+                raise ValueError(f"binary mode doesn't take an {name} argument")
+
+
+def fdopen(
+    fd: int,
+    mode: str = "r",
+    buffering: int = -1,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    closefd: bool = True,
+    opener: Callable[[Any, int], int] | None = None,
+) -> Any:
+    """Make a file of a descriptor, which lets other greenlets run where it has to wait.
+
+    Like :func:`os.fdopen`: the same classes of :mod:`io`, over a :class:`coopos.FileIO`, with the same buffers. As with any of them
+    one greenlet at a time can be in a buffered file: another gets RuntimeError, for a reentrant call, and a thread stands still.
+    To close a file that a greenlet of this thread reads, close its ``buffer.raw`` (``raw``, in binary mode).
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        mode, buffering, encoding, errors, newline: as of the builtin :func:`open`.
+        closefd: bool, whether ``close()`` closes the descriptor.
+        opener: not asked, since there is nothing to open.
+
+    Returns:
+        A TextIOWrapper, or in binary mode a BufferedReader, BufferedWriter or BufferedRandom, or, unbuffered, a FileIO.
+
+    Raises:
+        OSError: EBADF if *fd* is not open; IsADirectoryError, EISDIR.
+        TypeError, ValueError, OverflowError, LookupError: as :func:`os.fdopen`. Like it, it has closed the descriptor if what it
+            refused was a name of an encoding or a newline, text without a buffer, or *fd* for both reading and writing that can't
+            seek; and has left it open otherwise.
+
+    Doesn't switch greenlets; reading, writing and flushing do, where they have to wait. A read killed or timed out loses what the
+    stdlib's buffer had taken for it; an unbuffered one nothing. Works in any thread's hub and in a forked child.
+
+    Source: fdopen(3), preadv2(2), RWF_NOWAIT; ``gevent.fileobject.FileObject``.
+
+    .. versionadded:: 0.1.0
+    """
+    if not isinstance(fd, int):
+        raise TypeError(f"invalid fd type ({type(fd)}, expected integer)")
+    if not isinstance(mode, str):
+        raise TypeError(f"fdopen() argument 'mode' must be str, not {type(mode).__name__}")
+    is_binary = "b" in mode
+    if not is_binary:
+        encoding = io.text_encoding(encoding)
+    size = operator.index(buffering)
+    if size.bit_length() > 31:
+        raise OverflowError("Python int too large to convert to C int")
+    _check_open_arguments(mode, encoding=encoding, errors=errors, newline=newline)
+    if is_binary and size == 1:
+        warnings.warn(
+            "line buffering (buffering=1) isn't supported in binary mode, the default buffer size will be used",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    raw = FileIO(fd, mode.replace("t", ""), closefd, opener)
+    file: Any = raw
+    try:
+        is_by_lines = size == 1 or (size < 0 and raw.isatty())
+        if size < 0 or is_by_lines:
+            size = raw._blksize
+        if size == 0:
+            if is_binary:
+                return raw
+            raise ValueError("can't have unbuffered text I/O")
+        buffered = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
+        file = buffered(raw, size)
+        if not is_binary:
+            file = io.TextIOWrapper(file, encoding, errors, newline, is_by_lines)
+            file.mode = mode
+    except BaseException:
+        file.close()
+        raise
+    return file
