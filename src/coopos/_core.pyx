@@ -250,8 +250,8 @@ cdef int step_down(Move *move, str call) except -1:
 
 
 cdef int choose_for_nothing(Move *move) noexcept:
-    """How to read or write no bytes at all. RWF_NOWAIT comes in the form of readv(2), which then returns at once; read(2) and write(2)
-    may have something to say: a datagram, or that it can't be done.
+    """How to read or write no bytes at all. RWF_NOWAIT comes in the form of readv(2), which then returns at once; read(2) and
+    write(2) may have something to say: a datagram, or that it can't be done.
     """
     if move.how == COOPOS_NOWAIT and move.offset < 0:
         move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_PLAIN

@@ -426,7 +426,8 @@ cdef bint note_mode(int fd) noexcept:
 
 # ---- reads in the threadpool -------------------------------------------------------------------------------------------------
 
-# {fd: [the core's PoolRead, ...]}, oldest first: reads that nobody waits for any more, and what was left of them. close() drops them.
+# {fd: [the core's PoolRead, ...]}, oldest first: reads that nobody waits for any more, and what was left of them. close() drops
+# them.
 left_over = {}
 
 
