@@ -131,7 +131,7 @@ def test_compiled_modules_import_nothing_else_of_python():
             for source, _name, _is_lazy in imports_of(module)
             if source.split(".")[0] not in ("cython", "cpython", "libc", "posix", "coopos", "gevent", "greenlet")
         }
-        assert others <= {"atexit", "contextlib", "os", "resource", "signal", "sys"}
+        assert others <= {"atexit", "contextlib", "os", "time", "resource", "signal", "sys"}
 
 
 @each_module

@@ -53,6 +53,10 @@ def _is_open(fd: int, way: int) -> bool:
     return flags & os.O_ACCMODE in (way, os.O_RDWR) and not flags & getattr(os, "O_PATH", 0)
 
 
+def _appends(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
+
+
 _sendfile = getattr(posix, "sendfile", None)
 # Linux's takes a file and nothing else; elsewhere it can put headers before it.
 _TAKES_HEADERS = "headers" in (getattr(_sendfile, "__text_signature__", None) or "")
@@ -86,11 +90,18 @@ if _sendfile and not _TAKES_HEADERS:
 
         .. versionadded:: 0.1.0
         """
-        if not _is_plausible(out_fd, in_fd, count, offset) or not count:
+        if not _is_plausible(out_fd, in_fd, count, offset) or not count or _appends(out_fd):
             return posix.sendfile(out_fd, in_fd, offset, count)
         if not _is_file(in_fd):
             if offset is not None or not _is_pipe(out_fd):
                 return posix.sendfile(out_fd, in_fd, offset, count)  # which says what is wrong
+            while not os.get_blocking(in_fd) and not os.get_blocking(out_fd):
+                try:
+                    return posix.sendfile(out_fd, in_fd, offset, count)
+                except BlockingIOError:
+                    wait_until_ready(in_fd, READ, "sendfile")
+                    wait_until_ready(out_fd, WRITE, "sendfile")
+                    sleep(0)
             wait_until_ready(in_fd, READ, "sendfile")
             wait_until_ready(out_fd, WRITE, "sendfile")
             result: int = _in_thread(posix.sendfile, out_fd, in_fd, offset, count)

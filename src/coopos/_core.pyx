@@ -39,6 +39,7 @@ from coopos._posix cimport (
 import contextlib
 import os
 import posix
+from time import monotonic
 
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.hub import _get_hub_noargs as get_hub
@@ -412,6 +413,15 @@ cdef bytes pread_in_pool(int fd, Py_ssize_t n, off_t offset, int flags):
 cdef double LAST_WRITE_S = 1.0
 
 
+cdef Py_ssize_t last_word(result) except -1:
+    """What a thread has written for a greenlet that was killed, once it has; who is killed again waits all the same."""
+    cdef double deadline = monotonic() + LAST_WRITE_S
+    while not result.ready() and monotonic() < deadline:
+        with contextlib.suppress(BaseException):
+            result.wait(deadline - monotonic())
+    return (result.value or 0) if result.ready() else 0
+
+
 cdef Py_ssize_t write_by_thread(function, tuple args, Py_ssize_t *late) except -1:
     """How many bytes a thread has written; in *late*, if the greenlet was killed meanwhile."""
     cdef PoolCall call = PoolCall(function, args)
@@ -421,8 +431,7 @@ cdef Py_ssize_t write_by_thread(function, tuple args, Py_ssize_t *late) except -
     except BaseException:
         call.is_taken_back = True
         if call.has_begun:
-            with contextlib.suppress(BaseException):
-                late[0] = result.get(timeout=LAST_WRITE_S)
+            late[0] = last_word(result)
         raise
     if call.error is not None:
         raise call.error
