@@ -214,7 +214,9 @@ changes = [
 any_step = strategies.one_of(*steps, *steps, *changes)
 
 
-@hypothesis.settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    max_examples=400, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
 @hypothesis.given(strategies.lists(any_step, min_size=1, max_size=40))
 def test_any_sequence_of_calls_is_what_os_makes_of_it(sequence):
     with contextlib.ExitStack() as stack:

@@ -254,7 +254,7 @@ cdef int choose_for_nothing(Move *move) noexcept:
     """How to read or write no bytes at all. RWF_NOWAIT comes in the form of readv(2), which then returns at once; read(2) and
     write(2) may have something to say: a datagram, or that it can't be done.
     """
-    if move.how == COOPOS_NOWAIT and move.offset < 0:
+    if move.how == COOPOS_NOWAIT:
         move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_PLAIN
     return 0
 
@@ -344,8 +344,8 @@ cdef PoolRead take_left_over(int fd):
         return None
     while reads and read is None:
         read = reads.pop(0)
-        if not read.is_of(fd):
-            read = None        # the number is another file's by now
+        if not read.is_of(fd) or read.call.error is not None:
+            read = None        # the number is another file's by now, or what went wrong was wrong then
     if not reads:
         del left_over[fd]
     return read
