@@ -3,7 +3,6 @@
 Each test is a script in an interpreter of its own, since a fork copies whatever else is going on.
 """
 
-import contextlib
 import os
 import textwrap
 
@@ -11,21 +10,8 @@ import pytest
 
 import coopos
 
+from .children import needs_pidfds
 from .support import LOOP, error_of, run_script
-
-
-def has_pidfds():
-    """Whether coopos may wait by pidfd: the kernel has them, and the environment doesn't forbid it."""
-    if os.environ.get("COOPOS_CHILDREN") == "thread" or not hasattr(os, "pidfd_open"):
-        return False
-    with contextlib.suppress(OSError):
-        os.close(os.pidfd_open(os.getpid()))
-        return True
-    return False
-
-
-HAS_PIDFDS = has_pidfds()
-needs_pidfds = pytest.mark.skipif(not HAS_PIDFDS, reason="no pidfds here, or COOPOS_CHILDREN=thread")
 
 PRELUDE = """
 import gc, os, signal, sys, threading, traceback

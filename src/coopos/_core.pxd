@@ -2,14 +2,21 @@
 
 from posix.types cimport off_t
 
-from coopos._posix cimport Move
+from coopos._posix cimport Move, iovec
 
 cdef enum Step:
     AGAIN
     IN_POOL
 
+# Bytes that are copied in less time than it takes to let go of the interpreter's lock and to get it back.
+cdef enum:
+    QUICK = 4096
+
+cdef bint is_undecided(int err) noexcept
+cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) except -1
 cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept
 cdef ssize_t attempt(Move *move, int *err) except -2
+cdef ssize_t attempt_at_once(Move *move, int *err) except -2
 cdef object read_bytes(Move *move, Py_ssize_t n, str call)
 cdef Py_ssize_t read_into(Move *move, str call) except -1
 cdef Py_ssize_t write_from(Move *move, object source, str call) except -1

@@ -105,26 +105,30 @@ cdef extern from "Python.h":
 # Up to here a copy is cheaper than an allocation for each attempt.
 cdef enum:
     SMALL_READ = 512
-# Bytes that are copied in less time than it takes to let go of the interpreter's lock and to get it back.
-cdef enum:
-    QUICK = 4096
+
+
+cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
+    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a call of no more than QUICK bytes that is sure
+    not to block.
+    """
+    cdef ssize_t moved
+    while True:
+        moved = coopos_move(move)
+        err[0] = errno
+        if moved >= 0 or err[0] != EINTR:
+            return moved
+        PyErr_CheckSignals()
 
 
 cdef ssize_t attempt(Move *move, int *err) except -2:
-    """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out.
-
-    To let other threads run takes longer than a short call that is sure not to block.
-    """
+    """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out."""
     cdef ssize_t moved
-    cdef bint is_quick = move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK
+    if move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK:
+        return attempt_at_once(move, err)
     while True:
-        if is_quick:
+        with nogil:
             moved = coopos_move(move)
             err[0] = errno
-        else:
-            with nogil:
-                moved = coopos_move(move)
-                err[0] = errno
         if moved >= 0 or err[0] != EINTR:
             return moved
         PyErr_CheckSignals()

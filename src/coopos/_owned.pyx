@@ -8,19 +8,20 @@ The module knows libc, `_parking` and `_core`, and nothing else of coopos or gev
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EINTR, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EAGAIN, errno
 from libc.stdio cimport SEEK_CUR
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.types cimport off_t
 from posix.unistd cimport lseek
 
-from coopos._core cimport attempt, move_of, read_bytes, read_into, write_from
+from coopos._core cimport (
+    QUICK, attempt, attempt_at_once, is_undecided, move_of, read_bytes, read_into, take_buffer, write_from)
 from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in
 from coopos._posix cimport (
-    COOPOS_IO_MAX, COOPOS_PLAIN, Move, PyErr_CheckSignals, coopos_move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
+    COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
 
 import os
 
@@ -28,7 +29,6 @@ import os
 cdef enum:
     CHUNK = 65536
     SMALL_READ = 8192
-    QUICK = 4096
 
 
 cdef extern from "Python.h":
@@ -48,24 +48,10 @@ cdef object closed_error():
     return ValueError("I/O operation on closed file")
 
 
-cdef ssize_t quick_move(Move *move, int *err) except -2:
-    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a short call that doesn't block. The owner is to
-    leave his descriptor in the mode it was in.
-    """
-    cdef ssize_t moved
-    while True:
-        moved = coopos_move(move)
-        err[0] = errno
-        if moved >= 0 or err[0] != EINTR:
-            return moved
-        PyErr_CheckSignals()
-
-
 @cython.final
 cdef class Owned:
     """The descriptor. Takes and gives what the methods of io.FileIO do, letting other greenlets run."""
     cdef readonly int fd           # -1 once it is closed
-    cdef readonly int blksize      # as the file system would have it
     cdef Wait seat                 # of who waits to read
     cdef bint is_stream            # read by what stands here, as far as is known
     cdef bint is_plain             # in non-blocking mode when it was opened
@@ -77,7 +63,6 @@ cdef class Owned:
         if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
             raise OSError(errno, os.strerror(errno))
         self.fd = fd
-        self.blksize = <int>st.st_blksize
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
         self.is_plain = self.is_stream and flags & O_NONBLOCK
 
@@ -115,15 +100,16 @@ cdef class Owned:
         """One read into the buffer of *move*. -1: nothing there, or, where this is no stream any more, only the ladder can tell."""
         cdef int err = 0
         cdef ssize_t nread
+        # In non-blocking mode, in which its owner is to leave it.
         if self.is_plain and move.iov.iov_len <= QUICK:
-            nread = quick_move(move, &err)
+            nread = attempt_at_once(move, &err)
         else:
             nread = attempt(move, &err)
         if nread >= 0:
             self.is_drained = 0 < nread < <ssize_t>move.iov.iov_len
         elif err == EAGAIN:
             self.is_drained = True
-        elif err == EOPNOTSUPP or err == ENOSYS or err == EPERM:
+        elif is_undecided(err):
             self.is_stream = self.is_drained = False
         else:
             raise os_error(err, "read", self.fd)
@@ -168,12 +154,11 @@ cdef class Owned:
         cdef iovec iov
         cdef ssize_t nread
         try:
-            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+            take_buffer(buffer, &view, True, &iov)
         except BufferError:
             raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
         try:
             move = self.move(False)
-            iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
             while self.is_stream and view.len:
                 self.wait()
                 move.iov, move.count = &iov, 1
@@ -211,14 +196,13 @@ cdef class Owned:
         cdef iovec iov
         cdef ssize_t written
         cdef int err = 0
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        take_buffer(data, &view, False, &iov)
         try:
             move = self.move(True)
-            iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
             move.iov, move.count = &iov, 1
             if self.is_plain:
                 while True:
-                    written = quick_move(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)
+                    written = attempt_at_once(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)
                     if written >= 0:
                         return written
                     if err == EAGAIN:

@@ -49,7 +49,6 @@ cdef extern from "<sys/stat.h>" nogil:
         dev_t st_dev
         ino_t st_ino
         off_t st_size
-        long st_blksize
     int fstat(int fd, stat_t *buf)
     bint S_ISREG(mode_t mode)
     bint S_ISBLK(mode_t mode)
