@@ -927,3 +927,11 @@ def test_tp_read_and_tp_write_work_in_another_threads_hub(tmp_path):
         os.lseek(fd, 0, os.SEEK_SET)
         assert thread.call(coopos.tp_read, fd, 100) == b"content"
         assert thread.call(coopos.tp_read, fd, 100) == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_sendfile_of_a_file_that_the_kernel_refuses():
+    """By reading and writing, to a descriptor in blocking mode."""
+    with make_pipe(blocking=True) as (reader, writer), open("/proc/self/status", "rb") as file:
+        assert coopos.sendfile(writer, file.fileno(), 0, 5) == 5
+        assert os.read(reader, 10) == b"Name:"

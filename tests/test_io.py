@@ -357,6 +357,38 @@ def test_fileio_used_again(path):
             assert open_fds() == before
 
 
+@pytest.mark.parametrize("arguments", [("nonexistent",), ("/", "w"), (None, "z")], ids=["file", "directory", "mode"])
+def test_fileio_used_again_in_vain(path, arguments):
+    """The first descriptor is closed, and so is the file: it has no number that will be another's."""
+    outcomes = []
+    for kind in BOTH:
+        file = kind(path)
+        before = file.fileno()
+        outcomes.append([error_of(file.__init__, arguments[0] or path, *arguments[1:]), file.closed, error_of(file.fileno)])
+        outcomes[-1] += [error_of(os.fstat, before), error_of(file.read, 1), error_of(file.close)]
+        with file.__init__(path) or file:
+            outcomes[-1].append(file.read(3))
+    assert outcomes[1] == outcomes[0]
+
+
+def test_fileio_has_nothing_in_its_namespace_but_its_name(path):
+    """Its methods are those of its class: who replaces one there replaces it everywhere."""
+    outcomes = []
+    for kind in BOTH:
+        with kind(path) as file:
+            outcomes.append([vars(file), file.read.__self__ is file, error_of(kind.read, 5, 1), error_of(kind.write, path, b"")])
+    assert outcomes[1] == outcomes[0]
+
+
+@pytest.mark.parametrize("make", [str, os.fsencode, pathlib.Path], ids=["str", "bytes", "path"])
+def test_fileio_error_names_the_file_as_it_was_given(tmp_path, make):
+    name = make(str(tmp_path / "nonexistent"))
+    for kind in BOTH:
+        with pytest.raises(FileNotFoundError) as caught:
+            kind(name)
+        assert caught.value.filename is name
+
+
 def test_fileio_audit():
     """The event that io.FileIO raises tells the path and the mode; it comes first."""
     run_script("""
@@ -472,6 +504,56 @@ def test_unclosed_file_is_closed_where_warnings_are_errors(monkeypatch):
     assert seen == [ResourceWarning] * 3
 
 
+KEPT = {
+    "read": lambda method: method(1),
+    "readinto": lambda method: method(bytearray(1)),
+    "readall": lambda method: method(),
+    "write": lambda method: method(b"x"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_method_kept_keeps_the_file_open(path, name):
+    """As long as it is kept and no longer; it is warned of when it goes, as it is with io.FileIO."""
+    outcomes = []
+    for kind in BOTH:
+        method = getattr(kind(path, "r+"), name)
+        gc.collect()
+        fd = method.__self__.fileno()
+        outcomes.append([KEPT[name](method)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del method  # the last reference: the collector isn't needed
+        outcomes[-1] += [[each.category for each in caught], error_of(os.fstat, fd)]
+    assert outcomes[1] == outcomes[0]
+    assert outcomes[1][1:] == [[ResourceWarning], (OSError, errno.EBADF)]
+
+
+def test_method_kept_by_its_file_is_collected_with_it(path):
+    for kind in BOTH:
+        file = kind(path)
+        file.method = file.read
+        fd = file.fileno()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del file
+            gc.collect()
+        assert [each.category for each in caught] == [ResourceWarning]
+        assert error_of(os.fstat, fd) == (OSError, errno.EBADF)
+
+
+def test_greenlet_that_waits_keeps_the_file_open():
+    with make_pipe() as (reader, writer):
+        greenlet = parked(coopos.FileIO(os.dup(reader), closefd=True).read, 10)
+        gc.collect()
+        os.write(writer, b"x")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            assert result_of(greenlet) == b"x"
+            del greenlet
+            gc.collect()
+
+
 # ---- waiting -----------------------------------------------------------------------------------------------------------------
 
 READS = {
@@ -561,6 +643,38 @@ def test_large_data_while_others_run(ends, kind):
         ticker.kill()
     assert got == data
     assert turns
+
+
+@pytest.mark.parametrize("is_blocking", [True, False], ids=["blocking", "nonblocking"])
+@pytest.mark.parametrize("call", ["reader.read(1)", "reader.readinto(bytearray(1))", "writer.write(b'x')"])
+def test_fairness_of_ready_calls(call, is_blocking):
+    """After every tenth call in a row the others have their turn; a call that had to wait begins a new row."""
+    run_script(
+        f"""
+        import os
+        import gevent
+        import coopos
+        fds = os.pipe()
+        for fd in fds:
+            os.set_blocking(fd, {is_blocking})
+        reader, writer = (coopos.FileIO(fd, mode) for fd, mode in zip(fds, "rw"))
+        writer.write(b"x" * 1000)
+        turns = []
+        def turn():
+            while True:
+                turns.append(1)
+                gevent.sleep(0)
+        ticker = gevent.spawn(turn)
+        gevent.sleep(0)
+        before = len(turns)
+        for _ in range(100):
+            {call}
+        assert 9 <= len(turns) - before <= 11, len(turns) - before
+        ticker.kill()
+        reader.close(), writer.close()
+        """,
+        COOPOS_FAIRNESS="10",
+    )
 
 
 @pytest.mark.parametrize("buffer_size", [10, 100_000])
@@ -1080,6 +1194,48 @@ def test_fdopen_other_files(make, mode):
                 outcome = [type(ex)]
             outcomes.append([*outcome, error_of(os.fstat, fd)[0]])
     assert outcomes[1] == outcomes[0]
+
+
+STREAMS = ["pipe", "socket"]
+
+
+def buffer_size(file):
+    buffer = getattr(file, "buffer", file)
+    return buffer.__sizeof__() - type(buffer).__basicsize__
+
+
+@pytest.mark.parametrize("make", FILES.values(), ids=FILES.keys())
+@pytest.mark.parametrize("mode", ["r", "w", "rb", "wb"])
+@pytest.mark.parametrize("buffering", [-1, 1, 100])
+@pytest.mark.filterwarnings("ignore:line buffering")
+def test_fdopen_buffer_size(make, mode, buffering):
+    """That of os.fdopen; but what reads a pipe or socket reads ahead half of what a pipe holds, unless it is told how much."""
+    sizes = []
+    for fdopen in FDOPENS:
+        with closing(*make()) as (fd, _peer), fdopen(fd, mode, buffering, closefd=False) as file:
+            sizes.append(buffer_size(file))
+    is_ours = make in [FILES[name] for name in STREAMS] and "r" in mode and buffering != 100
+    assert sizes[1] == (32 * 1024 if is_ours else sizes[0])
+
+
+@pytest.mark.parametrize("mode", ["r", "w", "a", "r+", "rb", "wb", "r+b"])
+def test_fdopen_buffer_size_of_a_regular_file(path, mode):
+    sizes = []
+    for fdopen in FDOPENS:
+        with fdopen(os.open(path, os.O_RDWR), mode) as file:
+            sizes.append(buffer_size(file))
+    assert sizes[1] == sizes[0]
+
+
+@pytest.mark.parametrize("ends", [True], indirect=True, ids=["blocking"])
+@pytest.mark.parametrize("kind", ["pipe", "fifo"], indirect=True)
+def test_fdopen_leaves_the_rest_of_a_full_pipe(ends):
+    """The writer has room for the other half while this one is read."""
+    reader, writer = ends
+    size = clog(writer)
+    with coopos.fdopen(reader, "rb", closefd=False) as file:
+        assert file.read(1) == b"x"
+        assert len(drain(reader)) == size - 32 * 1024
 
 
 def test_fdopen_of_a_directory_leaves_it_open():

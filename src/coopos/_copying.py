@@ -66,8 +66,8 @@ if _sendfile and not _TAKES_HEADERS:
     def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
         """Send a part of a file to another descriptor, letting other greenlets run while that takes no more.
 
-        Like :func:`os.sendfile`. To a descriptor in blocking mode all *count* bytes are sent, if the file has them. What isn't in
-        the page cache is read in the hub's threadpool.
+        Like :func:`os.sendfile`. To a descriptor in blocking mode all *count* bytes are sent, if the file has them; also of a file
+        in /proc and others that sendfile(2) refuses. What isn't in the page cache is read in the hub's threadpool.
 
         Args:
             out_fd: int, open for writing: a socket, a pipe, a file.

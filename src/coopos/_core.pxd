@@ -12,6 +12,8 @@ cdef enum Step:
 cdef enum:
     QUICK = 4096
 
+cdef int be_fair() except -1
+cdef int has_waited() noexcept
 cdef bint is_undecided(int err) noexcept
 cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) except -1
 cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept

@@ -1,5 +1,8 @@
 """Reading and writing on a descriptor that one object owns: what FileIO is made of.
 
+Owned is the descriptor, and knows nothing of the file. The file has it, in a slot, and the methods that move bytes, from Moving: so
+a bound method that is kept keeps the file open, and the file is collected as soon as nobody has it.
+
 Because the number can't become another file's under it, two things may be kept from one call to the next: the watcher stays on, and
 a read that came back short says that the next one has to wait, so that it waits first. Both are hints: the watcher tells as long as
 there is something to read, and who waits in vain is told by the kernel as everybody is.
@@ -10,7 +13,7 @@ The module knows libc, `_parking` and `_core`, and nothing else of coopos or gev
 cimport cython
 from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 from libc.errno cimport EAGAIN, errno
 from libc.stdio cimport SEEK_CUR
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
@@ -18,7 +21,7 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, is_undecided, move_of, read_bytes, read_into, take_buffer, write_from)
+    QUICK, attempt, attempt_at_once, be_fair, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, write_from)
 from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
@@ -44,25 +47,38 @@ def warn_unclosed(source):
         PyErr_WriteUnraisable(source)
 
 
+cdef extern from "Python.h":
+    """
+    #include "structmember.h"
+    """
+    ctypedef struct PyMemberDef:
+        Py_ssize_t offset
+    ctypedef struct MemberDescriptor "PyMemberDescrObject":
+        PyMemberDef *d_member
+
+
 cdef object closed_error():
     return ValueError("I/O operation on closed file")
 
 
 @cython.final
 cdef class Owned:
-    """The descriptor. Takes and gives what the methods of io.FileIO do, letting other greenlets run."""
+    """The descriptor."""
     cdef readonly int fd           # -1 once it is closed
+    cdef bint may_read             # what it was opened for
+    cdef bint may_write
     cdef Wait seat                 # of who waits to read
     cdef bint is_stream            # read by what stands here, as far as is known
     cdef bint is_plain             # in non-blocking mode when it was opened
     cdef bint is_drained           # there was nothing more to read a moment ago
 
-    def __init__(self, int fd):
+    def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
         cdef int flags
         if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
             raise OSError(errno, os.strerror(errno))
         self.fd = fd
+        self.may_read, self.may_write = may_read, may_write
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
         self.is_plain = self.is_stream and flags & O_NONBLOCK
 
@@ -76,12 +92,15 @@ cdef class Owned:
 
     cdef int wait(self) except -1:
         """Until there is something to read, if there was nothing a moment ago."""
-        if self.is_drained:
+        if not self.is_drained:
+            be_fair()
+        else:
             if self.seat is None:
                 self.take_seat()
             park_in(self.seat, "read")
-            if self.fd < 0:
-                raise closed_error()
+            has_waited()
+        if self.fd < 0:
+            raise closed_error()
         return 0
 
     cdef int take_seat(self) except -1:
@@ -116,7 +135,7 @@ cdef class Owned:
         return nread
 
     cdef object read_some(self, Move *move, Py_ssize_t n):
-        """One read of up to *n* bytes, or None. Not part of read(), whose frame is copied when the greenlet switches."""
+        """One read of up to *n* bytes, or None. Not part of read_from(), whose frame is copied when the greenlet switches."""
         cdef char[SMALL_READ] small
         cdef char *buf = small
         cdef iovec iov
@@ -132,89 +151,6 @@ cdef class Owned:
             return None
         return data if nread == n and data is not None else PyBytes_FromStringAndSize(buf, nread)
 
-    def read(self, size=-1, /):
-        """Up to *size* bytes, those of one system call; all there are, for -1 or None."""
-        cdef Py_ssize_t n = -1 if size is None else size
-        cdef Move move = self.move(False)
-        if n < 0:
-            return self.readall()
-        n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
-        while self.is_stream and n:
-            self.wait()        # holding no memory for what is to come
-            data = self.read_some(&move, n)
-            if data is not None:
-                return data
-        move = self.move(False)
-        return read_bytes(&move, n, "read")
-
-    def readinto(self, buffer, /):
-        """As much as one system call brings; how many bytes."""
-        cdef Move move
-        cdef Py_buffer view
-        cdef iovec iov
-        cdef ssize_t nread
-        try:
-            take_buffer(buffer, &view, True, &iov)
-        except BufferError:
-            raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
-        try:
-            move = self.move(False)
-            while self.is_stream and view.len:
-                self.wait()
-                move.iov, move.count = &iov, 1
-                nread = self.read_stream(&move)
-                if nread >= 0:
-                    return nread
-            move = self.move(False)
-            move.iov, move.count = &iov, 1
-            return read_into(&move, "readinto")
-        finally:
-            PyBuffer_Release(&view)
-
-    def readall(self):
-        """What there is until the end."""
-        cdef stat_t st
-        cdef off_t offset
-        cdef Py_ssize_t n = CHUNK
-        if self.fd < 0:
-            raise closed_error()
-        if fstat(self.fd, &st) == 0 and S_ISREG(st.st_mode) and (offset := lseek(self.fd, 0, SEEK_CUR)) >= 0:
-            n = max(n, <Py_ssize_t>(st.st_size - offset) + 1)
-        parts = []
-        try:
-            while part := self.read(n):
-                parts.append(part)
-        except BaseException as ex:
-            ex.partial = b"".join(parts)
-            raise
-        return b"".join(parts)
-
-    def write(self, data, /):
-        """A buffer, or as much of it as fits now; all of it, in blocking mode. How many bytes."""
-        cdef Move move
-        cdef Py_buffer view
-        cdef iovec iov
-        cdef ssize_t written
-        cdef int err = 0
-        take_buffer(data, &view, False, &iov)
-        try:
-            move = self.move(True)
-            move.iov, move.count = &iov, 1
-            if self.is_plain:
-                while True:
-                    written = attempt_at_once(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)
-                    if written >= 0:
-                        return written
-                    if err == EAGAIN:
-                        park(self.fd, WRITE, "write")
-                    else:
-                        raise os_error(err, "write", self.fd)
-                    if self.fd < 0:
-                        raise closed_error()
-            return write_from(&move, data, "write")
-        finally:
-            PyBuffer_Release(&view)
-
     def close(self, bint closes=True):
         """Let go of the descriptor, and close it, unless *closes* is false. Whoever waits gets ``OSError(EBADF)``."""
         cdef int fd = self.fd
@@ -227,3 +163,135 @@ cdef class Owned:
             leave_seat(seat)
         if closes:
             close_fd(fd)
+
+
+# ---- what a file does with it ------------------------------------------------------------------------------------------------
+
+# The class of files, and where in each of them the slot for its Owned is: to ask for the attribute would mean a look-up in the
+# class at each call.
+cdef object kind_of_file = None
+cdef Py_ssize_t slot_at = 0
+
+
+def use_slot(kind, descriptor):
+    """Have the files of class *kind* keep their Owned in the slot of *descriptor*."""
+    global kind_of_file, slot_at
+    slot_at = (<MemberDescriptor *><PyObject *>descriptor).d_member.offset
+    kind_of_file = kind
+
+
+cdef inline Owned owned_by(file):
+    """The descriptor of a file, or None: it has none before it is opened."""
+    cdef PyObject *owned = NULL
+    if kind_of_file is not None and PyObject_TypeCheck(file, <PyTypeObject *>kind_of_file):
+        owned = (<PyObject **>(<char *><PyObject *>file + slot_at))[0]
+    return None if owned == NULL else <Owned>owned
+
+
+cdef inline object read_from(Owned owned, Py_ssize_t n):
+    cdef Move move = owned.move(False)
+    n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
+    while owned.is_stream and n:
+        owned.wait()           # holding no memory for what is to come
+        data = owned.read_some(&move, n)
+        if data is not None:
+            return data
+    move = owned.move(False)
+    return read_bytes(&move, n, "read")
+
+
+cdef object read_all_from(Owned owned):
+    cdef stat_t st
+    cdef off_t offset
+    cdef Py_ssize_t n = CHUNK
+    if fstat(owned.fd, &st) == 0 and S_ISREG(st.st_mode) and (offset := lseek(owned.fd, 0, SEEK_CUR)) >= 0:
+        n = max(n, <Py_ssize_t>(st.st_size - offset) + 1)
+    parts = []
+    try:
+        while part := read_from(owned, n):
+            parts.append(part)
+    except BaseException as ex:
+        ex.partial = b"".join(parts)
+        raise
+    return b"".join(parts)
+
+
+class Moving:
+    """The methods of io.FileIO that move bytes, letting other greenlets run. Where there is nothing to wait for, because the file
+    is closed or wasn't opened for it, io.FileIO's own say so.
+    """
+    __slots__ = ()
+
+    def read(self, size=-1, /):
+        """Up to *size* bytes, those of one system call; all there are until the end, for -1 or None."""
+        cdef Owned owned = owned_by(self)
+        cdef Py_ssize_t n
+        if owned is None or owned.fd < 0 or not owned.may_read:
+            return super().read(size)
+        n = -1 if size is None else size
+        return read_all_from(owned) if n < 0 else read_from(owned, n)
+
+    def readall(self):
+        """All there is until the end."""
+        cdef Owned owned = owned_by(self)
+        if owned is None or owned.fd < 0:
+            return super().readall()
+        return read_all_from(owned)
+
+    def readinto(self, buffer, /):
+        """Fill *buffer* with as much as one system call brings; how many bytes."""
+        cdef Owned owned = owned_by(self)
+        cdef Move move
+        cdef Py_buffer view
+        cdef iovec iov
+        cdef ssize_t nread
+        if owned is None or owned.fd < 0 or not owned.may_read:
+            return super().readinto(buffer)
+        try:
+            take_buffer(buffer, &view, True, &iov)
+        except BufferError:
+            raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
+        try:
+            move = owned.move(False)
+            while owned.is_stream and view.len:
+                owned.wait()
+                move.iov, move.count = &iov, 1
+                nread = owned.read_stream(&move)
+                if nread >= 0:
+                    return nread
+            move = owned.move(False)
+            move.iov, move.count = &iov, 1
+            return read_into(&move, "readinto")
+        finally:
+            PyBuffer_Release(&view)
+
+    def write(self, data, /):
+        """Write *data*: all of it in blocking mode, else as much as one system call takes; how many bytes."""
+        cdef Owned owned = owned_by(self)
+        cdef Move move
+        cdef Py_buffer view
+        cdef iovec iov
+        cdef ssize_t written
+        cdef int err = 0
+        if owned is None or owned.fd < 0 or not owned.may_write:
+            return super().write(data)
+        take_buffer(data, &view, False, &iov)
+        try:
+            move = owned.move(True)
+            move.iov, move.count = &iov, 1
+            if owned.is_plain:
+                be_fair()
+                while True:
+                    if owned.fd < 0:
+                        raise closed_error()
+                    written = attempt_at_once(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)
+                    if written >= 0:
+                        return written
+                    if err == EAGAIN:
+                        park(owned.fd, WRITE, "write")
+                        has_waited()
+                    else:
+                        raise os_error(err, "write", owned.fd)
+            return write_from(&move, data, "write")
+        finally:
+            PyBuffer_Release(&view)

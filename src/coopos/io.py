@@ -1,8 +1,8 @@
 """Files that let other greenlets run: FileIO, and fdopen, which puts it under the stdlib's buffers. POSIX only.
 
-What doesn't wait is io.FileIO's own code, down to the words of its errors. What waits, and close(), is Owned's; the base class is
-told that the descriptor isn't its to close. On a FileIO proper the methods that move bytes are Owned's bound ones, without a Python
-frame in between; a subclass finds Python methods that it can override and call by super().
+What doesn't wait is io.FileIO's own code, down to the words of its errors. What waits, and the closing of the descriptor, is
+`_owned`'s; the base class is told that the descriptor isn't its to close. The methods that move bytes are compiled, without a frame
+of Python in between.
 
 Knows `_owned`, `_threadpool` for the opening of paths, `_parking`, and the stdlib's io; nothing of gevent.
 """
@@ -17,13 +17,16 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from coopos import _parking, _threadpool
-from coopos._owned import Owned, warn_unclosed
+from coopos._owned import Moving, Owned, use_slot, warn_unclosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from _typeshed import FileDescriptorOrPath
-    from typing_extensions import Buffer
+
+#: Bytes. What is read ahead from a pipe, FIFO or socket, for which the stdlib before 3.14 has 4096: half of what a pipe holds. With
+#: all of it the reader finds the pipe full and leaves it empty, so that he and the writer work by turns, and not at the same time.
+STREAM_BUFFER = 32 * 1024
 
 _FLAGS = {
     "r": os.O_RDONLY,
@@ -55,7 +58,12 @@ def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int]
     if not closefd:
         raise ValueError("Cannot use closefd=False with file name")
     if opener is None:
-        return _threadpool.open(file, flags, 0o666)
+        try:
+            return _threadpool.open(file, flags, 0o666)
+        except OSError as ex:
+            if ex.filename is not None:
+                ex.filename = file  # as it was given: os has made a str of a path
+            raise
     fd = opener(file, flags)
     if not isinstance(fd, int):
         raise TypeError("expected integer from opener")
@@ -65,7 +73,7 @@ def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int]
     return fd
 
 
-class FileIO(io.FileIO):
+class FileIO(Moving, io.FileIO):
     """Open a file without a buffer, whose reads and writes let other greenlets run.
 
     Used exactly as :class:`io.FileIO`, of which it is a kind, on every kind of file. The descriptor's flags don't matter and are
@@ -97,11 +105,12 @@ class FileIO(io.FileIO):
     .. versionadded:: 0.1.0
     """
 
+    __slots__ = ("_closes", "_owned")
     if TYPE_CHECKING:
         _blksize: int  # of the base class
         _finalizing: bool
-    _owned: Owned | None = None
-    _closes = True
+        _closes: bool
+        _owned: Owned
 
     def __init__(
         self,
@@ -112,7 +121,9 @@ class FileIO(io.FileIO):
     ) -> None:
         if not isinstance(mode, str):
             raise TypeError(f"FileIO() argument 'mode' must be str, not {type(mode).__name__}")
-        if self._owned is not None:
+        closes = bool(closefd)
+        if hasattr(self, "_owned"):
+            super().close()
             self._let_go()
         if _is_number(file):
             super().__init__(file, mode, False)
@@ -127,49 +138,16 @@ class FileIO(io.FileIO):
                 if isinstance(ex, OSError):
                     ex.filename = file
                 raise
-        self._closes = bool(closefd)
-        self._owned = owned = Owned(fd)
-        if type(self) is FileIO:
-            moves: dict[str, object] = vars(self)
-            moves.update(readall=owned.readall)
-            if self.readable():
-                moves.update(read=owned.read, readinto=owned.readinto)
-            if self.writable():
-                moves.update(write=owned.write)
+        self._closes = closes
+        self._owned = Owned(fd, super().readable(), super().writable())
 
     @property
     def closefd(self) -> bool:
-        return self._closes
-
-    # Where there is nothing to wait for, because the file is closed or wasn't opened for it, the base class says so.
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Up to *size* bytes, those of one system call; all there are until the end, for -1 or None."""
-        if self._owned is None or self.closed or not self.readable():
-            return super().read(size)
-        return self._owned.read(size)
-
-    def readall(self) -> bytes:
-        """All there is until the end."""
-        if self._owned is None or self.closed:
-            return super().readall()
-        return self._owned.readall()
-
-    def readinto(self, buffer: Buffer, /) -> int | None:
-        """Fill *buffer* with as much as one system call brings; how many bytes."""
-        if self._owned is None or self.closed or not self.readable():
-            return super().readinto(buffer)
-        return self._owned.readinto(buffer)
-
-    def write(self, data: Buffer, /) -> int:
-        """Write *data*: all of it in blocking mode, else as much as one system call takes; how many bytes."""
-        if self._owned is None or self.closed or not self.writable():
-            return super().write(data)
-        return self._owned.write(data)
+        return getattr(self, "_closes", True)
 
     def close(self) -> None:
         """Let go of the descriptor, and close it, unless *closefd* was false. Whoever waits gets ``OSError(EBADF)``."""
-        if self._finalizing and self._closes and not self.closed:
+        if self._finalizing and self.closefd and not self.closed:
             warn_unclosed(self)
         try:
             super().close()
@@ -177,12 +155,12 @@ class FileIO(io.FileIO):
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._owned is not None:
+        if hasattr(self, "_owned"):
             self._owned.close(self._closes)
 
     def _dealloc_warn(self, source: object) -> None:
         """Called by the buffer *source* over it, which closes it because it is collected."""
-        if self._closes and not self.closed:
+        if self.closefd and not self.closed:
             warn_unclosed(source)
 
     def __repr__(self) -> str:
@@ -191,6 +169,9 @@ class FileIO(io.FileIO):
             return f"<{kind} [closed]>"
         what = f"name={self.name!r}" if hasattr(self, "name") else f"fd={self.fileno()}"
         return f"<{kind} {what} mode={self.mode!r} closefd={self.closefd}>"
+
+
+use_slot(FileIO, FileIO.__dict__["_owned"])
 
 
 # ---- under the stdlib's buffers ----------------------------------------------------------------------------------------------
@@ -215,6 +196,14 @@ def _check_open_arguments(mode: str, **texts: object) -> None:
                 raise ValueError(f"binary mode doesn't take an {name} argument")
 
 
+def _buffer_size(raw: FileIO, is_terminal: bool) -> int:
+    """How much is buffered where nobody says."""
+    size = raw._blksize
+    if raw.readable() and not raw.writable() and not is_terminal and not raw.seekable():
+        return max(size, STREAM_BUFFER)
+    return max(min(size, 8 << 20), io.DEFAULT_BUFFER_SIZE) if sys.version_info >= (3, 14) else size  # as the stdlib
+
+
 def fdopen(
     fd: int,
     mode: str = "r",
@@ -227,9 +216,10 @@ def fdopen(
 ) -> Any:
     """Make a file of a descriptor, which lets other greenlets run where it has to wait.
 
-    Like :func:`os.fdopen`: the same classes of :mod:`io`, over a :class:`coopos.FileIO`, with the same buffers. As with any of them
-    one greenlet at a time can be in a buffered file: another gets RuntimeError, for a reentrant call, and a thread stands still.
-    To close a file that a greenlet of this thread reads, close its ``buffer.raw`` (``raw``, in binary mode).
+    Like :func:`os.fdopen`: the same classes of :mod:`io`, over a :class:`coopos.FileIO`, with the same buffers, but for one: what
+    reads a pipe, a FIFO or a socket has 32 KiB where nothing else is asked for. As with any of them one greenlet at a time can be
+    in a buffered file: another gets RuntimeError, for a reentrant call, and a thread stands still. To close a file that a greenlet
+    of this thread reads, close its ``buffer.raw`` (``raw``, in binary mode).
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -273,9 +263,11 @@ def fdopen(
     raw = FileIO(fd, mode.replace("t", ""), closefd, opener)
     file: Any = raw
     try:
-        is_by_lines = size == 1 or (size < 0 and raw.isatty())
-        if size < 0 or is_by_lines:
-            size = raw._blksize
+        is_default = size < 0 or size == 1
+        is_terminal = is_default and raw.isatty()
+        is_by_lines = size == 1 or is_terminal
+        if is_default:
+            size = _buffer_size(raw, is_terminal)
         if size == 0:
             if is_binary:
                 return raw
