@@ -52,6 +52,9 @@ if WERROR:
     # What the C that Cython writes always does: callbacks that ignore an argument, and tables filled from the front.
     compile_args += ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
+# forkpty(3), and on Linux timer_create(2): in libc on macOS and from glibc 2.34 on, where both libraries are still there, empty.
+LIBRARIES = {"darwin": [], "linux": ["util", "rt"]}
+
 extensions = [
     Extension(
         f"coopos.{name}",
@@ -60,8 +63,7 @@ extensions = [
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=["-pthread"],
-        # forkpty(3): in libc on macOS and from glibc 2.34 on, where libutil is still there, empty.
-        libraries=[] if sys.platform == "darwin" else ["util"],
+        libraries=LIBRARIES.get(sys.platform, ["util"]),
     )
     for name in ("_parking", "_blocking", "_core", "_owned", "_children", "_wait")
 ]

@@ -103,10 +103,6 @@ if HAS_PREADV2:
         lambda fd, data: _from_two(lambda *args: os.pwritev(*args, -1), fd, data),
     )
 
-each_read = pytest.mark.parametrize("read", [pair[0] for pair in READS.values()], ids=READS.keys())
-each_write = pytest.mark.parametrize("write", [pair[0] for pair in WRITES.values()], ids=WRITES.keys())
-each_read_and_os = pytest.mark.parametrize(("read", "os_read"), READS.values(), ids=READS.keys())
-each_write_and_os = pytest.mark.parametrize(("write", "os_write"), WRITES.values(), ids=WRITES.keys())
 each_mode = pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
 
 
@@ -246,8 +242,6 @@ KINDS = {
 STREAMS = ["pipe", "FIFO", "pty master", "pty slave", "socketpair", "TCP"]
 #: Those a writer fills until it has to wait: the kernel moves what fills the others on by itself.
 FILLABLE = ["pipe", "FIFO", "socketpair"]
-#: Those whose reads the kernel can't be asked about: in blocking mode they end in the threadpool.
-POOLED = ["FIFO", "pty master", "pty slave", "inotify"]
 
 
 def each_of(kinds, name="kind"):
@@ -259,8 +253,6 @@ def each_of(kinds, name="kind"):
 
 each_kind = each_of(KINDS)
 each_stream = each_of(STREAMS)
-each_fillable = each_of(FILLABLE)
-each_pooled = each_of(POOLED)
 
 _numbers = itertools.count()
 
@@ -354,36 +346,18 @@ def flags_of(*fds):
 # ---- the hub's threadpool ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pool_tasks(monkeypatch):
-    """A list of the functions given to a threadpool."""
-    tasks = []
-    pool_class = type(get_hub().threadpool)
-    spawn = pool_class.spawn
-
-    def counting_spawn(pool, function, *args, **kwargs):
-        tasks.append(function)
-        return spawn(pool, function, *args, **kwargs)
-
-    monkeypatch.setattr(pool_class, "spawn", counting_spawn)
-    return tasks
-
-
 class HeldPool:
-    """The threadpool while its tasks stand still, either before they do anything or once they have done it."""
+    """The threadpool while its tasks stand still before they do anything; a context manager."""
 
-    def __init__(self, moment):
-        self._moment = moment
+    def __init__(self):
         self._open = threading.Event()
-        self.given = 0  # tasks
-        self.held = 0
+        self._held = 0
 
     def __enter__(self):
         self._class = type(get_hub().threadpool)
         self._spawn = self._class.spawn
 
         def spawn(pool, function, *args, **kwargs):
-            self.given += 1
             return self._spawn(pool, self._run, function, args, kwargs)
 
         self._class.spawn = spawn
@@ -394,33 +368,18 @@ class HeldPool:
         self._class.spawn = self._spawn
 
     def _run(self, function, args, kwargs):
-        if self._moment == "before":
-            self._hold()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            if self._moment == "after":
-                self._hold()
-
-    def _hold(self):
-        self.held += 1
+        self._held += 1
         assert self._open.wait(DEADLINE_S)
+        return function(*args, **kwargs)
 
     def open(self):
         """Let the tasks go on, and those that come later too."""
         self._open.set()
 
-    @property
-    def is_open(self):
-        return self._open.is_set()
-
     def until_held(self, greenlet):
-        """Let the hub run until a task stands still, or *greenlet* is over without one."""
-        until(lambda: self.held or greenlet.ready())
+        """Let the hub run until a task stands still; False if *greenlet* is over without one."""
+        until(lambda: self._held or greenlet.ready())
         return not greenlet.ready()
-
-
-each_moment = pytest.mark.parametrize("moment", ["before", "after"])
 
 
 def until(holds):

@@ -38,6 +38,9 @@ from .support import (
 
 each_reader = pytest.mark.parametrize("read", [coopos.nb_read, coopos.tp_read], ids=["nb_read", "tp_read"])
 each_writer = pytest.mark.parametrize("write", [coopos.nb_write, coopos.tp_write], ids=["nb_write", "tp_write"])
+needs_no_fairness = pytest.mark.skipif(
+    int(os.environ.get("COOPOS_FAIRNESS") or 0) > 0, reason="COOPOS_FAIRNESS: ready calls switch"
+)
 
 
 def flags_of(fd):
@@ -47,6 +50,7 @@ def flags_of(fd):
 # ---- what is ready -----------------------------------------------------------------------------------------------------------
 
 
+@needs_no_fairness
 @each_reader
 def test_read_takes_what_is_there_without_switching(read):
     with make_pipe() as (reader, writer):
@@ -58,6 +62,7 @@ def test_read_takes_what_is_there_without_switching(read):
         other.join()
 
 
+@needs_no_fairness
 @each_writer
 def test_write_puts_what_fits_without_switching(write):
     with make_pipe() as (reader, writer):
@@ -935,3 +940,28 @@ def test_sendfile_of_a_file_that_the_kernel_refuses():
     with make_pipe(blocking=True) as (reader, writer), open("/proc/self/status", "rb") as file:
         assert coopos.sendfile(writer, file.fileno(), 0, 5) == 5
         assert os.read(reader, 10) == b"Name:"
+
+
+# ---- COOPOS_FAIRNESS ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fairness", "turns"), [("", 0), ("1", 9), ("5", 1)])
+def test_fairness_lets_the_others_run_every_so_many_ready_calls(fairness, turns):
+    out = run_script(
+        """
+        import os, gevent, coopos
+        reader, writer = os.pipe()
+        os.write(writer, b"x" * 10)
+        turns = []
+        def count():
+            while True:
+                turns.append(1)
+                gevent.sleep(0)
+        other = gevent.spawn(count)
+        for _ in range(10):
+            coopos.read(reader, 1)
+        print(len(turns))
+        """,
+        COOPOS_FAIRNESS=fairness,
+    )
+    assert int(out) == turns

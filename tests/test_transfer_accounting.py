@@ -39,7 +39,13 @@ IN_ORDER = {
     ("pty slave", True): 1_000,
     ("pty slave", False): 1_000,
 }
-IN_ANY_ORDER = {("pipe", True): 3_000, ("pipe", False): 3_000, ("socketpair", True): 4_000}
+IN_ANY_ORDER = {
+    ("pipe", True): 3_000,
+    ("pipe", False): 3_000,
+    ("socketpair", True): 4_000,
+    ("FIFO", True): 2_000,
+    ("pty slave", True): 500,
+}
 SPLICED = {True: 1_000, False: 1_000}
 
 

@@ -37,7 +37,7 @@ cdef struct Call:
 cdef void *make_call(void *arg) noexcept nogil:
     """The thread. It rings when it has the answer, or is not to wait for it any longer."""
     cdef Call *call = <Call *>arg
-    coopos_thread_be_interruptible()
+    coopos_thread_be_interruptible(NULL)
     while not call.is_abandoned:
         if call.path != NULL:
             call.rc = openat(call.fd, call.path, call.flags, call.mode)

@@ -20,6 +20,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined(__linux__)
@@ -47,6 +48,11 @@ enum { HAVE_PIDFD = 0 };
 #endif
 #if defined(__linux__) && !defined(SYS_close_range)
 #  define SYS_close_range 436
+#endif
+
+/* The Linux name of a field that glibc before 2.38 has no other than a private one for. */
+#if defined(__linux__) && defined(__GLIBC__) && !defined(sigev_notify_thread_id)
+#  define sigev_notify_thread_id _sigev_un._tid
 #endif
 
 #ifndef RWF_NOWAIT
@@ -366,90 +372,6 @@ static inline void coopos_close_run(int first, int last)
         (void)close(first);
 }
 
-/* ---- one attempt at moving bytes, in the ways that don't wait ---- */
-
-enum {
-    COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
-    COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
-    COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
-    COOPOS_PLAIN               /* as the descriptor's flags say */
-};
-
-struct coopos_move {
-    int fd;
-    int how;
-    int writes;
-    struct iovec *iov;
-    int count;                 /* of iov */
-    off_t offset;              /* -1: the descriptor's own */
-    int flags;                 /* preadv2(2)'s */
-};
-
-#if defined(__linux__)
-/* pread(2) and pwrite(2) with flags, and with -1 for the descriptor's own offset. The kernel takes the offset in two halves, and on
- * 64-bit machines looks at the first alone.
- */
-static inline ssize_t coopos_move_at(const struct coopos_move *move, int flags)
-{
-#  if defined(SYS_preadv2) && defined(SYS_pwritev2)
-    long high = (long)((uint64_t)move->offset >> 32);
-    return syscall(move->writes ? SYS_pwritev2 : SYS_preadv2, move->fd, move->iov, (long)move->count, (long)move->offset, high, flags);
-#  else
-    (void)move; (void)flags;
-    return coopos_unsupported();
-#  endif
-}
-#endif
-
-static inline ssize_t coopos_move(const struct coopos_move *move)
-{
-    struct msghdr message;
-    if (move->how == COOPOS_REFUSED)
-        return coopos_unsupported();
-    if (move->how == COOPOS_NOWAIT) {
-#if defined(__linux__)
-        return coopos_move_at(move, move->flags | RWF_NOWAIT);
-#else
-        return coopos_unsupported();
-#endif
-    }
-    if (move->how == COOPOS_DONTWAIT && move->offset < 0) {
-        memset(&message, 0, sizeof message);
-        message.msg_iov = move->iov;
-        message.msg_iovlen = move->count;
-        return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
-    }
-#if defined(__linux__)
-    if (move->flags)
-        return coopos_move_at(move, move->flags);
-#endif
-    if (move->offset < 0) {
-        if (move->count == 1)
-            return move->writes ? write(move->fd, move->iov->iov_base, move->iov->iov_len)
-                                : read(move->fd, move->iov->iov_base, move->iov->iov_len);
-        return move->writes ? writev(move->fd, move->iov, move->count) : readv(move->fd, move->iov, move->count);
-    }
-    if (move->count == 1)
-        return move->writes ? pwrite(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset)
-                            : pread(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset);
-#if defined(__linux__)
-    return coopos_move_at(move, 0);
-#else
-    return coopos_unsupported();   /* the interpreter's own preadv and pwritev know whether this system has them */
-#endif
-}
-
-/* Whether a read or write of this descriptor could come to anything, without moving a byte: 0, or -1 with errno. */
-static inline int coopos_may_move(int fd, int writes)
-{
-#if defined(__linux__)
-    return (int)(writes ? writev(fd, NULL, 0) : readv(fd, NULL, 0));
-#else
-    (void)writes;
-    return fcntl(fd, F_GETFL) < 0 ? -1 : 0;
-#endif
-}
-
 /* ---- a bell: a descriptor that any thread makes readable, for good ---- */
 
 /* bell[0] is to be waited for, bell[1] to be rung; on Linux they are one. */
@@ -504,41 +426,293 @@ static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), v
     return err;
 }
 
-static inline void coopos_do_nothing(int signal)
+/* SIGURG is the signal that does least: it is ignored unless there is a handler. Ours is there for the microseconds of one call,
+ * with the GIL held, and without SA_RESTART, so that a system call which it comes in ends. Somebody else's is sent again after it.
+ */
+static volatile sig_atomic_t coopos_owed_signal;
+
+static inline void coopos_on_signal(int signal, siginfo_t *info, void *context)
 {
-    (void)signal;
+    (void)signal; (void)context;
+    if (info->si_code >= 0)    /* from the kernel, or another process: our timer's and our threads' are negative on Linux */
+        coopos_owed_signal = 1;
 }
 
-/* For the thread itself: let it be interrupted, as below. */
-static inline void coopos_thread_be_interruptible(void)
+static inline void coopos_handler_begin(struct sigaction *before)
+{
+    struct sigaction ours;
+    memset(&ours, 0, sizeof ours);
+    ours.sa_sigaction = coopos_on_signal;
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigemptyset(&ours.sa_mask);
+    coopos_owed_signal = 0;
+    (void)sigaction(SIGURG, &ours, before);
+}
+
+static inline void coopos_handler_end(const struct sigaction *before)
+{
+    (void)sigaction(SIGURG, before, NULL);
+#if defined(__linux__)
+    if (coopos_owed_signal)
+        (void)kill(getpid(), SIGURG);
+#endif
+}
+
+/* For the thread itself: let it be interrupted, as below. Its signal mask before goes to *before*, unless that is NULL. */
+static inline void coopos_thread_be_interruptible(sigset_t *before)
 {
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGURG);
-    (void)pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    (void)pthread_sigmask(SIG_UNBLOCK, &set, before);
 }
 
 /* Have a thread's system call fail with EINTR, until the thread has rung its bell; join it. Call it with the GIL held.
  *
- * Not pthread_cancel: in glibc before 2.41 it also takes effect when the call has just succeeded, and what was got is lost. SIGURG is
- * the signal that does least: it is ignored unless there is a handler. Ours is there for these microseconds alone, and without
- * SA_RESTART. A signal that comes before the thread is in its system call ends nothing, hence the loop.
+ * Not pthread_cancel: in glibc before 2.41 it also takes effect when the call has just succeeded, and what was got is lost. A
+ * signal that comes before the thread is in its system call ends nothing, hence the loop.
  */
 static inline void coopos_thread_interrupt(pthread_t thread, const int *bell)
 {
-    struct sigaction ours, before;
+    struct sigaction before;
     struct pollfd rung;
-    memset(&ours, 0, sizeof ours);
-    ours.sa_handler = coopos_do_nothing;
-    sigemptyset(&ours.sa_mask);
-    (void)sigaction(SIGURG, &ours, &before);
+    coopos_handler_begin(&before);
     rung.fd = bell[0];
     rung.events = POLLIN;
     do
         (void)pthread_kill(thread, SIGURG);
     while (poll(&rung, 1, 1) <= 0);
     (void)pthread_join(thread, NULL);
-    (void)sigaction(SIGURG, &before, NULL);
+    coopos_handler_end(&before);
+}
+
+/* ---- a guard: what ends a system call of this thread that takes longer than it should ---- */
+
+/* How long a call may take before it is interrupted, and again and again: the first signal may come before the call has begun. A
+ * timer that is due later than the kernel's next tick is the cheapest, since no hardware has to be told of it; but a terminal that
+ * poll(2) calls ready for writing often has less room than it is to take, and then the hub stands still for that time.
+ */
+enum { COOPOS_GUARD_US = 4000, COOPOS_GUARD_TERMINAL_US = 200 };
+
+struct coopos_guard {
+    struct sigaction before;
+    sigset_t let_through;
+    pthread_t caller;
+    pthread_t thread;
+    int bell[2];
+    int has_timer, has_thread;
+#if defined(__linux__)
+    timer_t timer;
+#endif
+};
+
+static inline void *coopos_guard_run(void *arg)
+{
+    struct coopos_guard *guard = arg;
+    struct pollfd rung;
+    rung.fd = guard->bell[0];
+    rung.events = POLLIN;
+    while (poll(&rung, 1, 1) == 0)
+        (void)pthread_kill(guard->caller, SIGURG);
+    return NULL;
+}
+
+static inline int coopos_guard_timer(struct coopos_guard *guard, int period_us)
+{
+#if defined(__linux__)
+    const struct timespec period = {0, period_us * 1000L};
+    const struct itimerspec when = {period, period};
+    struct sigevent event;
+    memset(&event, 0, sizeof event);
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = SIGURG;
+    event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
+    return timer_create(CLOCK_MONOTONIC, &event, &guard->timer) == 0 && timer_settime(guard->timer, 0, &when, NULL) == 0;
+#else
+    (void)guard; (void)period_us;
+    return 0;
+#endif
+}
+
+/* With the GIL held until the end: a timer, or a thread where there is none such, or none to be had. */
+static inline void coopos_guard_begin(struct coopos_guard *guard, int period_us)
+{
+    coopos_handler_begin(&guard->before);
+    coopos_thread_be_interruptible(&guard->let_through);
+    guard->has_thread = 0;
+    guard->has_timer = coopos_guard_timer(guard, period_us);
+    if (!guard->has_timer && coopos_bell_new(guard->bell) == 0) {
+        guard->caller = pthread_self();
+        guard->has_thread = coopos_thread_start(&guard->thread, coopos_guard_run, guard) == 0;
+        if (!guard->has_thread)
+            coopos_bell_close(guard->bell);
+    }
+}
+
+static inline void coopos_guard_end(struct coopos_guard *guard)
+{
+#if defined(__linux__)
+    if (guard->has_timer)
+        (void)timer_delete(guard->timer);
+#endif
+    if (guard->has_thread) {
+        coopos_bell_ring(guard->bell);
+        (void)pthread_join(guard->thread, NULL);
+        coopos_bell_close(guard->bell);
+    }
+    /* By now the last signal has come: each of the calls above lets it in when it returns. */
+    (void)pthread_sigmask(SIG_SETMASK, &guard->let_through, NULL);
+    coopos_handler_end(&guard->before);
+}
+
+/* ---- one attempt at moving bytes, in the ways that don't wait ---- */
+
+enum {
+    COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
+    COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
+    COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
+    COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same */
+    COOPOS_PLAIN               /* as the descriptor's flags say */
+};
+
+struct coopos_move {
+    int fd;
+    int how;
+    int writes;
+    struct iovec *iov;
+    int count;                 /* of iov */
+    off_t offset;              /* -1: the descriptor's own */
+    int flags;                 /* preadv2(2)'s */
+};
+
+#if defined(__linux__)
+/* pread(2) and pwrite(2) with flags, and with -1 for the descriptor's own offset. The kernel takes the offset in two halves, and on
+ * 64-bit machines looks at the first alone.
+ */
+static inline ssize_t coopos_move_at(const struct coopos_move *move, int flags)
+{
+#  if defined(SYS_preadv2) && defined(SYS_pwritev2)
+    long high = (long)((uint64_t)move->offset >> 32);
+    return syscall(move->writes ? SYS_pwritev2 : SYS_preadv2, move->fd, move->iov, (long)move->count, (long)move->offset, high, flags);
+#  else
+    (void)move; (void)flags;
+    return coopos_unsupported();
+#  endif
+}
+#endif
+
+static inline ssize_t coopos_move_plainly(const struct coopos_move *move)
+{
+#if defined(__linux__)
+    if (move->flags)
+        return coopos_move_at(move, move->flags);
+#endif
+    if (move->offset < 0) {
+        if (move->count == 1)
+            return move->writes ? write(move->fd, move->iov->iov_base, move->iov->iov_len)
+                                : read(move->fd, move->iov->iov_base, move->iov->iov_len);
+        return move->writes ? writev(move->fd, move->iov, move->count) : readv(move->fd, move->iov, move->count);
+    }
+    if (move->count == 1)
+        return move->writes ? pwrite(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset)
+                            : pread(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset);
+#if defined(__linux__)
+    return coopos_move_at(move, 0);
+#else
+    return coopos_unsupported();   /* the interpreter's own preadv and pwritev know whether this system has them */
+#endif
+}
+
+/* What poll(2) calls ready may block all the same: somebody else was quicker, or a terminal has less room than it is to take. Then
+ * the guard ends it: with EINTR if nothing was moved, with what was moved otherwise. Never more is written than a pipe that is
+ * ready takes at once.
+ */
+#if defined(__GNUC__)
+__attribute__((noinline, cold))    /* its large frame is not to be that of every call */
+#endif
+static ssize_t coopos_move_guarded(const struct coopos_move *move)
+{
+    struct coopos_move part = *move;
+    struct coopos_guard guard;
+    struct pollfd ready;
+    size_t left = move->writes ? PIPE_BUF : SIZE_MAX, cut = 0, total = 0;
+    struct iovec *last;
+    ssize_t moved;
+    int err, is_ready;
+    for (part.count = 0; part.count < move->count && left; part.count++) {
+        last = &part.iov[part.count];
+        if (last->iov_len > left) {
+            cut = last->iov_len - left;
+            last->iov_len = left;
+        }
+        left -= last->iov_len;
+        total += last->iov_len;
+    }
+    ready.fd = move->fd;
+    ready.events = move->writes ? POLLOUT : POLLIN;
+    is_ready = total ? poll(&ready, 1, 0) : 1;     /* to move nothing is not a matter of readiness */
+    err = is_ready ? errno : EAGAIN;
+    moved = -1;
+    if (is_ready > 0) {
+        coopos_guard_begin(&guard, move->writes && isatty(move->fd) ? COOPOS_GUARD_TERMINAL_US : COOPOS_GUARD_US);
+        moved = coopos_move_plainly(&part);
+        err = errno;
+        coopos_guard_end(&guard);
+    }
+    if (cut)
+        part.iov[part.count - 1].iov_len += cut;
+    errno = err;
+    return moved;
+}
+
+static inline ssize_t coopos_move(const struct coopos_move *move)
+{
+    struct msghdr message;
+    if (move->how == COOPOS_REFUSED)
+        return coopos_unsupported();
+    if (move->how == COOPOS_NOWAIT) {
+#if defined(__linux__)
+        return coopos_move_at(move, move->flags | RWF_NOWAIT);
+#else
+        return coopos_unsupported();
+#endif
+    }
+    if (move->how == COOPOS_DONTWAIT && move->offset < 0) {
+        memset(&message, 0, sizeof message);
+        message.msg_iov = move->iov;
+        message.msg_iovlen = move->count;
+        return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
+    }
+    return move->how == COOPOS_GUARDED ? coopos_move_guarded(move) : coopos_move_plainly(move);
+}
+
+/* Whether a read or write of this descriptor, at this offset, could come to anything: 0, or -1 with errno. Moves no byte. */
+static inline int coopos_may_move(int fd, int writes, off_t offset)
+{
+#if defined(__linux__)
+    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0};
+    return (int)coopos_move_plainly(&nothing);
+#else
+    (void)writes; (void)offset;
+    return fcntl(fd, F_GETFL) < 0 ? -1 : 0;
+#endif
+}
+
+/* Whether poll(2) has something to say of a device; elsewhere than on Linux it isn't known. */
+static inline int coopos_can_poll(int fd)
+{
+#if defined(__linux__)
+    struct epoll_event event;
+    int rc, set = epoll_create1(EPOLL_CLOEXEC);
+    memset(&event, 0, sizeof event);
+    rc = epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);    /* EPERM: always ready, whatever it does */
+    if (set >= 0)
+        (void)close(set);
+    return rc == 0;
+#else
+    (void)fd;
+    return 0;
+#endif
 }
 
 #endif

@@ -4,13 +4,12 @@ The kernel is asked, per call, whether the call would block; a descriptor's flag
 
 1. RWF_NOWAIT: pipes, sockets, eventfds, files in the page cache. EAGAIN: wait on the hub, and again.
 2. Where the kernel can't tell (EOPNOTSUPP): a descriptor in non-blocking mode is read plainly, a socket with MSG_DONTWAIT.
-3. Blocking FIFOs, terminals, inotify: wait on the hub until they are ready, then read in the threadpool, where a rival who was
-   quicker holds up a thread and not the hub.
-4. Files that are not in the page cache, and those whose file system can't tell: the threadpool.
+3. Blocking FIFOs, terminals, inotify: wait on the hub until they are ready, then read under a guard, a timer whose signal ends the
+   call should a rival have been quicker. EAGAIN: as above.
+4. Files that are not in the page cache, those whose file system can't tell, and devices, ready or not: the threadpool.
 
 Nothing is remembered of a rung that was refused: another file of the same kind may well answer. A greenlet that is killed or timed
-out while it waits has moved no byte; one whose read is in the threadpool leaves what it reads to the next reader, and the offset of
-a file is moved only once the greenlet has the bytes.
+out while it waits has moved no byte, and the offset of a file is moved only once the greenlet has the bytes that a thread has read.
 
 The module knows libc, `_parking`, the hub's threadpool, and nothing else of coopos or gevent.
 """
@@ -28,15 +27,15 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.types cimport off_t
-from posix.unistd cimport lseek, read as c_read, write as c_write
+from posix.unistd cimport isatty, lseek, read as c_read, write as c_write
 
 from coopos._parking cimport (
-    KNOWN_SIZE, READ, WRITE, as_int, is_known_nonblocking, left_over, note_mode, os_error, park, park_until_ready, take_turns)
+    KNOWN_SIZE, READ, WRITE, PoolCall, as_int, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
 from coopos._posix cimport (
-    COOPOS_DONTWAIT, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, PIPE_BUF, RWF_NOWAIT, Move, PyErr_CheckSignals,
-    PyObject_AsFileDescriptor, S_ISBLK, S_ISREG, S_ISSOCK, coopos_may_move, coopos_move, dev_t, fstat, ino_t, iovec, stat_t)
+    COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT, Move,
+    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_may_move,
+    coopos_move, fstat, iovec, stat_t)
 
-import contextlib
 import os
 import posix
 from time import monotonic
@@ -67,9 +66,6 @@ cdef bint has_nowait() except -1:
 
 
 cdef int first_rung = COOPOS_NOWAIT if has_nowait() else COOPOS_REFUSED
-
-# What a pipe, FIFO or terminal that is ready for writing takes at least, or nearly so.
-cdef Py_ssize_t READY_ROOM = PIPE_BUF
 
 
 # ---- fairness ----------------------------------------------------------------------------------------------------------------
@@ -115,7 +111,7 @@ cdef enum:
 
 cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
     """attempt(), keeping the interpreter's lock: to let go of it takes longer than a call of no more than QUICK bytes that is sure
-    not to block.
+    not to block, and a guard has the process's handler of a signal.
     """
     cdef ssize_t moved
     while True:
@@ -124,12 +120,15 @@ cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
         if moved >= 0 or err[0] != EINTR:
             return moved
         PyErr_CheckSignals()
+        if move.how == COOPOS_GUARDED:
+            err[0] = EAGAIN    # the guard's signal, most likely; in any case others may run before it is tried again
+            return -1
 
 
 cdef ssize_t attempt(Move *move, int *err) except -2:
     """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out."""
     cdef ssize_t moved
-    if move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK:
+    if (move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK) or move.how == COOPOS_GUARDED:
         return attempt_at_once(move, err)
     while True:
         with nogil:
@@ -196,6 +195,14 @@ cdef bint is_pollable(int fd, str call) except -1:
     return not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
 
 
+cdef bint is_slow(int fd, bint writes) noexcept:
+    """Whether a device, ready or not, may take its time over a call, and not hear of signals. A terminal does, and who says when he
+    is ready to be read.
+    """
+    cdef stat_t st
+    return fstat(fd, &st) == 0 and S_ISCHR(st.st_mode) and not isatty(fd) and (writes or not coopos_can_poll(fd))
+
+
 cdef bint is_socket(int fd) noexcept:
     cdef stat_t st
     return fstat(fd, &st) == 0 and S_ISSOCK(st.st_mode)
@@ -204,6 +211,14 @@ cdef bint is_socket(int fd) noexcept:
 cdef bint is_nonblocking(int fd) noexcept:
     cdef int flags = fcntl(fd, F_GETFL)
     return flags >= 0 and flags & O_NONBLOCK
+
+
+cdef bint writes_on(int fd) noexcept:
+    """Whether write(2) goes on when it has written a part. What has no type, an eventfd for one, takes what it takes."""
+    cdef stat_t st
+    if fstat(fd, &st) < 0:
+        return True            # the next attempt says what is wrong
+    return S_ISREG(st.st_mode) or S_ISBLK(st.st_mode) or ((st.st_mode & S_IFMT) != 0 and not is_nonblocking(fd))
 
 
 cdef bint is_at_end(int fd, off_t offset) noexcept:
@@ -239,14 +254,25 @@ cdef int step(Move *move, int err, str call) except -1:
             wait_until_ready(move.fd, events, call)
             return AGAIN
         return IN_POOL
-    if not is_undecided(err) or move.how == COOPOS_PLAIN:
+    if not is_undecided(err) or move.how > COOPOS_NOWAIT:
         raise os_error(err, call, move.fd)
     return step_down(move, call)
 
 
+cdef long guarded_calls = 0
+
+
+def count_guarded_calls():
+    """How many reads and writes needed a guard, in this process."""
+    return guarded_calls
+
+
 cdef int step_down(Move *move, str call) except -1:
-    cdef int events = WRITE if move.writes else READ
-    if not is_pollable(move.fd, call):
+    global guarded_calls
+    cdef bint can_wait = is_pollable(move.fd, call)
+    if move.count > IOV_MAX:
+        raise os_error(errno if coopos_may_move(move.fd, move.writes, move.offset) < 0 else EINVAL, call, move.fd)
+    if not can_wait:
         return IN_POOL
     if is_nonblocking(move.fd):
         move.how = COOPOS_PLAIN
@@ -254,18 +280,22 @@ cdef int step_down(Move *move, str call) except -1:
     if move.offset < 0 and is_socket(move.fd):
         move.how = COOPOS_DONTWAIT
         return AGAIN
-    if coopos_may_move(move.fd, move.writes) < 0:
+    if coopos_may_move(move.fd, move.writes, move.offset) < 0:
         raise os_error(errno, call, move.fd)
-    park_until_ready(move.fd, events, call)
-    return IN_POOL
+    if is_slow(move.fd, move.writes):
+        park_until_ready(move.fd, WRITE if move.writes else READ, call)
+        return IN_POOL
+    move.how = COOPOS_GUARDED
+    guarded_calls += 1
+    return AGAIN
 
 
 cdef int choose_for_nothing(Move *move) noexcept:
     """How to read or write no bytes at all. RWF_NOWAIT comes in the form of readv(2), which then returns at once; read(2) and
-    write(2) may have something to say: a datagram, or that it can't be done.
+    write(2) may have something to say: a datagram, or that it can't be done. inotify's read waits even so.
     """
-    if move.how == COOPOS_NOWAIT:
-        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_PLAIN
+    if move.how != COOPOS_PLAIN:
+        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_GUARDED
     return 0
 
 
@@ -289,133 +319,46 @@ cdef object threadpool():
     return hub.threadpool
 
 
-@cython.final
-@cython.internal
-cdef class PoolCall:
-    """A call in the threadpool. A greenlet that is killed before it has begun takes it back."""
-    cdef object function
-    cdef tuple args
-    cdef object error          # which the pool would print
-    cdef bint is_taken_back
-    cdef bint has_begun
-
-    def __cinit__(self, function, tuple args):
-        self.function = function
-        self.args = args
-
-    def __call__(self):
-        if not self.is_taken_back:
-            self.has_begun = True
-            try:
-                return self.function(*self.args)
-            except BaseException as ex:
-                self.error = ex
-
-
-cdef object in_pool(function, tuple args):
-    cdef PoolCall call = PoolCall(function, args)
+cdef object in_pool(int fd, function, tuple args):
+    cdef PoolCall call
+    pool = threadpool()
+    call = PoolCall(fd, function, args)
     try:
-        result = threadpool().apply(call)
+        result = pool.apply(call)
     finally:
-        call.is_taken_back = True
+        call.take_back()
     if call.error is not None:
         raise call.error
     return result
 
 
-@cython.final
-@cython.internal
-cdef class PoolRead:
-    """A read in the threadpool that can't be taken back. If its greenlet is killed, it is the next reader's."""
-    cdef PoolCall call
-    cdef object result         # gevent's AsyncResult
-    cdef bytes rest            # what the last one to read it had no room for
-    cdef dev_t dev
-    cdef ino_t ino
-
-    cdef bint is_of(self, int fd) noexcept:
-        cdef stat_t st
-        return fstat(fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
-
-
-def forget_parents_reads():
-    """Run by the interpreter in every forked child: what the parent's threads read is the parent's."""
-    left_over.clear()
-
-
-os.register_at_fork(after_in_child=forget_parents_reads)
-
-
-cdef PoolRead take_left_over(int fd):
-    """The oldest read of this file that nobody waits for, or None."""
-    cdef list reads = left_over.get(fd)
-    cdef PoolRead read = None
-    if reads is None:
-        return None
-    while reads and read is None:
-        read = reads.pop(0)
-        if not read.is_of(fd) or read.call.error is not None:
-            read = None        # the number is another file's by now, or what went wrong was wrong then
-    if not reads:
-        del left_over[fd]
-    return read
-
-
-cdef int leave_over(int fd, PoolRead read) except -1:
-    left_over.setdefault(fd, []).insert(0, read)
-    return 0
-
-
-cdef bytes finish(int fd, PoolRead read, Py_ssize_t n):
-    """Wait for a read in the pool; its first *n* bytes. The rest, or all of it if we are killed, is the next reader's."""
-    cdef bytes data = read.rest
-    if data is None:
-        try:
-            data = read.result.get()
-        except:
-            leave_over(fd, read)
-            raise
-        if read.call.error is not None:
-            raise read.call.error
-    if len(data) > n:
-        read.rest = data[n:]
-        leave_over(fd, read)
-        data = data[:n]
-    return data
-
-
 cdef bytes read_in_pool(Move *move, Py_ssize_t n, str call):
-    """Up to *n* bytes, read by a thread."""
-    cdef PoolRead read
-    cdef stat_t st
+    """Up to *n* bytes, read by a thread. Of what has no offset, and nothing to wait for, they are lost if the greenlet is killed
+    meanwhile: a tape, say.
+    """
     cdef int fd = move.fd
     cdef off_t offset
     if move.offset >= 0:
         return pread_in_pool(fd, n, move.offset, move.flags)
-    if not is_pollable(fd, call):
+    if is_pollable(fd, call):
+        return in_pool(fd, posix.read, (fd, n))
+    offset = lseek(fd, 0, SEEK_CUR)
+    while offset >= 0:
+        data = pread_in_pool(fd, n, offset, move.flags)
+        # Others may have read meanwhile, and then this is theirs.
+        if lseek(fd, 0, SEEK_CUR) == offset:
+            if lseek(fd, len(data), SEEK_CUR) < 0:
+                raise os_error(errno, call, fd)
+            return data
         offset = lseek(fd, 0, SEEK_CUR)
-        while offset >= 0:
-            data = pread_in_pool(fd, n, offset, move.flags)
-            # Others may have read meanwhile, and then this is theirs.
-            if lseek(fd, 0, SEEK_CUR) == offset:
-                if lseek(fd, len(data), SEEK_CUR) < 0:
-                    raise os_error(errno, call, fd)
-                return data
-            offset = lseek(fd, 0, SEEK_CUR)
-    if fstat(fd, &st) < 0:
-        raise os_error(errno, call, fd)
-    read = PoolRead.__new__(PoolRead)
-    read.dev, read.ino = st.st_dev, st.st_ino
-    read.call = PoolCall(posix.read, (fd, n))
-    read.result = threadpool().spawn(read.call)
-    return finish(fd, read, n)
+    return in_pool(fd, posix.read, (fd, n))
 
 
 cdef bytes pread_in_pool(int fd, Py_ssize_t n, off_t offset, int flags):
     if not flags:
-        return in_pool(posix.pread, (fd, n, offset))
+        return in_pool(fd, posix.pread, (fd, n, offset))
     buffer = bytearray(n)
-    nread = in_pool(posix.preadv, (fd, [buffer], offset, flags))
+    nread = in_pool(fd, posix.preadv, (fd, [buffer], offset, flags))
     return bytes(buffer[:nread])
 
 
@@ -423,60 +366,61 @@ cdef bytes pread_in_pool(int fd, Py_ssize_t n, off_t offset, int flags):
 cdef double LAST_WRITE_S = 1.0
 
 
-cdef Py_ssize_t last_word(result) except -1:
-    """What a thread has written for a greenlet that was killed, once it has; who is killed again waits all the same."""
+cdef object last_word(result):
+    """Wait for what a thread has begun to write for a greenlet that was killed. What is thrown into it meanwhile, or None."""
     cdef double deadline = monotonic() + LAST_WRITE_S
+    thrown = None
     while not result.ready() and monotonic() < deadline:
-        with contextlib.suppress(BaseException):
+        try:
             result.wait(deadline - monotonic())
-    return (result.value or 0) if result.ready() else 0
+        except BaseException as ex:
+            thrown = ex
+    return thrown
 
 
-cdef Py_ssize_t write_by_thread(function, tuple args, Py_ssize_t *late) except -1:
+cdef Py_ssize_t write_by_thread(int fd, function, tuple args, Py_ssize_t *late) except -1:
     """How many bytes a thread has written; in *late*, if the greenlet was killed meanwhile."""
-    cdef PoolCall call = PoolCall(function, args)
-    result = threadpool().spawn(call)
+    cdef PoolCall call
+    pool = threadpool()
+    call = PoolCall(fd, function, args)
+    result = thrown = None
     try:
+        result = pool.spawn(call)
         written = result.get()
     except BaseException:
-        call.is_taken_back = True
+        call.take_back()
         if call.has_begun:
-            late[0] = last_word(result)
+            thrown = last_word(result)
+            late[0] = (result.value or 0) if result.ready() else 0
+        if thrown is not None:
+            raise thrown       # the latest word, as of who is killed again in a `finally`
         raise
     if call.error is not None:
         raise call.error
     return written
 
 
-cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, str call, Py_ssize_t *late) except -1:
+cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, Py_ssize_t *late) except -1:
     """How many bytes a thread has written of *source*, one buffer or a sequence of them, after the *done* bytes that are written.
     The thread's views of it keep it alive, whatever becomes of the greenlet.
     """
     cdef list views = []
-    if is_pollable(move.fd, call):
-        # As much as is sure not to wait, now that there is room.
-        while not move.iov.iov_len and move.count > 1:
-            move.iov += 1
-            move.count -= 1
-        data = (<char *>move.iov.iov_base)[:min(<Py_ssize_t>move.iov.iov_len, READY_ROOM)]
-        return write_by_thread(posix.write, (move.fd, data), late)
     for buffer in source if isinstance(source, (list, tuple)) else (source,):
         view = memoryview(buffer).cast("B")
         if len(view) > done:
             views.append(view[done:])
         done = max(done - len(view), 0)
     if move.offset < 0 and not move.flags:
-        return write_by_thread(posix.writev, (move.fd, views), late)
+        return write_by_thread(move.fd, posix.writev, (move.fd, views), late)
     if not move.flags and len(views) == 1:
-        return write_by_thread(posix.pwrite, (move.fd, views[0], move.offset), late)
-    return write_by_thread(posix.pwritev, (move.fd, views, move.offset, move.flags), late)
+        return write_by_thread(move.fd, posix.pwrite, (move.fd, views[0], move.offset), late)
+    return write_by_thread(move.fd, posix.pwritev, (move.fd, views, move.offset, move.flags), late)
 
 
 # ---- reads and writes, whole -------------------------------------------------------------------------------------------------
 
 cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     """Up to *n* bytes."""
-    cdef PoolRead left
     cdef int err = 0
     if n < 0:
         raise os_error(EINVAL, call, move.fd)
@@ -484,8 +428,6 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     if n == 0:
         choose_for_nothing(move)
     be_fair()
-    if left_over and move.offset < 0 and (left := take_left_over(move.fd)) is not None:
-        return finish(move.fd, left, n)
     while True:
         data = read_once(move, move.fd, n, &err)
         if data is None:
@@ -520,13 +462,10 @@ cdef Py_ssize_t fill(const Move *move, bytes data) noexcept:
 
 cdef Py_ssize_t read_into(Move *move, str call) except -1:
     """Into the buffers of *move*; how many bytes."""
-    cdef PoolRead left
     cdef Py_ssize_t nread
     cdef Py_ssize_t n = total_of(move)
     cdef int err = 0
     be_fair()
-    if left_over and move.offset < 0 and (left := take_left_over(move.fd)) is not None:
-        return fill(move, finish(move.fd, left, n))
     while True:
         nread = attempt(move, &err)
         if nread < 0:
@@ -581,11 +520,9 @@ cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
                     return done
                 if step(move, err, call) == AGAIN:
                     continue
-                written = write_in_pool(move, source, done, call, &late)
-                if not is_pollable(move.fd, call):
-                    return done + written
+                return done + write_in_pool(move, source, done, &late)
             done += written
-            if done >= n or move.flags & RWF_NOWAIT or (is_nonblocking(move.fd) and is_pollable(move.fd, call)):
+            if done >= n or move.flags & RWF_NOWAIT or not writes_on(move.fd):
                 return done
             advance(move, written)
     except BaseException as ex:
@@ -633,6 +570,9 @@ cdef class Buffers:
     cdef int give(self, Move *move) noexcept:
         move.iov = self.iov
         move.count = self.count
+        if move.how == COOPOS_REFUSED and self.count <= IOV_MAX and not total_of(move):
+            # As readv(2) and writev(2) do with nothing, and not as read(2) and write(2).
+            move.how, move.count = COOPOS_PLAIN, 0
         return 0
 
 
@@ -785,8 +725,8 @@ def read(Py_ssize_t fd, Py_ssize_t length, /):
     """Read up to *length* bytes from any descriptor, letting other greenlets run while there are none.
 
     Like :func:`os.read`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. What is there
-    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest, and blocking FIFOs
-    and terminals once they are ready, is read in the hub's threadpool.
+    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest is read in
+    the hub's threadpool.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -799,8 +739,8 @@ def read(Py_ssize_t fd, Py_ssize_t length, /):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *length* is negative;
             otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
-    goes to the next reader. Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
 
     Source: preadv2(2), RWF_NOWAIT; read(2).
 
@@ -826,8 +766,8 @@ def readinto(Py_ssize_t fd, buffer, /):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as read(2).
         TypeError, BufferError: *buffer* is not a writable bytes-like object, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
-    goes to the next reader. Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
 
     Source: preadv2(2), RWF_NOWAIT; read(2).
 
@@ -906,8 +846,8 @@ def readv(Py_ssize_t fd, buffers, /):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as readv(2).
         TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
-    goes to the next reader. Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
 
     Source: preadv2(2), RWF_NOWAIT; readv(2).
 
@@ -1124,6 +1064,8 @@ def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
             iov.iov_base = PyBytes_AS_STRING(data) + done
             iov.iov_len = <size_t>min(n - done, <Py_ssize_t>COOPOS_IO_MAX)
             move.iov, move.count = &iov, 1
+            if n == 0:
+                choose_for_nothing(&move)
             nread = read_into(&move, "read_exactly")
             done += nread
             if done == n:

@@ -55,9 +55,11 @@ def _nonblocking(read_fd: int, write_fd: int) -> str:
 
 def _any_mode(read_fd: int) -> str:
     """What serves read on a descriptor that has data, whatever its mode: nothing that waits, or a thread."""
-    before = coopos._core.count_pool_calls()
+    in_pool, guarded = coopos._core.count_pool_calls(), coopos._core.count_guarded_calls()
     _expect(coopos.read(read_fd, len(MESSAGE)), MESSAGE)
-    return "the threadpool" if coopos._core.count_pool_calls() > before else "RWF_NOWAIT"
+    if coopos._core.count_pool_calls() > in_pool:
+        return "the threadpool"
+    return "poll(2), and a guard" if coopos._core.count_guarded_calls() > guarded else "RWF_NOWAIT"
 
 
 def check_pipe() -> str:

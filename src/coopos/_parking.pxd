@@ -13,7 +13,17 @@ cdef enum:
     KNOWN_SIZE = 65536
 cdef char[KNOWN_SIZE] is_known_nonblocking
 
-cdef dict left_over
+
+cdef class PoolCall:
+    cdef int fd
+    cdef object function
+    cdef tuple args
+    cdef object error          # what it raised, or EBADF
+    cdef bint is_taken_back
+    cdef bint has_begun
+    cdef list closes           # [PutOffClose, ...] that wait for its end
+    cdef int forget(self) except -1
+    cdef int take_back(self) except -1
 
 
 cdef class Wait:

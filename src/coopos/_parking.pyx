@@ -83,6 +83,7 @@ def count_generation():
     generation += 1
     for later in list(_put_off.values()):
         later.forget_other_threads()
+    _pool_calls.clear()
 
 
 os.register_at_fork(after_in_child=count_generation)
@@ -424,11 +425,73 @@ cdef bint note_mode(int fd) noexcept:
     return True
 
 
-# ---- reads in the threadpool -------------------------------------------------------------------------------------------------
+# ---- calls in the threadpool -------------------------------------------------------------------------------------------------
 
-# {fd: [the core's PoolRead, ...]}, oldest first: reads that nobody waits for any more, and what was left of them. close() drops
-# them.
-left_over = {}
+# {fd: [PoolCall, ...]}
+_pool_calls = {}
+
+
+@cython.final
+cdef class PoolCall:
+    """A call that a thread is to make with a descriptor, called by the pool. If the descriptor is closed, or the greenlet killed,
+    before it has begun, it is not made: the number may be another file's by then. What has begun keeps the number until it is over.
+
+    The thread has no descriptor of its own for it: to close a second one would take the file's locks from the process (fcntl(2)).
+    """
+
+    def __init__(self, int fd, function, tuple args):
+        self.fd = fd
+        self.function = function
+        self.args = args
+        _pool_calls.setdefault(fd, []).append(self)
+
+    def __call__(self):
+        cdef PutOffClose later
+        if self.is_taken_back:
+            return None
+        self.has_begun = True
+        try:
+            return self.function(*self.args)
+        except BaseException as ex:
+            self.error = ex    # which the pool would print
+        finally:
+            self.forget()
+            if self.closes is not None:
+                for later in self.closes:
+                    later.stopped()
+
+    cdef int forget(self) except -1:
+        cdef list calls = _pool_calls.get(self.fd)
+        if calls is not None and self in calls:
+            calls.remove(self)
+            if not calls:
+                del _pool_calls[self.fd]
+        return 0
+
+    cdef int take_back(self) except -1:
+        """Its greenlet is gone, or its descriptor: then it has the error that tells of it."""
+        if not self.has_begun:
+            self.is_taken_back = True
+            self.forget()
+        return 0
+
+
+cdef PutOffClose take_back_calls(int fd, PutOffClose later):
+    """Before *fd* is closed: the close that those which have begun put off, or *later*."""
+    cdef PoolCall call
+    for call in list(_pool_calls[fd]):
+        if call.has_begun:
+            if later is None:
+                later = put_off(fd)
+                later.parties = 1
+            later.parties += 1
+            if call.closes is None:
+                call.closes = []
+            call.closes.append(later)
+        else:
+            call.error = os_error(EBADF, "close", fd)
+            call.take_back()
+    return later
 
 
 # ---- close -------------------------------------------------------------------------------------------------------------------
@@ -496,7 +559,8 @@ def close(Py_ssize_t fd):
     Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
     in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
     gevent socket or selector), or of another thread, is active on *fd* is the system call put off to the next turn of that
-    loop, because closing a descriptor under an active watcher can abort the process.
+    loop, because closing a descriptor under an active watcher can abort the process; and while a thread of the pool reads or
+    writes a file by it, until that is over.
 
     Args:
         fd: int, the descriptor.
@@ -522,8 +586,6 @@ cdef int close_fd(int fd) except -1:
     loop = None if hub is None else hub.loop
     if 0 <= fd < KNOWN_SIZE:
         is_known_nonblocking[fd] = False
-    if left_over:
-        left_over.pop(fd, None)
     if _put_off and (<object>fd) in _put_off:
         later = <PutOffClose>_put_off[fd]
         if later.is_same_file():
@@ -537,6 +599,8 @@ cdef int close_fd(int fd) except -1:
         later.parties = 1
         for other, waits in elsewhere.items():
             later.parties += post(other, later.evict_there, (waits,))
+    if _pool_calls and (<object>fd) in _pool_calls:
+        later = take_back_calls(fd, later)
     if loop is not None and loop.closing_fd(fd):
         if later is None:
             later = put_off(fd)

@@ -13,7 +13,7 @@ cdef extern from "Python.h":
 
 
 cdef extern from "<limits.h>" nogil:
-    int PIPE_BUF
+    int IOV_MAX
 
 
 cdef extern from "<poll.h>" nogil:
@@ -50,8 +50,10 @@ cdef extern from "<sys/stat.h>" nogil:
         ino_t st_ino
         off_t st_size
     int fstat(int fd, stat_t *buf)
+    mode_t S_IFMT
     bint S_ISREG(mode_t mode)
     bint S_ISBLK(mode_t mode)
+    bint S_ISCHR(mode_t mode)
     bint S_ISSOCK(mode_t mode)
     bint S_ISDIR(mode_t mode)
 
@@ -116,7 +118,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_bell_new(int *bell)
     void coopos_bell_ring(const int *bell)
     void coopos_bell_close(const int *bell)
-    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN
+    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_PLAIN
     ctypedef struct Move "struct coopos_move":
         int fd
         int how
@@ -126,8 +128,9 @@ cdef extern from "_compat.h" nogil:
         off_t offset
         int flags
     ssize_t coopos_move(const Move *move)
-    int coopos_may_move(int fd, int writes)
+    int coopos_may_move(int fd, int writes, off_t offset)
+    bint coopos_can_poll(int fd)
     int RWF_NOWAIT
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
-    void coopos_thread_be_interruptible()
+    void coopos_thread_be_interruptible(void *before)
     void coopos_thread_interrupt(pthread_t thread, const int *bell)

@@ -74,7 +74,7 @@ def tp_read(fd: int, n: int) -> bytes:
 
     Like :func:`os.read`. The descriptor's flags don't matter and are not touched. Data that is there already, the page cache
     included, is read at once without a thread. What can be waited for (pipes, sockets, FIFOs, terminals) is waited for on the hub.
-    The rest, and blocking FIFOs and terminals once they are ready, is read in the hub's threadpool.
+    The rest is read in the hub's threadpool.
 
     Args:
         fd: int, an open descriptor.
@@ -86,8 +86,8 @@ def tp_read(fd: int, n: int) -> bytes:
     Raises:
         OSError: EBADF if *fd* is not open for reading; EINVAL if *n* is negative; otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has taken no byte: what a thread reads for it all the same
-    goes to the next reader (not on Windows). Works in any thread's hub and in a forked child.
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
 
     Source: preadv2(2), RWF_NOWAIT; ``gevent.os.tp_read``.
 
