@@ -21,7 +21,12 @@ FUNCTIONS = sorted({*coopos.__implements__, *coopos.__extensions__, *FORMS})
 #: What gevent.os has not.
 OUR_OWN = {"doctor", "patch", "unpatch"}
 #: Parameters that ours have and gevent's have not, by function: keyword only, so that every call for gevent's is one for ours.
-SUPERSETS: dict[str, set[str]] = {}
+SUPERSETS: dict[str, set[str]] = {
+    "fork_gevent": {"keep_greenlets"},
+    "fork_and_watch": {"keep_greenlets"},
+    "forkpty_gevent": {"keep_greenlets", "winsize"},
+    "forkpty_and_watch": {"keep_greenlets", "winsize"},
+}
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -134,8 +139,10 @@ assert ("waitpid" in coopos.__extensions__) == {is_set}
 assert ("posix_spawn" in coopos.__implements__) == {not is_set}
 assert (coopos.posix_spawn is os.posix_spawn) == {is_set}
 assert str(signature(gevent.os.fork)).split(" ->")[0] == ("()" if {is_set} else "(*args, **kwargs)")
-assert list(signature(coopos.fork).parameters) == list(signature(gevent.os.fork).parameters)
-assert list(signature(coopos.forkpty).parameters) == list(signature(gevent.os.forkpty).parameters)
+for name in ("fork", "forkpty"):
+    ours = signature(getattr(coopos, name)).parameters
+    gevents = signature(getattr(gevent.os, name)).parameters
+    assert [name for name in ours if name not in ("keep_greenlets", "winsize")] == list(gevents)
 """,
         ),
         GEVENT_NOWAITPID=value,
@@ -223,7 +230,7 @@ WITHOUT_RESULT = set(
     "wait_exit write_all".split()
 )
 #: Classes are what they return.
-WITHOUT_RESULT |= {"FileIO"}
+WITHOUT_RESULT |= {"FileIO", "register_at_fork"}
 #: They stand for nothing in the system or in gevent, and fail at nothing.
 WITHOUT_SOURCE = {"doctor", "patch", "unpatch"}
 

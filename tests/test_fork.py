@@ -14,7 +14,7 @@ from .children import needs_pidfds
 from .support import LOOP, error_of, run_script
 
 PRELUDE = """
-import gc, os, signal, sys, threading, traceback
+import fcntl, gc, os, signal, sys, threading, traceback
 import gevent, psutil, coopos
 from gevent.hub import get_hub
 
@@ -908,6 +908,79 @@ def test_forkpty_and_watch_callback():
         assert (pid, fd) == pids[0]
         until(lambda: calls)
         assert (calls[0].pid, calls[0].rpid, calls[0].rstatus) == (pid, pid, STATUS)
+        assert coopos.waitpid(pid, 0) == (pid, STATUS)
+        os.close(fd)
+    """)
+
+
+@pytest.mark.parametrize("name", ["forkpty", "forkpty_gevent", "forkpty_and_watch"])
+def test_forkpty_winsize(name):
+    """The child's terminal has the window that was asked for; by default one of no size."""
+    run(f"""
+        import fcntl, struct, termios
+        for kwargs, size in ({{}}, (0, 0)), ({{"winsize": (24, 80)}}, (24, 80)), ({{"winsize": [65535, 0]}}, (65535, 0)):
+            pid, fd = coopos.{name}(**kwargs)
+            if pid == 0:
+                os._exit(0 if tuple(os.get_terminal_size(0))[::-1] == size else 1)
+            assert struct.unpack("HHHH", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))) == (*size, 0, 0)
+            assert coopos.waitpid(pid, 0) == (pid, 0)
+            os.close(fd)
+    """)
+
+
+@pytest.mark.parametrize(
+    ("winsize", "error"),
+    [
+        ("(1,)", ValueError),
+        ("(1, 2, 3)", ValueError),
+        ("80", TypeError),
+        ("('a', 'b')", TypeError),
+        ("(65536, 1)", OverflowError),
+        ("(1, -1)", OverflowError),
+    ],
+)
+def test_forkpty_winsize_that_is_none(winsize, error):
+    """Nothing is forked."""
+    run(f"""
+        for name in ("forkpty", "forkpty_gevent", "forkpty_and_watch"):
+            assert raises({error.__name__}, lambda: getattr(coopos, name)(winsize={winsize}))
+        assert raises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+    """)
+
+
+def test_read_pty_ends_when_all_was_read():
+    """However much the child has written before it ended, and whether or not its end is in the kernel by then."""
+    run("""
+        for size in (0, 1, 100, 4096, 100_000):
+            pid, fd = coopos.forkpty(winsize=(24, 80))
+            if pid == 0:
+                coopos.write_all(1, b"x" * size)
+                os._exit(7)
+            seen = bytearray()
+            while data := coopos.read_pty(fd, 1000):
+                seen += data
+            assert bytes(seen) == b"x" * size, (size, len(seen))
+            assert coopos.read_pty(fd, 1000) == b""
+            assert coopos.waitpid(pid, 0) == (pid, STATUS)
+            os.close(fd)
+            assert raises(OSError, coopos.read_pty, fd, 1)
+    """)
+
+
+def test_read_pty_waits_in_the_hub():
+    run("""
+        pid, fd = coopos.forkpty()
+        if pid == 0:
+            os.read(0, 1)
+            os._exit(7)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        reading = gevent.spawn(coopos.read_pty, fd, 1000)
+        for _ in range(10):
+            gevent.sleep(0.001)
+        assert not reading.dead and fcntl.fcntl(fd, fcntl.F_GETFL) == flags
+        coopos.write(fd, b"\\n")
+        assert reading.get() == b"\\r\\n"
+        assert coopos.read_pty(fd, 1000) == b""
         assert coopos.waitpid(pid, 0) == (pid, STATUS)
         os.close(fd)
     """)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 LAYERS = [
     {"_parking"},
     {"_blocking", "_core", "_children"},
-    {"_wait", "_owned"},
+    {"_wait", "_owned", "_forking"},
     {"_fork", "_threadpool", "_patch"},
     {"io", "_copying"},
     {"_programs", "subprocess"},
@@ -28,7 +28,8 @@ GEVENT = {
     "_core": {"gevent.hub", "gevent.exceptions", "greenlet"},
     "_children": {"gevent.hub", "greenlet"},
     "_copying": {"gevent.hub"},
-    "_fork": {"gevent.hub", "gevent.os", "gevent._config"},
+    "_forking": {"gevent.greenlet", "gevent.hub", "gevent.lock", "greenlet"},
+    "_fork": {"gevent.os", "gevent._config"},
     "_programs": {"gevent.lock", "gevent.monkey"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
@@ -37,7 +38,7 @@ GEVENT = {
     "__main__": {"gevent.monkey"},
 }
 #: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
-LAZILY_UPWARD = {"_patch": {"__init__"}, "__init__": {"_doctor"}}
+LAZILY_UPWARD = {"_patch": {"__init__", "_fork"}, "__init__": {"_doctor"}}
 
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py*") if path.suffix in (".py", ".pyx"))
 each_module = pytest.mark.parametrize("module", MODULES)
@@ -182,10 +183,10 @@ def test_cdef_functions_say_how_they_raise(name):
 
 @pytest.mark.parametrize("name", ["_posix.pxd"])
 def test_c_functions_are_declared_without_the_gil(name):
-    """But for those of the interpreter itself."""
+    """But for those of the interpreter itself, and what goes through its objects."""
     blocks = re.findall(r'^cdef extern from "([^"]+)"(.*):$', (SOURCE / name).read_text(), re.MULTILINE)
     assert blocks
-    assert [header for header, tail in blocks if header != "Python.h" and "nogil" not in tail] == []
+    assert [header for header, tail in blocks if header not in ("Python.h", "_greenlets.h") and "nogil" not in tail] == []
 
 
 def test_only_compat_h_asks_the_preprocessor_for_a_platform():

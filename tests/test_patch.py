@@ -73,7 +73,8 @@ before = {{}}
 def snapshot():
     import gevent, gevent.os, gevent.subprocess
     modules = [gevent, gevent.os, gevent.subprocess, os]
-    return {{(module.__name__, name): value for module in modules for name, value in vars(module).items()}}
+    found = [(module, name, value) for module in modules for name, value in vars(module).items()]
+    return {{(module.__name__, name): value for module, name, value in found if type(value) is not type(os)}}
 
 def changed(one, other):
     return sorted(key for key in one.keys() | other.keys() if one.get(key) is not other.get(key))

@@ -14,6 +14,8 @@ Environment variables, read when the module is imported:
     Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
 ``COOPOS_FAIRNESS``
     A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
+``COOPOS_KEEP_GREENLETS=0``
+    A forked child has only the greenlet that forked, unless :func:`patch`, :func:`fork_policy` or an argument says otherwise.
 ``COOPOS_PATCH=1``
     ``gevent.monkey.patch_all()`` calls :func:`patch`.
 """
@@ -58,6 +60,8 @@ if hasattr(_os, "fork"):
         fork as fork,
         fork_and_watch as fork_and_watch,
         fork_gevent as fork_gevent,
+        fork_policy as fork_policy,
+        register_at_fork as register_at_fork,
         watch as watch,
     )
     from coopos._parking import close as close, closerange as closerange
@@ -105,6 +109,7 @@ if hasattr(_os, "fork"):
             _forms.append(_name)
     _forms += ["fsync", "fdatasync", "sync", "posix_fallocate", "truncate", "ftruncate", "open", "lockf"]
     _forms += ["eventfd_read", "eventfd_write", "getrandom", "urandom", "getlogin", "getgrouplist", "initgroups"]
+    _forms += ["register_at_fork"]
     for _name in [name for name in _forms if not hasattr(_os, name)]:
         _forms.remove(_name)
         del globals()[_name]
@@ -121,17 +126,18 @@ if hasattr(_os, "fork"):
     __implements__ += ["fork", "close", "system", "popen"]
     __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
-    __extensions__ += ["read_exactly", "write_all", "FileIO"]
+    __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO"]
     (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
         from coopos._fork import (
             forkpty as forkpty,
             forkpty_and_watch as forkpty_and_watch,
             forkpty_gevent as forkpty_gevent,
+            read_pty as read_pty,
         )
 
         __implements__ += ["forkpty"]
-        __extensions__ += ["forkpty_gevent", "forkpty_and_watch"]
+        __extensions__ += ["forkpty_gevent", "forkpty_and_watch", "read_pty"]
     if _config.disable_watch_children:
         __extensions__ += _wait_family
     else:

@@ -1,4 +1,4 @@
-# What _wait needs of the children's records.
+# What _wait and _forking need of the children's records.
 
 from posix.types cimport id_t
 
@@ -41,3 +41,8 @@ cdef dict ended
 cdef object lost_child(int pid)
 cdef bint is_used_again(int pid) noexcept
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1
+
+cdef Child note_new(int pid)
+cdef int take_note(Child child) except -1
+cdef int forget_parent() except -1
+cdef int forget_parent_loops() except -1

@@ -1,4 +1,4 @@
-"""Children that may have to be waited for, and fork.
+"""Children that may have to be waited for.
 
 The kernel keeps the books. Nothing here installs a signal handler, asks for a child it was not asked about, or polls. Four rules
 hold throughout:
@@ -22,15 +22,15 @@ from libc.errno cimport ECHILD, EINTR, EINVAL, ESRCH, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
 from posix.types cimport id_t
-from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getuid
+from posix.unistd cimport close as c_close, getpgid, getuid
 
 from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, set_ref, wrong_switch
 from coopos._posix cimport (
-    COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, PyOS_AfterFork_Child, PyOS_AfterFork_Parent,
-    PyOS_BeforeFork, PySys_Audit, Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring,
-    coopos_close_run, coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped,
-    coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm, coopos_thread_start, coopos_wait, forkpty as c_forkpty,
-    idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t, waitid)
+    COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, Report, WEXITED, WNOWAIT, coopos_bell_close,
+    coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode,
+    coopos_pidfd_open, coopos_pidfd_reaped, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm,
+    coopos_thread_start, coopos_wait, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t,
+    waitid)
 
 import atexit
 import os
@@ -924,8 +924,13 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
 
     Never switches greenlets. Returns the :class:`Child`.
     """
+    global _note
     cdef int number = as_int(pid)
     cdef Child before = <Child>children.get(number)
+    cdef Child note = _note
+    _note = None
+    if note is not None and note.pid == number:
+        return record(number, callback, loop, ref, note)
     if before is not None:
         # The pid is used again. Only a pidfd still knows the child that had it before.
         if before.state == ALIVE:
@@ -973,16 +978,46 @@ cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------
 
-def forget_parent():
-    """In a forked child: what was watched and asked is the parent's. Run by the interpreter after every fork."""
-    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due
+cdef Child _note = None        # of the last fork, if something has happened to the child before that was over
+
+
+cdef Child note_new(int pid):
+    """Record child *pid*, which was forked this moment, until its fork is over. Runs no Python code."""
+    global _note
+    cdef Child child
+    _note = None
+    if pid in children:
+        return None            # of a child that had the pid before: nobody was quick enough to collect that one either
+    child = Child(pid)
+    child.is_watched = True
+    children[pid] = child
+    return child
+
+
+cdef int take_note(Child child) except -1:
+    """Its fork is over. What at-fork hooks have let others do to the child, by a waitpid(-1), is for :func:`watch_new` to know."""
+    global _note
+    if child is None:
+        return 0
+    child.is_watched = False
+    if child.state != ALIVE or child.watches:
+        _note = child
+    elif children.get(child.pid) is child:
+        del children[child.pid]
+    return 0
+
+
+cdef int forget_parent() except -1:
+    """In a forked child: what was watched and asked is the parent's."""
+    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due, _note
     _hook_is_due = False
+    _note = None
     close_all_pidfds()
     _parents.append((children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop))
     children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop = {}, {}, {}, {}, set(), {}, None
 
 
-def forget_parent_loops():
+cdef int forget_parent_loops() except -1:
     """In a forked child whose loop has been re-initialised: take the parent's exit sets and questions out of it.
 
     Not before: libuv would take them out of the parent's epoll, which the child shares until then.
@@ -1002,48 +1037,3 @@ def forget_parent_loops():
                 c_close(exits.fd)      # of a thread that is not there any more
                 exits.fd = -1
         exit_sets.clear()
-
-
-os.register_at_fork(after_in_child=forget_parent)
-
-
-cdef int before_fork(const char *event) except -1:
-    PySys_Audit(event, NULL)
-    if sys.version_info >= (3, 12) and sys.is_finalizing():
-        raise RuntimeError("can't fork at interpreter shutdown")
-    return 0
-
-
-def fork_process():
-    """fork(2) with the interpreter's at-fork hooks; the pid in the parent, 0 in the child. No hub is looked at."""
-    cdef int pid, err
-    before_fork(b"os.fork")
-    # From here to AfterFork there is no way back into the interpreter's main loop: a starting thread that got the GIL in between
-    # would wait for the forker's locks, and the forker for the GIL.
-    PyOS_BeforeFork()
-    pid = c_fork()
-    err = errno
-    if pid == 0:
-        PyOS_AfterFork_Child()
-    else:
-        PyOS_AfterFork_Parent()
-    if pid < 0:
-        raise os_error(err, "fork", "")
-    return pid
-
-
-def forkpty_process():
-    """forkpty(3) with the interpreter's at-fork hooks; (pid, the master's descriptor) in the parent, (0, -1) in the child."""
-    cdef int pid, err
-    cdef int master = -1
-    before_fork(b"os.forkpty")
-    PyOS_BeforeFork()
-    pid = c_forkpty(&master, NULL, NULL, NULL)
-    err = errno
-    if pid == 0:
-        PyOS_AfterFork_Child()
-    else:
-        PyOS_AfterFork_Parent()
-    if pid < 0:
-        raise os_error(err, "forkpty", "")
-    return pid, master

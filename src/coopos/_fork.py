@@ -1,79 +1,202 @@
-"""The fork family: what happens in parent and child, in order, in one place. POSIX only.
+"""The fork family: what is forked, which greenlets the child keeps, and who watches it. POSIX only.
 
-In the parent: fork, then watch, with nothing in between that could switch greenlets, so that no child ends unnoticed. In the child:
-the interpreter's at-fork hooks (by which `_children` forgets the parent's), then gevent's hub is re-initialised, then the parent's
-watchers are taken out of the loop. Knows `_children` and `gevent.hub.reinit`.
+Between the fork and the watch nothing can switch greenlets, so that no child ends unnoticed; what happens in the child before the
+program's own code goes on is in `_forking`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import gevent.os
 from gevent._config import config
-from gevent.hub import reinit
 
-from coopos import _children
+from coopos import _children, _core, _forking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 # What gevent.signal puts there runs the SIGCHLD handlers that were set through it.
 _children.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[attr-defined]
 
+#: What fork_policy() says in this context, if anything.
+_policy: ContextVar[bool] = ContextVar("coopos.keep_greenlets")
+#: What holds elsewhere: patch() sets it.
+_default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
 
-def _revive_hub() -> None:
-    reinit()
-    _children.forget_parent_loops()
+
+def set_default(keep_greenlets: bool) -> None:
+    """What a fork does that isn't told, where no policy holds."""
+    global _default_keeps
+    _default_keeps = keep_greenlets
 
 
-def fork_gevent() -> int:
+def keeps_greenlets(asked: bool | None) -> bool:
+    """Whether a fork that was given *asked* as its ``keep_greenlets`` keeps them."""
+    return bool(_policy.get(_default_keeps) if asked is None else asked)
+
+
+@contextlib.contextmanager
+def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
+    """Say for a ``with`` block whether the children that are forked in it go on with the parent's greenlets.
+
+    Holds for the greenlet and the thread that enter it, and for forks that aren't told otherwise by an argument: those of this
+    module, and after :func:`patch` those of :func:`os.fork` and of what calls it, such as :mod:`multiprocessing`. Blocks may be
+    nested.
+
+    Args:
+        keep_greenlets: True, the child goes on with all of the parent's greenlets; False, with the one that forks alone. See
+            :func:`fork_gevent`.
+
+    Returns:
+        A context manager, for one ``with``.
+
+    Raises:
+        TypeError: *keep_greenlets* is missing.
+
+    Doesn't switch greenlets. Works in any thread and after a fork.
+
+    Source: :mod:`contextvars`.
+
+    .. versionadded:: 0.1.0
+    """
+    token = _policy.set(bool(keep_greenlets))
+    try:
+        yield
+    finally:
+        _policy.reset(token)
+
+
+def register_at_fork(
+    *,
+    before: Callable[[], object] | None = None,
+    after_in_child: Callable[[], object] | None = None,
+    after_in_parent: Callable[[], object] | None = None,
+) -> None:
+    """Have functions called when the process forks, as :func:`os.register_at_fork` does; in the child, once its hub works.
+
+    Args:
+        before: called before the fork, the last registered first. May wait: the fork comes when it returns, and no other fork of
+            this thread begins in the meantime.
+        after_in_child: called in the child when everything else of the fork is done, the first registered first; may wait, start
+            greenlets, use the threadpool. Only in children that the functions of this module fork, or :func:`os.fork` after
+            :func:`patch`. What it raises comes out of the fork.
+        after_in_parent: called in the parent after the fork, the first registered first. May wait.
+
+    Raises:
+        TypeError: none is given, or one isn't callable.
+
+    Doesn't switch greenlets. Safe in any thread.
+
+    Source: :func:`os.register_at_fork`.
+
+    .. versionadded:: 0.1.0
+    """
+    for hook in (before, after_in_child, after_in_parent):
+        if hook is not None and not callable(hook):
+            raise TypeError(f"a hook must be callable, not {hook!r}")
+    if before is after_in_child is after_in_parent is None:
+        raise TypeError("at least one of before, after_in_child and after_in_parent must be given")
+    others = {"before": before, "after_in_parent": after_in_parent}
+    others = {name: hook for name, hook in others.items() if hook is not None}
+    if others:
+        os.register_at_fork(**others)
+    if after_in_child is not None:
+        _forking.register_hook(after_in_child)
+
+
+def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
     """Fork the process, and make gevent work in the child before returning there.
 
     Like :func:`os.fork`. The child is not watched: :func:`waitpid` still waits for it cooperatively. No DeprecationWarning about
     threads is given, and the warning filters are not touched.
+
+    Args:
+        keep_greenlets: whether the child goes on with the parent's greenlets, timers, callbacks and signal watchers, as it does
+            under gevent. By default what :func:`fork_policy` or :func:`patch` has said, and if neither has, True. With False only
+            the greenlet that called is left. The others are dead in the child: they are never resumed, their ``finally:`` blocks
+            don't run, and who switches to one, joins or kills it finds it ended. Their frames stay where they are. Signals that
+            gevent has handled have their default action. Loops of other threads are closed. If the greenlet isn't its thread's
+            main one it takes that place: the child ends when it does, with the exit status that ``sys.exit()`` gives.
 
     Returns:
         int: in the parent the child's pid, in the child 0.
 
     Raises:
         OSError: EAGAIN or ENOMEM as fork(2).
+        RuntimeError: *keep_greenlets* is False, and the caller is a callback of the hub.
 
-    Doesn't switch greenlets. The child goes on with all of the parent's greenlets, but for those that wait for a child of the
-    parent: they wait for good. Works in any thread's hub.
+    Switches greenlets only if another fork of this thread is in the middle of its at-fork hooks, or a hook of its own waits.
+    In the child the hooks run when the hub works. Works in any thread's hub.
 
     Source: fork(2); ``gevent.os.fork_gevent``.
 
     .. versionadded:: 0.1.0
     """
-    pid = _children.fork_process()
-    if not pid:
-        _revive_hub()
-    return pid
+    return _forking.fork_process(keeps_greenlets(keep_greenlets))
 
 
-def forkpty_gevent() -> tuple[int, int]:
+def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, int] | None = None) -> tuple[int, int]:
     """Fork the process with a new pseudo-terminal as the child's controlling terminal and standard streams.
 
     Like :func:`os.forkpty`, with gevent working in the child before it returns there. The child is not watched.
 
+    Args:
+        keep_greenlets: as for :func:`fork_gevent`.
+        winsize: (rows, columns), the size of the terminal's window, each 0..65535; by default 0 x 0, the kernel's.
+
     Returns:
         (pid, fd): in the parent the child's pid and the master's descriptor, in blocking mode; in the child 0 and -1.
+        :func:`read_pty` reads from it up to the child's end.
 
     Raises:
         OSError: as forkpty(3).
+        RuntimeError: as :func:`fork_gevent`.
+        TypeError, ValueError, OverflowError: *winsize* is no such pair; before anything is forked.
 
-    Doesn't switch greenlets. Works in any thread's hub.
+    Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
     Source: forkpty(3); ``gevent.os.forkpty_gevent``.
 
     .. versionadded:: 0.1.0
     """
-    pid, master_fd = _children.forkpty_process()
-    if not pid:
-        _revive_hub()
-    return pid, master_fd
+    return _forking.forkpty_process(keeps_greenlets(keep_greenlets), winsize)
+
+
+def read_pty(fd: int, n: int) -> bytes:
+    """Read from the master of a pseudo-terminal, with an end-of-file as a pipe has it.
+
+    Like :func:`read`, but where the kernel says EIO, because no process has the other side open any more and all that was written
+    to it has been read, this is the end.
+
+    Args:
+        fd: int, the master's descriptor, as :func:`forkpty` returns it.
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 1..n long; ``b""`` at the end.
+
+    Raises:
+        OSError: as :func:`read`, but for EIO.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has read nothing. Works in any thread's hub and in a forked
+    child.
+
+    Source: pty(7), read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    try:
+        return _core.read(fd, n)
+    except OSError as ex:
+        if ex.errno != errno.EIO:
+            raise
+        return b""
 
 
 def _check(callback: object, loop: object) -> None:
@@ -83,11 +206,25 @@ def _check(callback: object, loop: object) -> None:
         _children.check_loop(loop)
 
 
+def _policy_of(keep_greenlets: bool | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if keep_greenlets is None else fork_policy(keep_greenlets=keep_greenlets)
+
+
+def _watch_new(pid: int, callback: Callable[[Any], object] | None, loop: Any, ref: bool) -> None:
+    try:
+        _children.watch_new(pid, callback, loop, ref)
+    except BaseException as ex:
+        ex.pid = pid  # type: ignore[attr-defined]  # or nobody would know whom to wait for
+        raise
+
+
 def fork_and_watch(
     callback: Callable[[Any], object] | None = None,
     loop: Any = None,
     ref: bool = False,
     fork: Callable[[], int] = fork_gevent,
+    *,
+    keep_greenlets: bool | None = None,
 ) -> int:
     """Fork, and watch the child: it is collected when it ends, and its status kept for :func:`waitpid`.
 
@@ -97,24 +234,27 @@ def fork_and_watch(
         loop: the event loop that runs the callback; by default that of the current hub.
         ref: whether the watch keeps the loop running until the child has ended.
         fork: what forks; it takes nothing and returns the pid, or 0 in the child.
+        keep_greenlets: as for :func:`fork_gevent`; for *fork* it is the :func:`fork_policy`.
 
     Returns:
         int: in the parent the child's pid, in the child 0.
 
     Raises:
         TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed; before anything is forked.
-        OSError: as fork(2).
+        OSError: as fork(2). If the child is there and can't be watched, the exception has its ``pid``, and it can be waited for.
+        RuntimeError: as :func:`fork_gevent`.
 
-    Doesn't switch greenlets. Works in any thread's hub.
+    Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
     Source: fork(2), pidfd_open(2); ``gevent.os.fork_and_watch``.
 
     .. versionadded:: 0.1.0
     """
     _check(callback, loop)
-    pid = fork()
+    with _policy_of(keep_greenlets):
+        pid = fork()
     if pid:
-        _children.watch_new(pid, callback, loop, ref)
+        _watch_new(pid, callback, loop, ref)
     return pid
 
 
@@ -122,31 +262,45 @@ def forkpty_and_watch(
     callback: Callable[[Any], object] | None = None,
     loop: Any = None,
     ref: bool = False,
-    forkpty: Callable[[], tuple[int, int]] = forkpty_gevent,
+    forkpty: Callable[..., tuple[int, int]] = forkpty_gevent,
+    *,
+    keep_greenlets: bool | None = None,
+    winsize: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Fork with a pseudo-terminal, as :func:`forkpty_gevent`, and watch the child, as :func:`fork_and_watch`.
 
     Args:
         callback, loop, ref: as for :func:`fork_and_watch`.
         forkpty: what forks; it takes nothing and returns ``(pid, fd)``.
+        keep_greenlets: as for :func:`fork_gevent`; for *forkpty* it is the :func:`fork_policy`.
+        winsize: (rows, columns) of the terminal's window, as for :func:`forkpty_gevent`; *forkpty* is given it, as a keyword.
 
     Returns:
         (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
 
     Raises:
-        TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed; before anything is forked.
-        OSError: as forkpty(3).
+        TypeError, ValueError, OverflowError: *callback* is not callable, *loop* not a loop, or destroyed, *winsize* no such pair;
+            before anything is forked.
+        OSError: as forkpty(3). If the child is there and can't be watched, the exception has its ``pid`` and the master's
+            descriptor, ``fd``.
+        RuntimeError: as :func:`fork_gevent`.
 
-    Doesn't switch greenlets. Works in any thread's hub.
+    Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
     Source: forkpty(3), pidfd_open(2); ``gevent.os.forkpty_and_watch``.
 
     .. versionadded:: 0.1.0
     """
     _check(callback, loop)
-    pid, master_fd = forkpty()
+    how = {} if winsize is None else {"winsize": winsize}
+    with _policy_of(keep_greenlets):
+        pid, master_fd = forkpty(**how)
     if pid:
-        _children.watch_new(pid, callback, loop, ref)
+        try:
+            _watch_new(pid, callback, loop, ref)
+        except BaseException as ex:
+            ex.fd = master_fd  # type: ignore[attr-defined]
+            raise
     return pid, master_fd
 
 
@@ -189,39 +343,45 @@ def watch(
 
 if config.disable_watch_children:
 
-    def fork() -> int:
+    def fork(*, keep_greenlets: bool | None = None) -> int:
         """Fork without watching the child, because GEVENT_NOWAITPID is set: :func:`fork_gevent`.
+
+        Args:
+            keep_greenlets: as for :func:`fork_gevent`.
 
         Returns:
             int: in the parent the child's pid, in the child 0.
 
         Raises:
-            OSError: as fork(2).
+            OSError, RuntimeError: as :func:`fork_gevent`.
 
-        Doesn't switch greenlets. Works in any thread's hub.
+        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
         Source: fork(2); ``gevent.os.fork``.
 
         .. versionadded:: 0.1.0
         """
-        return fork_gevent()
+        return fork_gevent(keep_greenlets=keep_greenlets)
 
-    def forkpty() -> tuple[int, int]:
+    def forkpty(*, keep_greenlets: bool | None = None, winsize: tuple[int, int] | None = None) -> tuple[int, int]:
         """Fork with a pseudo-terminal without watching the child, because GEVENT_NOWAITPID is set: :func:`forkpty_gevent`.
+
+        Args:
+            keep_greenlets, winsize: as for :func:`forkpty_gevent`.
 
         Returns:
             (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
 
         Raises:
-            OSError: as forkpty(3).
+            OSError, RuntimeError, TypeError, ValueError, OverflowError: as :func:`forkpty_gevent`.
 
-        Doesn't switch greenlets. Works in any thread's hub.
+        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
         Source: forkpty(3); ``gevent.os.forkpty``.
 
         .. versionadded:: 0.1.0
         """
-        return forkpty_gevent()
+        return forkpty_gevent(keep_greenlets=keep_greenlets, winsize=winsize)
 
 else:
 
@@ -234,9 +394,9 @@ else:
             int: in the parent the child's pid, in the child 0.
 
         Raises:
-            OSError: as fork(2).
+            OSError, RuntimeError: as :func:`fork_and_watch`.
 
-        Doesn't switch greenlets. Works in any thread's hub.
+        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
         Source: fork(2); ``gevent.os.fork``.
 
@@ -253,9 +413,9 @@ else:
             (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
 
         Raises:
-            OSError: as forkpty(3).
+            OSError, RuntimeError: as :func:`forkpty_and_watch`.
 
-        Doesn't switch greenlets. Works in any thread's hub.
+        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
 
         Source: forkpty(3); ``gevent.os.forkpty``.
 

@@ -76,17 +76,14 @@ cdef object wrong_switch(object came_back, str what):
 generation = 0
 
 
-def count_generation():
-    """Run by the interpreter in every forked child."""
+cdef int count_generation() except -1:
+    """In a forked child, first of all."""
     global generation
     cdef PutOffClose later
     generation += 1
     for later in list(_put_off.values()):
         later.forget_other_threads()
     _pool_calls.clear()
-
-
-os.register_at_fork(after_in_child=count_generation)
 
 
 cdef bint is_alive(object loop) noexcept:
@@ -353,9 +350,22 @@ cdef int leave_seat(Wait seat) except -1:
     return 0
 
 
+cdef int inherit(Wait seat) except -1:
+    """In a forked child: who has waited here may be dead, and the watcher stopped."""
+    seat.born = generation
+    if seat.waiter is not None and seat.waiter.dead:
+        seat.waiter = None
+    if seat.is_on and not seat.watcher.active:
+        seat.is_on = False
+        delist(seat)
+    return 0
+
+
 cdef int park_in(Wait seat, str call) except -1:
     """As park(). Whoever comes second, or from another thread, gets a watcher of his own."""
     cdef object current
+    if seat.born != generation:
+        inherit(seat)
     if seat.waiter is not None or seat.hub is not get_hub():
         return park(seat.fd, seat.events, call)
     # The owner has made no attempt. libev aborts the process over a number that somebody closed behind its back.
@@ -363,7 +373,6 @@ cdef int park_in(Wait seat, str call) except -1:
         raise os_error(errno, call, seat.fd)
     current = current_greenlet()
     seat.error = 0
-    seat.born = generation
     seat.waiter = current
     try:
         if seat.may_stay:

@@ -65,7 +65,7 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
     *on_child* is a method of the Popen. Where somebody else has collected the child and its status is lost, it isn't called, since
     it would make up a returncode.
     """
-    from coopos import _children
+    from coopos import _children, _forking
 
     popen = on_child.__self__
 
@@ -77,7 +77,7 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
         else:
             on_child(child)
 
-    pid = _children.fork_process()
+    pid = _forking.fork_process(is_plain=True)
     if pid:
         popen._coopos_child = _children.watch_new(pid, ended, loop._watched_loop, ref)
     return pid
@@ -129,7 +129,7 @@ def _find_replacements() -> list[_Replacement]:
     return found
 
 
-def patch() -> None:
+def patch(*, keep_greenlets: bool | None = None) -> None:
     """Put coopos under a program that uses gevent.
 
     Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
@@ -138,6 +138,11 @@ def patch() -> None:
     are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
+
+    Args:
+        keep_greenlets: what a fork does that isn't told: False, its child has only the greenlet that forked (see
+            :func:`fork_gevent`); True, all of them. None, the default, leaves it as it is: as the last call has said, or
+            COOPOS_KEEP_GREENLETS=0 in the environment, else True.
 
     Doesn't switch greenlets. Call it early, before the program has children.
 
@@ -153,6 +158,10 @@ def patch() -> None:
     if hasattr(os, "fork"):
         popen: Any = gevent_subprocess.Popen
         popen._loop = _LoopOfPopen()
+        if keep_greenlets is not None:
+            from coopos import _fork
+
+            _fork.set_default(keep_greenlets)
 
 
 def unpatch() -> None:

@@ -1,5 +1,6 @@
 # C declarations that Cython's own libc and posix packages lack or lack `nogil` for, grouped by header.
 
+from cpython.object cimport PyObject, PyTypeObject
 from posix.types cimport id_t, off_t, pid_t, uid_t
 
 
@@ -10,6 +11,7 @@ cdef extern from "Python.h":
     void PyOS_AfterFork_Child()
     void PyOS_AfterFork_Parent()
     int PyObject_AsFileDescriptor(object) except -1
+    void Py_Exit(int status)
 
 
 cdef extern from "<limits.h>" nogil:
@@ -26,6 +28,11 @@ cdef extern from "<poll.h>" nogil:
 
 
 cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int SIG_BLOCK, SIG_SETMASK
+    int sigfillset(sigset_t *signals)
+    int pthread_sigmask(int how, const sigset_t *signals, sigset_t *before)
     ctypedef struct siginfo_t:
         pass
 
@@ -75,7 +82,7 @@ cdef extern from "<termios.h>" nogil:
     cdef struct termios:
         pass
     cdef struct winsize:
-        pass
+        unsigned short ws_row, ws_col, ws_xpixel, ws_ypixel
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -134,3 +141,26 @@ cdef extern from "_compat.h" nogil:
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
     void coopos_thread_be_interruptible(void *before)
     void coopos_thread_interrupt(pthread_t thread, const int *bell)
+
+
+cdef extern from "_greenlets.h":
+    ctypedef struct coopos_greenlet "struct coopos_greenlet":
+        void *state
+    ctypedef bint (*coopos_greenlet_is)(coopos_greenlet *)
+    enum:
+        COOPOS_GREENLET_IS_MAIN
+        COOPOS_GREENLET_IS_STARTED
+        COOPOS_GREENLET_IS_ACTIVE
+    coopos_greenlet_is coopos_greenlet_function(int number) except NULL
+    ctypedef struct coopos_finds "struct coopos_finds":
+        PyTypeObject *greenlet
+        PyTypeObject *watcher
+        PyTypeObject *loop
+        PyTypeObject *waiter
+        PyObject *main
+        PyObject **objects
+        Py_ssize_t n
+    bint coopos_knows_lists(Py_ssize_t known)
+    int coopos_find(coopos_finds *finds, bint knows_lists) except -1
+    void coopos_keep_for_good(PyObject *op)
+    void coopos_bind_to(PyObject *method, PyObject *other)

@@ -1,7 +1,7 @@
 """Programs: posix_spawn, the spawn family, system, popen. POSIX only.
 
-Each starts a child, watches it before any greenlet can switch, and waits for it with the wait family. Knows `_children`, `_wait`,
-and the files of `io` by which popen reads and writes.
+Each starts a child, watches it before any greenlet can switch, and waits for it with the wait family. Knows `_children`,
+`_forking`, `_wait`, and the files of `io` by which popen reads and writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gevent.monkey import get_original
 
-from coopos import _children
+from coopos import _children, _forking
 from coopos._wait import waitpid
 from coopos.io import fdopen
 
@@ -73,7 +73,7 @@ def _spawn(mode: int, execute: Callable[..., object], file: StrOrBytesPath, args
         raise TypeError("argv must be a tuple or a list")
     if not args or not args[0]:
         raise ValueError("argv first element cannot be empty")
-    pid = _children.fork_process()
+    pid = _forking.fork_process(is_plain=True)
     if not pid:
         try:
             execute(file, args, *env)
