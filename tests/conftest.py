@@ -8,7 +8,7 @@ from .support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", action="store_true", help="also run what takes an hour: 200,000 children")
+    parser.addoption("--soak", action="store_true", help="also run what takes an hour: 200,000 children, a thousand forks")
     parser.addoption("--soak-children", type=int, default=200_000, metavar="N", help="that many instead")
 
 

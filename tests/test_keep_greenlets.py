@@ -191,6 +191,35 @@ def test_no_greenlet_of_the_parent_runs_in_the_child(place):
 
 
 @each_place
+def test_no_line_that_greenlets_write_is_a_childs(place, request):
+    """However often the process forks: a hundred times, and a thousand with --soak."""
+    run(
+        f"""
+        def write():
+            while True:
+                trace.add()
+                gevent.sleep(0.001)
+
+        def parent():
+            writers = [gevent.spawn(write) for _ in range(4)]
+            gevent.sleep(0)
+            for _ in range({1000 if request.config.getoption("--soak") else 100}):
+                pid = fork()
+                if pid == 0:
+                    gevent.sleep(0)
+                    os._exit(7)
+                assert exit_code(pid) == 7
+            gevent.killall(writers)
+
+        os.register_at_fork(after_in_child=lambda: gevent.sleep(0))
+        at_place(parent)
+        assert trace.of_children() == [] and trace.parents > 100
+        """,
+        place=place,
+    )
+
+
+@each_place
 def test_no_greenlet_of_the_parent_runs_at_the_childs_exit(place):
     run(
         BUSY,
