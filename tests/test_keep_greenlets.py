@@ -326,6 +326,56 @@ def test_a_signal_sent_to_a_child_that_was_just_forked_is_not_its_parents():
     )
 
 
+# ---- with the greenlets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fork", ["coopos.fork", "coopos.fork_gevent", "gevent.os.fork", "gevent.os.fork_gevent"])
+def test_a_child_that_keeps_the_greenlets_has_all_that_gevent_gives_it(fork):
+    """Greenlets that wait, that are queued and that come later, callbacks, timers, signal watchers; the main greenlet too."""
+    run(
+        f"""
+        import gevent.os
+
+        def wait(event):
+            event.wait()
+            trace.add("event")
+
+        def child():
+            event.set()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            gevent.sleep(0.05)
+            os._exit(7)
+
+        def parent():
+            gevent.spawn(trace.add, "queued spawn")
+            get_hub().loop.run_callback(trace.add, "callback")
+            pid = {fork}()
+            if pid == 0:
+                child()
+            gevent.sleep(0.1)
+            assert {fork.rpartition(".")[0]}.waitpid(pid, 0) == (pid, 7 << 8)
+
+        event = gevent.event.Event()
+        waiting = gevent.spawn(wait, event)
+        gevent.signal_handler(signal.SIGUSR1, trace.add, "signal")
+        gevent.sleep(0)
+        gevent.spawn_later(0.01, trace.add, "spawned later")
+        timer = get_hub().loop.timer(0.01)
+        timer.start(trace.add, "timer")
+        forking = gevent.spawn(parent)
+        gevent.sleep(0.02)
+        trace.add("main")
+        forking.get()
+        assert [line.split(None, 1)[1] for line in sorted(trace.of_children())] == [
+            "callback", "event", "main", "queued spawn", "signal", "spawned later", "timer",
+        ]
+        assert trace.parents == 5
+        waiting.kill()
+        timer.close()
+        """
+    )
+
+
 # ---- what works there --------------------------------------------------------------------------------------------------------
 
 
