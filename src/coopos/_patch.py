@@ -7,6 +7,7 @@ what is written at `_NoSigchld`.
 
 from __future__ import annotations
 
+import _imp
 import functools
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,8 +120,12 @@ def _find_replacements() -> list[_Replacement]:
                 # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
                 found.append(_Replacement(os, name, gevents, ours))
     if hasattr(os, "fork"):
+        from coopos import _imports
+
         popen = gevent_subprocess.Popen
         found += [
+            _Replacement(_imp, "acquire_lock", _imports.plain_acquire, _imports.acquire_lock, is_plain=True),
+            _Replacement(_imp, "release_lock", _imports.plain_release, _imports.release_lock, is_plain=True),
             _Replacement(gevent, "fork", gevent.os.fork, coopos.fork),
             _Replacement(gevent_subprocess, "fork_and_watch", gevent.os.fork_and_watch, _fork_and_watch_for_popen),
             _Replacement(popen, "wait", popen.wait, _claiming(popen.wait)),
@@ -134,8 +139,8 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
 
     Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
     rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; and what ``gevent.subprocess`` forks
-    and watches with, so that it installs no SIGCHLD handler any more. Names that other modules have imported before stay as they
-    are. A second call does nothing.
+    and watches with, so that it installs no SIGCHLD handler any more; and the interpreter's import lock, for which a fork waits
+    when another greenlet has it. Names that other modules have imported before stay as they are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 

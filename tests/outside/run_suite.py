@@ -4,7 +4,8 @@
 
 `--patch` says what lies under the tests: `none` is the plain interpreter, the baseline; `gevent` is
 `gevent.monkey.patch_all()` alone, to see what gevent does by itself (it may hang: run it under a timeout);
-`coopos`, the default, is that plus `coopos.patch()`. `--excluded` runs only the tests that the table leaves out.
+`coopos`, the default, is that plus `coopos.patch()`, for some suites with the arguments that the table gives.
+`--excluded` runs only the tests that the table leaves out.
 GEVENT_LOOP and COOPOS_CHILDREN work as everywhere.
 
 Invariants: nothing is imported before the patches that a monkey-patched program would import after them, so the
@@ -15,6 +16,8 @@ not its tests passed: the judgement is the caller's.
 
 import argparse
 import sys
+
+from suites import PATCH_ARGUMENTS, SUITES
 
 #: {top-level package: what to do where a suite is not installed}
 HOW_TO_INSTALL = {
@@ -31,8 +34,8 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def install_patches(patch):
-    """Put *patch* under this interpreter; with coopos, make sure that it really lies there."""
+def install_patches(patch, arguments):
+    """Put *patch* under this interpreter; with coopos, *arguments* are its own, and make sure that it really lies there."""
     if patch == "none":
         return
     import os
@@ -49,7 +52,7 @@ def install_patches(patch):
 
         import coopos
 
-        coopos.patch()
+        coopos.patch(**arguments)
         # A patch() that did nothing would leave gevent's own suites green.
         for name in coopos.__implements__:
             assert getattr(os, name) is getattr(coopos, name), f"os.{name} is not coopos's"
@@ -127,6 +130,25 @@ def pick_tests(module, excluded_names, only_excluded):
     return unittest.TestSuite(test for name, test in by_name.items() if (name in excluded_names) == only_excluded)
 
 
+def collect_warnings():
+    """The warnings that CPython's test.support prints from now on, a list that grows.
+
+    Its flag environment_altered says less: on Python 3.10 any monkey-patched thread sets it, too.
+    """
+    collected = []
+    support = sys.modules.get("test.support")
+    if support is not None:
+        print_warning = support.print_warning
+
+        def collect(message):
+            collected.append(message)
+            print_warning(message)
+
+        support.print_warning = collect
+        vars(collect).update(vars(print_warning))  # newer ones keep the stream in an attribute of the function
+    return collected
+
+
 def run_tests(tests, module):
     """Run *tests*; the outcome as {"passed": [name …], "failed": {name: traceback}, "skipped": {name: reason}}."""
     import unittest
@@ -166,7 +188,7 @@ def describe_environment():
 
 def main(argv):
     args = parse_args(argv)
-    install_patches(args.patch)
+    install_patches(args.patch, PATCH_ARGUMENTS.get(args.module, {}))
     if args.patch == "coopos" and args.module == "gevent.tests.test__fileobject":
         substitute_files()
 
@@ -176,8 +198,6 @@ def main(argv):
     import os
     import signal
     import unittest
-
-    from suites import SUITES
 
     # The caller of a hung run asks where it hangs before ending it. A watchdog thread here would be one more
     # thread for every fork in the suite.
@@ -196,10 +216,10 @@ def main(argv):
     except unittest.SkipTest as exc:
         report["unavailable"] = f"it skips itself: {exc}"
     else:
+        warnings = collect_warnings()
         report.update(run_tests(tests, args.module))
         # Whether a waitpid(-1) found children that nobody had waited for; regrtest, too, holds that against a suite.
-        support = sys.modules.get("test.support")
-        report["left_children"] = bool(getattr(support, "environment_altered", False))
+        report["left_children"] = any("reap_children" in warning for warning in warnings)
     report.update(describe_environment())
 
     sys.stdout.flush()

@@ -1,0 +1,58 @@
+"""The import lock, greenlet by greenlet: a fork waits until no other greenlet has it.
+
+The interpreter takes its import lock before it forks, so that no child finds a module that another thread is half-way through with.
+The lock's owner is a thread: of a greenlet of the same thread it knows nothing. :func:`coopos.patch` has these two functions in
+place of its own, which note who has it. They are no lock between greenlets: an import in the hub could not wait for one.
+"""
+
+from __future__ import annotations
+
+import _imp
+import os
+from typing import Any
+
+from gevent.hub import _get_hub as get_hub_if_exists, sleep  # type: ignore[attr-defined]
+from greenlet import getcurrent
+
+from coopos import _forking
+
+#: How long a fork sleeps until it looks again. Who has the lock may be of another thread, which can't easily wake this hub.
+POLL_S = 0.001
+
+plain_acquire, plain_release = _imp.acquire_lock, _imp.release_lock
+# {greenlet: how many times it has the lock}
+_holds: dict[Any, int] = {}
+
+
+def acquire_lock() -> None:
+    """``_imp.acquire_lock``."""
+    plain_acquire()
+    current = getcurrent()
+    _holds[current] = _holds.get(current, 0) + 1
+
+
+def release_lock() -> None:
+    """``_imp.release_lock``."""
+    current = getcurrent()
+    count = _holds.pop(current, 0)
+    if count > 1:
+        _holds[current] = count - 1
+    plain_release()
+
+
+def is_held_by_others() -> bool:
+    """Whether another greenlet has the lock, and can release it."""
+    if not _holds or not _imp.lock_held():
+        return False
+    current = getcurrent()
+    return any(holder is not current and not holder.dead for holder in list(_holds))
+
+
+def wait_before_fork() -> None:
+    """The last of the at-fork hooks. In the hub, which can't wait, it doesn't."""
+    while is_held_by_others() and getcurrent() is not get_hub_if_exists():
+        sleep(POLL_S)
+
+
+os.register_at_fork(before=wait_before_fork)
+_forking.put_first(wait_before_fork)  # the interpreter calls the first last
