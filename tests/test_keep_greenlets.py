@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from .support import LOOP, run_script
+from .support import LOOP, needs_libev, run_script
 
 PRELUDE = """
 import gc, os, signal, sys, threading, traceback, weakref
@@ -322,6 +322,126 @@ def test_a_signal_sent_to_a_child_that_was_just_forked_is_not_its_parents():
         gevent.signal_handler(signal.SIGTERM, lambda: os._exit(3))
         gevent.sleep(0)
         parent()
+        """
+    )
+
+
+def test_a_greenlet_that_the_child_has_started_does_not_run_in_a_child_of_its_own():
+    """The parent has made it; the fork that follows leaves it behind."""
+    run(
+        """
+        event = gevent.event.Event()
+        made = gevent.Greenlet(lambda: (event.wait(), trace.add("ran")))
+
+        def child():
+            made.start()
+            gevent.sleep(0)
+
+            def grandchild():
+                event.set()
+                gevent.sleep(0.001)
+                assert made.dead
+
+            in_child(grandchild)
+
+        in_child(child)
+        assert trace.of_children() == []
+        """
+    )
+
+
+@each_place
+def test_what_a_hook_makes_before_the_fork_does_not_run_in_the_child(place):
+    """Even if it is the first in its thread to use the hub."""
+    run(
+        """
+        def work():
+            while True:
+                trace.add()
+                gevent.sleep(0)
+
+        def before():
+            gevent.spawn(work)
+            gevent.sleep(0)
+
+        os.register_at_fork(before=before)
+        try:
+            at_place(lambda: in_child(lambda: gevent.sleep(0.001)))
+            assert trace.of_children() == []
+        finally:
+            os._exit(bool(sys.exc_info()[0] and not traceback.print_exc()))
+        """,
+        place=place,
+    )
+
+
+def test_who_waits_for_the_end_of_the_greenlet_that_forks_is_not_told_in_the_child():
+    """Its links are the parent's callbacks."""
+    run(
+        """
+        def parent():
+            pid = fork()
+            if pid:
+                assert exit_code(pid) == 0
+
+        forker = gevent.spawn(parent)
+        forker.rawlink(lambda ended: trace.add("rawlink"))
+        forker.link(lambda ended: trace.add("link"))
+        forker.get()
+        gevent.sleep(0.001)
+        assert trace.of_children() == [] and trace.parents == 2
+        """
+    )
+
+
+def test_a_descriptor_of_the_child_is_not_taken_for_that_of_a_loop_it_has_closed():
+    """When the child forks in its turn, and the number is another file's."""
+    run(
+        """
+        waiting, done = threading.Event(), threading.Event()
+
+        def stay():
+            gevent.sleep(0)
+            waiting.set()
+            done.wait()
+
+        thread = threading.Thread(target=stay)
+        thread.start()
+        waiting.wait()
+        gevent.sleep(0)
+
+        def child():
+            fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+            in_child(lambda: [os.fstat(fd) for fd in fds])
+
+        try:
+            in_child(child)
+        finally:
+            done.set()
+        """
+    )
+
+
+@needs_libev
+def test_a_timer_of_a_hub_that_was_destroyed_does_not_run_in_the_child():
+    """gevent keeps that hub's loop for the next one."""
+    run(
+        """
+        timer = get_hub().loop.timer(0.001)
+        timer.start(trace.add, "timer")
+        get_hub().destroy()
+        in_child(lambda: (gevent.sleep(0.005), get_hub().threadpool.apply(int)))
+        assert trace.of_children() == []
+        """
+    )
+
+
+def test_the_loops_of_other_threads_are_closed_by_a_thread_that_has_no_hub():
+    run(
+        """
+        get_hub().threadpool.apply(int)
+        before = len(os.listdir("/proc/self/fd"))
+        at_place(lambda: in_child(lambda: len(os.listdir("/proc/self/fd")) < before or 1 / 0), "thread")
         """
     )
 
@@ -711,6 +831,79 @@ def test_hooks_in_the_child_may_use_the_hub_and_its_threadpool(keep):
         assert coopos.waitpid(pid, 0) == (pid, 0)
         """
     run_script(textwrap.dedent(source.replace("KEEP", str(keep))))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_hooks_in_the_child_have_the_signal_mask_of_its_parent(keep):
+    """So have the threads that they start; and the mask that they set stays."""
+    run(
+        f"""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGUSR2}})
+        masks = []
+
+        def mask():
+            return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+        def hook():
+            masks.extend([mask(), get_hub().threadpool.apply(mask)])
+            signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGUSR1}})
+
+        os.register_at_fork(after_in_child=hook)
+
+        def child():
+            assert masks == [{{signal.SIGUSR2}}] * 2, masks
+            assert mask() == {{signal.SIGUSR1, signal.SIGUSR2}}
+
+        in_child(child, lambda: coopos.fork(keep_greenlets={keep}))
+        """
+    )
+
+
+PATCHED_FIRST = "import gevent.monkey; gevent.monkey.patch_all()\n"
+
+
+def run_patched(source, place="main"):
+    """gevent.monkey comes first, as it does where an entry point of ours is called by it."""
+    return run_script(PATCHED_FIRST + PRELUDE.format(place=place) + textwrap.dedent(source))
+
+
+def test_forks_take_turns_in_a_program_that_was_patched_before():
+    """What gevent.monkey makes of a thread's own data and lock is a greenlet's."""
+    run_patched(
+        """
+        events = []
+
+        def note(what):
+            events.append(what)
+            gevent.sleep(0)
+
+        os.register_at_fork(before=lambda: note("before"), after_in_parent=lambda: note("after"))
+        gevent.joinall([gevent.spawn(in_child, int) for _ in range(3)], raise_error=True)
+        assert events == ["before", "after"] * 3, events
+        """
+    )
+
+
+@main_thread_places
+def test_a_child_waits_for_its_threads_at_its_end_in_a_program_that_was_patched_before(place):
+    """As the main program does: those that are no daemons end before the atexit functions are called."""
+    printed = run_patched(
+        """
+        import atexit
+
+        def parent():
+            pid = fork()
+            if pid == 0:
+                atexit.register(print, "atexit", flush=True)
+                threading.Thread(target=lambda: (gevent.sleep(0.005), print("thread", flush=True))).start()
+                sys.exit(5)
+            assert exit_code(pid) == 5
+
+        at_place(parent)
+        """,
+        place=place,
+    )
+    assert printed.split() == ["thread", "atexit"]
 
 
 def test_register_at_fork_is_that_of_os_but_in_the_child():

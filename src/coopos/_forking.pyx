@@ -14,7 +14,7 @@ The module knows `_children`, the hub and its loop, and greenlet's object struct
 
 cimport cython
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
-from cpython.ref cimport Py_DECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
 from libc.stdlib cimport free
 from posix.unistd cimport close as c_close, fork as c_fork
@@ -31,14 +31,18 @@ import atexit
 import gc
 import os
 import sys
-from _thread import _local, get_ident
 
+from gevent._config import config
+from gevent._hub_local import get_loop
 from gevent.greenlet import Greenlet
 from gevent.hub import MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, Waiter, _get_hub as get_hub_if_exists, reinit
 from gevent.lock import RLock
+from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
 
+# gevent.monkey, which may have come first, puts a greenlet's where we need a thread's.
+_local, get_ident = get_original("_thread", ["_local", "get_ident"])
 cdef PyTypeObject *_greenlet_type = <PyTypeObject *>greenlet
 cdef coopos_greenlet_is is_main = coopos_greenlet_function(COOPOS_GREENLET_IS_MAIN)
 cdef coopos_greenlet_is is_active = coopos_greenlet_function(COOPOS_GREENLET_IS_ACTIVE)
@@ -66,6 +70,8 @@ def run_as_main(main):
         if main.dead:
             break
         go_on, args = (main.switch, ()) if error is None else (main.throw, (error,))
+    if isinstance(main, Greenlet):
+        main.unlink_all()      # or it tells us once more, while the threads of the program are waited for
     if error is None:
         error = getattr(main, "exception", None)      # a gevent.Greenlet has told it already
         if error is not None and not isinstance(error, SystemExit):
@@ -107,6 +113,7 @@ cdef class Leaving:
     """The parent's greenlets, from before the fork until the child's hub works without them."""
     cdef object current
     cdef object hub
+    cdef object loop           # the thread's
     cdef object main           # the thread's
     cdef object dead           # a greenlet that has ended
     cdef coopos_finds finds
@@ -126,16 +133,28 @@ cdef class Leaving:
         self.dead.switch()
         self.finds.greenlet = _greenlet_type
         self.finds.waiter = <PyTypeObject *>Waiter
+        kind = config.loop
+        self.finds.loop = <PyTypeObject *>kind
+        if self.main is not self.current:
+            self.finds.main = <PyObject *>self.main
+        self.look_for_hub()
+
+    cdef int look_for_hub(self) except -1:
+        """In the parent, also when the at-fork hooks have run: the thread may have had no hub before, or another."""
+        self.hub = get_hub_if_exists()
         if self.hub is not None:
             self.dead.parent = self.hub
-            loop = self.hub.loop
+            self.loop = self.hub.loop
+        else:
+            self.loop = get_loop()         # of a hub that was destroyed; the next one has it again
+        if self.loop is not None:
+            loop = self.loop
             kind = type(loop)
             self.finds.loop = <PyTypeObject *>kind
             if not hasattr(loop, "_keepaliveset"):
                 kind = loop.WatcherType
                 self.finds.watcher = <PyTypeObject *>kind
-        if self.main is not self.current:
-            self.finds.main = <PyObject *>self.main
+        return 0
 
     def __dealloc__(self):
         cdef Py_ssize_t i
@@ -158,10 +177,12 @@ cdef class Leaving:
             each = <coopos_greenlet *>self.finds.objects[i]
             if PyObject_TypeCheck(<object>self.finds.objects[i], _greenlet_type) and not (
                     <PyObject *>each == <PyObject *>self.current or <PyObject *>each == <PyObject *>self.hub):
-                if is_active(each) or not is_started(each):
+                if is_active(each):
                     coopos_keep_for_good(<PyObject *>each)
-                    if is_active(each) and not is_main(each):
+                    if not is_main(each):
                         each.state = (<coopos_greenlet *>self.dead).state
+                elif not is_started(each):
+                    Py_INCREF(<object>each)        # known to the collector: who starts it here has it left behind in a fork
         return 0
 
     cdef int empty_loops(self) except -1:
@@ -174,16 +195,18 @@ cdef class Leaving:
             if self.finds.watcher != NULL and PyObject_TypeCheck(each, self.finds.watcher):
                 self.stop(each)
             elif self.finds.loop != NULL and PyObject_TypeCheck(each, self.finds.loop):
-                if each is not self.hub.loop:
+                if each is not self.loop:
                     close_loop(each)
             elif isinstance(each, Waiter):
                 if each.greenlet is self.main:
                     each.clear()
             else:
                 coopos_bind_to(<PyObject *>each, <PyObject *>self.dead)
-        if self.hub is None:
+        loop = self.loop
+        if loop is None or not loop.ptr:
             return 0
-        loop = self.hub.loop
+        if self.hub is None:
+            loop.reinit()
         for callback in list(loop._callbacks):
             callback.stop()
         if hasattr(loop, "_keepaliveset"):
@@ -194,7 +217,7 @@ cdef class Leaving:
 
     cdef int stop(self, watcher) except -1:
         """Stop a watcher of this thread's loop, unless it is there to run in a forked child."""
-        loop = self.hub.loop
+        loop = self.loop
         if watcher.loop is not loop or type(watcher).__name__ == "fork":
             return 0
         for part in list(getattr(watcher, "_multiplex_watchers", ())):
@@ -214,6 +237,7 @@ cdef class Leaving:
         if self.hub is not None:
             self.hub.parent = stand_in
         if isinstance(self.current, Greenlet):
+            self.current.unlink_all()      # who wanted to know of its end is in the parent
             self.current.rawlink(lambda ended: stand_in.switch())      # its parent has to be the hub
         else:
             self.current.parent = stand_in
@@ -226,7 +250,9 @@ cdef int close_loop(loop) except -1:
         return 0
     if hasattr(loop, "_keepaliveset"):
         # libuv can't take down a loop that is in the middle of its run: its epoll descriptor, which holds others' files open.
+        # Once: a fork of the child finds the loop again, and the number may be another file's.
         c_close(loop.fileno())
+        loop._ptr = None
     else:
         loop.destroy()
     return 0
@@ -239,6 +265,7 @@ class _Turn(_local):
 
     def __init__(self):
         self.lock = RLock()
+        self.leaving = []          # what the forks under way leave, the innermost first: a hook may fork
 
 
 _turn = _Turn()
@@ -247,6 +274,24 @@ _hooks = []                    # to run in a child whose hub works
 cdef bint _is_reviving = False
 cdef Leaving _leaving = None
 cdef object _failure = None
+# What fork_now() has blocked in the child, and the signal mask to go back to.
+cdef bint _is_blocking = False
+cdef sigset_t _signals
+
+
+def prepare():
+    """Before a fork, the last of the hooks: what they have done is to be left behind, too."""
+    under_way = _turn.leaving
+    if under_way and under_way[0] is not None:
+        (<Leaving>under_way[0]).look_for_hub()
+
+
+cdef int unblock_signals() except -1:
+    global _is_blocking
+    if _is_blocking:
+        _is_blocking = False
+        pthread_sigmask(SIG_SETMASK, &_signals, NULL)
+    return 0
 
 
 def revive():
@@ -255,6 +300,7 @@ def revive():
     count_generation()
     forget_parent()
     if not _is_reviving:
+        unblock_signals()
         return
     _is_reviving = False
     leaving, _leaving = _leaving, None
@@ -266,12 +312,15 @@ def revive():
             (<Leaving>leaving).replace_main()
     except BaseException as ex:
         _failure = ex          # the interpreter would print it and go on
+    finally:
+        unblock_signals()      # the hooks start threads and programs, and set masks of their own
 
 
 def put_first(hook):
-    """Have the at-fork hook *hook*, registered this moment, run in a child before all those that were registered earlier.
+    """Have the at-fork hook *hook*, registered this moment, be the first in the list.
 
-    They may use the hub. The interpreter has no call for it, but its list of hooks is an object like others.
+    In a child it runs before all those that were registered earlier: they may use the hub. Before a fork it runs after them. The
+    interpreter has no call for it, but its list of hooks is an object like others.
     """
     for hooks in gc.get_referrers(hook):
         if type(hooks) is list and hook in hooks:
@@ -279,7 +328,8 @@ def put_first(hook):
             hooks.insert(0, hook)
 
 
-os.register_at_fork(after_in_child=revive)
+os.register_at_fork(before=prepare, after_in_child=revive)
+put_first(prepare)
 put_first(revive)
 
 
@@ -317,11 +367,12 @@ cdef tuple fork_any(const char *event, bint keep_greenlets, bint is_plain, bint 
 
 
 cdef tuple fork_now(bint is_plain, Leaving leaving, bint has_pty, winsize *window):
-    global _is_reviving, _leaving, _failure
+    global _is_reviving, _leaving, _failure, _is_blocking, _signals
     cdef int pid, err
     cdef int master = -1
     cdef sigset_t all_signals, signals
     sigfillset(&all_signals)
+    _turn.leaving.insert(0, leaving)
     PyOS_BeforeFork()
     # From here to AfterFork there is no way back into the interpreter's main loop: a starting thread that got the GIL in between
     # would wait for the forker's locks, and the forker for the GIL.
@@ -335,6 +386,7 @@ cdef tuple fork_now(bint is_plain, Leaving leaving, bint has_pty, winsize *windo
         # A hook that waits lets others collect any child that has ended.
         note = note_new(pid) if pid > 0 else None
         PyOS_AfterFork_Parent()
+        _turn.leaving.pop(0)
         take_note(note)
         if pid < 0:
             raise os_error(err, "forkpty" if has_pty else "fork", "")
@@ -346,8 +398,11 @@ cdef tuple fork_now(bint is_plain, Leaving leaving, bint has_pty, winsize *windo
         _failure = ex
     _is_reviving = not is_plain
     _leaving = leaving
+    _is_blocking = True
+    _signals = signals
     PyOS_AfterFork_Child()
-    pthread_sigmask(SIG_SETMASK, &signals, NULL)
+    unblock_signals()
+    _turn.leaving.pop(0)
     failure, _failure = _failure, None
     if failure is not None:
         raise failure

@@ -132,7 +132,12 @@ static inline int coopos_knows_lists(Py_ssize_t known)
 /* Look at every object that the garbage collector knows, greenlets among them. -1 with an exception set. */
 static inline int coopos_find(struct coopos_finds *finds, int knows_lists)
 {
-    if (!knows_lists || coopos_walk(coopos_look_at, finds) < 0) {
+    /* Up to Python 3.11 an allocation may start a collection, which frees greenlets. */
+    int is_enabled = PyGC_Disable();
+    Py_ssize_t n = knows_lists ? coopos_walk(coopos_look_at, finds) : -1;
+    if (is_enabled)
+        PyGC_Enable();
+    if (n < 0) {
         Py_ssize_t i;
         PyObject *all = NULL;
         PyObject *gc = PyImport_ImportModule("gc");
