@@ -79,7 +79,7 @@ def fork_large(implementation: str, size_mb: int, quick: bool) -> Iterator[Sampl
         fork, wait = partial(spawn, library), library.waitpid
     else:
         fork, wait = forks_of(implementation)
-    yield lambda: time_forks(fork, wait, 3 if quick else 20)
+    yield lambda: time_forks(fork, wait, 3 if quick else 10)
     del objects
 
 
@@ -107,6 +107,6 @@ register(
         metrics={"call": "the call: nothing else runs", "whole": "until the child was waited for"},
         implementations={name: partial(fork_large, name) for name in (OURS, WITHOUT, SPAWN, GEVENT, OS)},
         targets=(Target("call", GEVENT, at_most=1.1),),
-        repeat=3,
+        repeat=1,
     )
 )
