@@ -123,8 +123,7 @@ cdef class Leaving:
         if not _knows_greenlet:
             raise NotImplementedError("keep_greenlets=False: not with this version of greenlet")
         self.current = getcurrent()
-        self.hub = get_hub_if_exists()
-        if self.hub is self.current:
+        if get_hub_if_exists() is self.current:
             raise RuntimeError("keep_greenlets=False: there is no greenlet to keep in a callback of the hub")
         self.main = self.current
         while self.main.parent is not None:
@@ -133,27 +132,22 @@ cdef class Leaving:
         self.dead.switch()
         self.finds.greenlet = _greenlet_type
         self.finds.waiter = <PyTypeObject *>Waiter
-        kind = config.loop
-        self.finds.loop = <PyTypeObject *>kind
         if self.main is not self.current:
             self.finds.main = <PyObject *>self.main
-        self.look_for_hub()
 
     cdef int look_for_hub(self) except -1:
-        """In the parent, also when the at-fork hooks have run: the thread may have had no hub before, or another."""
+        """In the parent, when the at-fork hooks have run: the thread may have had no hub before, or another."""
         self.hub = get_hub_if_exists()
         if self.hub is not None:
             self.dead.parent = self.hub
             self.loop = self.hub.loop
         else:
             self.loop = get_loop()         # of a hub that was destroyed; the next one has it again
-        if self.loop is not None:
-            loop = self.loop
-            kind = type(loop)
-            self.finds.loop = <PyTypeObject *>kind
-            if not hasattr(loop, "_keepaliveset"):
-                kind = loop.WatcherType
-                self.finds.watcher = <PyTypeObject *>kind
+        kind = config.loop if self.loop is None else type(self.loop)
+        self.finds.loop = <PyTypeObject *>kind
+        if self.loop is not None and not hasattr(self.loop, "_keepaliveset"):
+            kind = self.loop.WatcherType
+            self.finds.watcher = <PyTypeObject *>kind
         return 0
 
     def __dealloc__(self):
@@ -272,7 +266,6 @@ _turn = _Turn()
 _hooks = []                    # to run in a child whose hub works
 # In a forked child, until its hub works.
 cdef bint _is_reviving = False
-cdef Leaving _leaving = None
 cdef object _failure = None
 # What fork_now() has blocked in the child, and the signal mask to go back to.
 cdef bint _is_blocking = False
@@ -281,9 +274,9 @@ cdef sigset_t _signals
 
 def prepare():
     """Before a fork, the last of the hooks: what they have done is to be left behind, too."""
-    under_way = _turn.leaving
-    if under_way and under_way[0] is not None:
-        (<Leaving>under_way[0]).look_for_hub()
+    cdef Leaving leaving = _turn.leaving[0] if _turn.leaving else None      # another's fork, or one that leaves nothing
+    if leaving is not None:
+        leaving.look_for_hub()
 
 
 cdef int unblock_signals() except -1:
@@ -296,20 +289,21 @@ cdef int unblock_signals() except -1:
 
 def revive():
     """In a forked child, by whoever it was forked: the first of the at-fork hooks."""
-    global _is_reviving, _leaving, _failure
+    global _is_reviving, _failure
+    cdef Leaving leaving
     count_generation()
     forget_parent()
     if not _is_reviving:
         unblock_signals()
         return
     _is_reviving = False
-    leaving, _leaving = _leaving, None
     try:
         reinit()
         forget_parent_loops()
+        leaving = _turn.leaving[0]
         if leaving is not None:
-            (<Leaving>leaving).empty_loops()
-            (<Leaving>leaving).replace_main()
+            leaving.empty_loops()
+            leaving.replace_main()
     except BaseException as ex:
         _failure = ex          # the interpreter would print it and go on
     finally:
@@ -367,7 +361,7 @@ cdef tuple fork_any(const char *event, bint keep_greenlets, bint is_plain, bint 
 
 
 cdef tuple fork_now(bint is_plain, Leaving leaving, bint has_pty, winsize *window):
-    global _is_reviving, _leaving, _failure, _is_blocking, _signals
+    global _is_reviving, _failure, _is_blocking, _signals
     cdef int pid, err
     cdef int master = -1
     cdef sigset_t all_signals, signals
@@ -397,7 +391,6 @@ cdef tuple fork_now(bint is_plain, Leaving leaving, bint has_pty, winsize *windo
     except BaseException as ex:
         _failure = ex
     _is_reviving = not is_plain
-    _leaving = leaving
     _is_blocking = True
     _signals = signals
     PyOS_AfterFork_Child()
