@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import importlib
 import mmap
-import os
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 from benchmarks._forked import closing_gate, load_alike, need_children
-from benchmarks._model import GEVENT, OS, OURS, Benchmark, Sample, Sampler, Target, register
+from benchmarks._model import GEVENT, OS, OURS, Benchmark, Sampler, Target, register
+from benchmarks.one_child import FORK_METRICS, FORKS, time_forks
 
 WITHOUT = f"{OURS}, keep_greenlets=False"
 SPAWN = f"{OURS}.posix_spawn"
-FORKS = 200
 PROGRAM = "/bin/true"
 MB = 1 << 20
-
-
-def time_forks(fork: Callable[[], int], wait: Callable[[int, int], object], count: int) -> Sample:
-    """Medians over `count` forks one after the other, of children that end at once."""
-    calls, wholes = [], []
-    for _ in range(count):
-        start = perf_counter()
-        pid = fork()
-        if pid == 0:
-            os._exit(0)
-        calls.append(perf_counter() - start)
-        wait(pid, 0)
-        wholes.append(perf_counter() - start)
-    return {"call": statistics.median(calls), "whole": statistics.median(wholes)}
 
 
 def forks_of(implementation: str) -> tuple[Callable[[], int], Callable[[int, int], object]]:
@@ -90,7 +73,7 @@ register(
         case_label="{} greenlets and children",
         cases=(0, 100, 4000),
         quick_cases=(0, 100),
-        metrics={"call": "the call of fork", "whole": "fork, _exit in the child, waitpid"},
+        metrics=FORK_METRICS,
         implementations={name: partial(fork_greenlets, name) for name in (OURS, WITHOUT, GEVENT, OS)},
         targets=(Target("whole", GEVENT, at_most=1.1),),
         repeat=5,
@@ -104,9 +87,9 @@ register(
         case_label="{} MB resident",
         cases=(100, 2000),
         quick_cases=(100,),
-        metrics={"call": "the call: nothing else runs", "whole": "until the child was waited for"},
+        metrics={**FORK_METRICS, "fork": "the call: nothing else runs", "whole": "until the child was waited for"},
         implementations={name: partial(fork_large, name) for name in (OURS, WITHOUT, SPAWN, GEVENT, OS)},
-        targets=(Target("call", GEVENT, at_most=1.1),),
+        targets=(Target("fork", GEVENT, at_most=1.1),),
         repeat=1,
     )
 )

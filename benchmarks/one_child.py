@@ -28,6 +28,11 @@ from benchmarks._forked import (
 from benchmarks._model import GEVENT, OS, OURS, Benchmark, Sample, Sampler, Target, register
 
 FORKS = 200
+FORK_METRICS = {
+    "fork": "the call of fork",
+    "fork_cpu": "the call of fork, CPU time",
+    "whole": "fork, _exit in the child, waitpid",
+}
 LIFE_S = 0.003  # the waiter is parked by then
 WARM_UP = 10
 PROGRAM = ("/bin/sleep", "60")
@@ -44,21 +49,21 @@ def fork_live(implementation: str, live: int, quick: bool) -> Iterator[Sampler]:
         for _ in range(live):
             gate.fork(library.fork)
         gate.wait_until_held()
-        yield lambda: time_forks(library, FORKS // 5 if quick else FORKS)
+        yield lambda: time_forks(library.fork, library.waitpid, FORKS // 5 if quick else FORKS)
 
 
-def time_forks(library: Any, count: int) -> Sample:
-    """Medians over `count` forks one after the other, as the parent sees them."""
+def time_forks(fork: Callable[[], int], wait: Callable[[int, int], object], count: int) -> Sample:
+    """Medians over `count` forks one after the other, of children that end at once, as the parent sees them."""
     calls, cpu_calls, wholes = [], [], []
     for _ in range(count):
         cpu_start = process_time()
         start = perf_counter()
-        pid = library.fork()
+        pid = fork()
         if pid == 0:
             os._exit(0)
         calls.append(perf_counter() - start)
         cpu_calls.append(process_time() - cpu_start)
-        library.waitpid(pid, 0)
+        wait(pid, 0)
         wholes.append(perf_counter() - start)
     return {
         "fork": statistics.median(calls),
@@ -188,11 +193,7 @@ register(
         case_label="{} live child(ren)",
         cases=(1, 4000),
         quick_cases=(1, 1000),
-        metrics={
-            "fork": "the call of fork",
-            "fork_cpu": "the call of fork, CPU time",
-            "whole": "fork, _exit in the child, waitpid",
-        },
+        metrics=FORK_METRICS,
         implementations={name: partial(fork_live, name) for name in (OURS, GEVENT, OS)},
         targets=(Target("fork", OS, at_most=1.3, cases=(4000,)),),
         repeat=5,

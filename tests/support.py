@@ -233,6 +233,39 @@ def run_script(source, *, may_complain=False, timeout_s=DEADLINE_S * 2, under=()
     return out
 
 
+#: For scripts that fork: how a child says that something is wrong. They have imported os, sys, traceback and coopos, and named the
+#: function that forks *fork*.
+IN_CHILD = """
+def in_child(function, fork=fork):
+    '''Run function() in a forked child; what it raises there is printed, and is a failure here.'''
+    pid = fork()
+    if pid == 0:
+        run_and_exit(function)
+    assert coopos.waitpid(pid, 0) == (pid, 0)
+
+
+def run_and_exit(function):
+    status = 1
+    try:
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def raises(error, function, *args):
+    try:
+        result = function(*args)
+    except error:
+        return True
+    raise AssertionError(f"no {error.__name__}, but {result!r}")
+"""
+
+
 def kill_group(pgid):
     """SIGKILL to all that is left of a process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -11,7 +11,7 @@ import pytest
 import coopos
 
 from .children import needs_pidfds
-from .support import LOOP, error_of, run_script
+from .support import IN_CHILD, LOOP, error_of, run_script
 
 PRELUDE = """
 import fcntl, gc, os, signal, sys, threading, traceback
@@ -19,6 +19,7 @@ import gevent, psutil, coopos
 from gevent.hub import get_hub
 
 STATUS = 7 << 8
+fork = coopos.fork
 
 
 def fork_living(fork=coopos.fork, **kwargs):
@@ -49,35 +50,6 @@ def fork_dead(fork=coopos.fork, **kwargs):
 
 def until_dead(pid):
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-
-
-def in_child(function, fork=coopos.fork):
-    '''Run function() in a forked child; what it raises there is printed, and is a failure here.'''
-    pid = fork()
-    if pid == 0:
-        run_and_exit(function)
-    assert coopos.waitpid(pid, 0) == (pid, 0)
-
-
-def run_and_exit(function):
-    status = 1
-    try:
-        function()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def raises(error, function, *args):
-    try:
-        result = function(*args)
-    except error:
-        return True
-    raise AssertionError(f"no {error.__name__}, but {result!r}")
 
 
 def until(holds):
@@ -114,7 +86,7 @@ gevent.sleep(0)
 
 
 def run(source, **kwargs):
-    return run_script(PRELUDE + textwrap.dedent(source), **kwargs)
+    return run_script(PRELUDE + IN_CHILD + textwrap.dedent(source), **kwargs)
 
 
 # ---- in the parent -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from .support import LOOP, needs_libev, run_script
+from .support import IN_CHILD, LOOP, needs_libev, run_script
 
 PRELUDE = """
 import gc, os, signal, sys, threading, traceback, weakref
@@ -26,22 +26,6 @@ def fork(**kwargs):
 
 def exit_code(pid):
     return os.waitstatus_to_exitcode(coopos.waitpid(pid, 0)[1])
-
-
-def in_child(function, fork=fork):
-    '''Run function() in a forked child; what it raises there is printed, and is a failure here.'''
-    pid = fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    assert exit_code(pid) == 0
 
 
 def at_place(function, place=PLACE):
@@ -100,7 +84,7 @@ main_thread_places = pytest.mark.parametrize("place", ["main", "spawned", "raw"]
 
 
 def run(*sources, place="main", **kwargs):
-    return run_script(PRELUDE.format(place=place) + "".join(map(textwrap.dedent, sources)), **kwargs)
+    return run_script(PRELUDE.format(place=place) + IN_CHILD + "".join(map(textwrap.dedent, sources)), **kwargs)
 
 
 # ---- what doesn't happen there -----------------------------------------------------------------------------------------------
@@ -865,7 +849,7 @@ PATCHED_FIRST = "import gevent.monkey; gevent.monkey.patch_all()\n"
 
 def run_patched(source, place="main"):
     """gevent.monkey comes first, as it does where an entry point of ours is called by it."""
-    return run_script(PATCHED_FIRST + PRELUDE.format(place=place) + textwrap.dedent(source))
+    return run_script(PATCHED_FIRST + PRELUDE.format(place=place) + IN_CHILD + textwrap.dedent(source))
 
 
 def test_forks_take_turns_in_a_program_that_was_patched_before():
@@ -921,11 +905,7 @@ def test_register_at_fork_is_that_of_os_but_in_the_child():
         in_child(lambda: events == ["before", "child"] or 1 / 0)
         assert events == ["before", "parent"]
         for wrong in ({}, {"before": 1}, {"after_in_child": 1}, {"after_in_parent": 1}):
-            try:
-                coopos.register_at_fork(**wrong)
-            except TypeError:
-                continue
-            raise AssertionError(wrong)
+            assert raises(TypeError, lambda: coopos.register_at_fork(**wrong)), wrong
         """
     )
 
@@ -960,12 +940,7 @@ def test_a_child_that_was_collected_while_a_hook_waits_is_known(watched):
         else:
             pid = fork_and_die(coopos.fork_gevent)
         assert stolen == [(pid, 5 << 8)]
-        try:
-            coopos.waitpid(pid, 0)
-        except ChildProcessError:
-            pass
-        else:
-            raise AssertionError("told twice")
+        assert raises(ChildProcessError, coopos.waitpid, pid, 0), "told twice"
         """
     )
 
