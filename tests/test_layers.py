@@ -18,7 +18,8 @@ LAYERS = [
     {"_imports"},
     {"_fork", "_threadpool", "_patch"},
     {"io", "_copying"},
-    {"_programs", "subprocess"},
+    {"subprocess"},
+    {"_programs"},
     {"__init__"},
     {"_doctor"},
     {"__main__"},
@@ -40,7 +41,8 @@ GEVENT = {
     },
     "_imports": {"gevent.hub", "greenlet"},
     "_fork": {"gevent.os", "gevent._config"},
-    "_programs": {"gevent.lock", "gevent.monkey"},
+    "_programs": {"gevent.monkey"},
+    "subprocess": {"gevent.event", "gevent.hub", "gevent.monkey", "gevent.timeout"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},
@@ -48,7 +50,7 @@ GEVENT = {
     "__main__": {"gevent.monkey"},
 }
 #: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
-LAZILY_UPWARD = {"_patch": {"__init__", "_fork"}, "__init__": {"_doctor"}}
+LAZILY_UPWARD = {"_patch": {"__init__", "_fork", "subprocess"}, "__init__": {"_doctor"}}
 
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py*") if path.suffix in (".py", ".pyx"))
 each_module = pytest.mark.parametrize("module", MODULES)

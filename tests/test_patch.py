@@ -22,6 +22,7 @@ REPLACED_IN_GEVENT_OS = [
     *["make_nonblocking", "nb_read", "nb_write", "tp_read", "tp_write"],
     *OURS_ALONE,
 ]
+SUBPROCESS = ["CompletedProcess", "Popen", "call", "check_call", "check_output", "run"]
 
 #: gevent.monkey first, as programs do. Whatever is imported after it sees the patched modules.
 PATCHED = """
@@ -71,8 +72,8 @@ import os, sys
 before = {{}}
 
 def snapshot():
-    import gevent, gevent.os, gevent.subprocess
-    modules = [gevent, gevent.os, gevent.subprocess, os]
+    import gevent, gevent.os, gevent.subprocess, subprocess
+    modules = [gevent, gevent.os, gevent.subprocess, os, subprocess]
     found = [(module, name, value) for module in modules for name, value in vars(module).items()]
     return {{(module.__name__, name): value for module, name, value in found if type(value) is not type(os)}}
 
@@ -81,7 +82,9 @@ def changed(one, other):
 
 IN_GEVENT_OS = [("gevent.os", name) for name in {sorted(REPLACED_IN_GEVENT_OS)}]
 IN_OS = [("os", name) for name in {sorted(REPLACED_IN_OS)}]
+IN_SUBPROCESS = [("subprocess", name) for name in {SUBPROCESS}]
 ELSEWHERE = [("gevent", "fork"), ("gevent.subprocess", "fork_and_watch")]
+ELSEWHERE += [("gevent.subprocess", name) for name in {[*SUBPROCESS, "getoutput", "getstatusoutput"]}]
 """
 
 
@@ -92,7 +95,7 @@ def run_names(source, **kwargs):
 
 
 def test_patch_under_monkey():
-    """It replaces what gevent.os has, what gevent.monkey has put into os, and two names elsewhere; nothing else."""
+    """It replaces what gevent.os and gevent.subprocess have and what gevent.monkey has put into os and subprocess; nothing else."""
     run_names("""
         from gevent import monkey
         monkey.patch_all()
@@ -101,14 +104,14 @@ def test_patch_under_monkey():
         assert changed(before, snapshot()) == []
         coopos.patch()
         after = snapshot()
-        assert changed(before, after) == sorted(IN_GEVENT_OS + IN_OS + ELSEWHERE), changed(before, after)
+        assert changed(before, after) == sorted(IN_GEVENT_OS + IN_OS + IN_SUBPROCESS + ELSEWHERE), changed(before, after)
         for module, name in IN_GEVENT_OS + IN_OS + [("gevent", "fork")]:
             assert after[module, name] is getattr(coopos, name), (module, name)
     """)
 
 
 def test_patch_without_monkey():
-    """os is left alone where gevent.monkey has not patched it."""
+    """os and subprocess are left alone where gevent.monkey has not patched them."""
     run_names("""
         before = snapshot()
         import coopos
@@ -163,7 +166,7 @@ def test_patch_and_unpatch_any_number_of_times(calls, monkey):
         import coopos
         for call in {calls!r}:
             {{"p": coopos.patch, "u": coopos.unpatch}}[call]()
-        expected = IN_GEVENT_OS + ELSEWHERE + (IN_OS if {monkey} else [])
+        expected = IN_GEVENT_OS + ELSEWHERE + (IN_OS + IN_SUBPROCESS if {monkey} else [])
         assert changed(before, snapshot()) == (sorted(expected) if {calls[-1]!r} == "p" else [])
         assert (dict(vars(gevent.subprocess.Popen)) == attributes) is ({calls[-1]!r} == "u")
     """)

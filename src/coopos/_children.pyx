@@ -18,9 +18,10 @@ child in one loop, by either; a Child is the record of one child, with a Watch i
 cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport ECHILD, EINTR, EINVAL, ESRCH, errno
+from libc.errno cimport ECHILD, EINTR, EINVAL, ENOSYS, ESRCH, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
+from posix.signal cimport kill
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgid, getuid
 
@@ -28,7 +29,7 @@ from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_er
 from coopos._posix cimport (
     COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, Report, WEXITED, WNOWAIT, coopos_bell_close,
     coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode,
-    coopos_pidfd_open, coopos_pidfd_reaped, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm,
+    coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm,
     coopos_thread_start, coopos_wait, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t,
     waitid)
 
@@ -697,6 +698,32 @@ cdef class Child:
 
     def close(self):
         """Do nothing: see :meth:`stop`."""
+
+    def look(self):
+        """Ask the kernel, without waiting, whether it has ended; so :attr:`rpid` tells it before the hub has seen it."""
+        self.collect(False)
+
+    def join(self):
+        """Park in this thread's hub until it has ended. Nobody's status is taken: any number of greenlets and threads may wait."""
+        self.collect(False)
+        while self.state == ALIVE:
+            self.wait()
+            self.collect(False)
+
+    def send_signal(self, signum):
+        """kill(2), never to another process that has got its pid. Nothing is sent, and nothing raised, once it has ended."""
+        cdef int number = as_int(signum)
+        cdef int pidfd, rc
+        self.collect(False)
+        if self.state != ALIVE:
+            return
+        pidfd = self.pidfd()
+        rc = coopos_pidfd_signal(pidfd, number) if pidfd >= 0 else -1
+        # A child that was not collected keeps its pid.
+        if pidfd < 0 or (rc < 0 and errno == ENOSYS):
+            rc = kill(self.pid, number)
+        if rc < 0 and errno != ESRCH:
+            raise os_error(errno, "kill", self.pid)
 
     def claim_status(self):
         """Take the status, if it is there and nobody has: who waits for the child from now on gets ChildProcessError."""

@@ -46,6 +46,9 @@ enum { HAVE_PIDFD = 0 };
 #if defined(__linux__) && !defined(SYS_pidfd_open)
 #  define SYS_pidfd_open 434
 #endif
+#if defined(__linux__) && !defined(SYS_pidfd_send_signal)
+#  define SYS_pidfd_send_signal 424
+#endif
 #if defined(__linux__) && !defined(SYS_close_range)
 #  define SYS_close_range 436
 #endif
@@ -208,6 +211,18 @@ static inline int coopos_pidfd_open(pid_t pid)
     return (int)syscall(SYS_pidfd_open, pid, 0);   /* always close-on-exec */
 #else
     (void)pid;
+    return coopos_unsupported();
+#endif
+}
+
+/* kill(2) for the process behind a pidfd, which no other that has got its number can be. */
+static inline int coopos_pidfd_signal(int pidfd, int signum)
+{
+#if defined(__linux__)
+    return (int)syscall(SYS_pidfd_send_signal, pidfd, signum, NULL, 0);
+#else
+    (void)pidfd;
+    (void)signum;
     return coopos_unsupported();
 #endif
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import _imp
 import functools
 import os
+import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gevent.os
@@ -120,9 +121,15 @@ def _find_replacements() -> list[_Replacement]:
                 # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
                 found.append(_Replacement(os, name, gevents, ours))
     if hasattr(os, "fork"):
-        from coopos import _imports
+        from coopos import _imports, subprocess as coopos_subprocess
 
         popen = gevent_subprocess.Popen
+        for name in coopos_subprocess.__all__:
+            gevents, ours = getattr(gevent_subprocess, name), getattr(coopos_subprocess, name)
+            if name in gevent_subprocess.__implements__:
+                found.append(_Replacement(subprocess, name, gevents, ours))
+            if ours is not gevents:
+                found.append(_Replacement(gevent_subprocess, name, gevents, ours))
         found += [
             _Replacement(_imp, "acquire_lock", _imports.plain_acquire, _imports.acquire_lock, is_plain=True),
             _Replacement(_imp, "release_lock", _imports.plain_release, _imports.release_lock, is_plain=True),

@@ -112,6 +112,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_wait(idtype_t idtype, id_t id, int options, Report *report)
     int coopos_peek(pid_t pid)
     int coopos_pidfd_open(pid_t pid)
+    int coopos_pidfd_signal(int pidfd, int signum)
     int coopos_collect_pidfd(int pidfd, Report *report)
     int coopos_pidfd_reaped(int pidfd, Report *report)
     pid_t coopos_pidfd_pid(int pidfd)

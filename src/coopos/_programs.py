@@ -1,15 +1,12 @@
 """Programs: posix_spawn, the spawn family, system, popen. POSIX only.
 
 Each starts a child, watches it before any greenlet can switch, and waits for it with the wait family. Knows `_children`,
-`_forking`, `_wait`, and the files of `io` by which popen reads and writes.
+`_forking`, `_wait` and `subprocess`, which starts the shells.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
-import importlib.util
-import io
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +15,7 @@ from gevent.monkey import get_original
 
 from coopos import _children, _forking
 from coopos._wait import waitpid
-from coopos.io import fdopen
+from coopos.subprocess import PIPE, Popen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -281,24 +278,17 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 # ---- shell commands ----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _plain_subprocess() -> Any:
-    """A :mod:`subprocess` of our own, which starts programs as the stdlib does even where gevent has patched the world's."""
-    spec: Any = importlib.util.find_spec("subprocess")
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    # It would hand on os.environ in place of the environment that C code sees.
-    module._USE_POSIX_SPAWN = False
-    return module
+class _Shell(Popen[Any]):
+    """A shell, which gets the environment that C code sees, as system(3) hands it on."""
+
+    _may_posix_spawn = False
 
 
-def _start_shell(name: str, command: str | bytes, **kwargs: Any) -> int:
-    """Start a shell, called *name*, and watch it; its pid."""
-    process = _plain_subprocess().Popen((name, "-c", command), executable="/bin/sh", **kwargs)
-    _children.watch_new(process.pid)
-    process.returncode = 0  # it is ours to wait for
-    pid: int = process.pid
-    return pid
+class _SystemShell(_Shell):
+    """Its child is waitpid's, by whomever it is called."""
+
+    def _watch(self, pid: int) -> None:
+        _children.watch_new(pid)
 
 
 def system(command: StrOrBytesPath) -> int:
@@ -325,7 +315,7 @@ def system(command: StrOrBytesPath) -> int:
     argument = os.fsencode(command)
     sys.audit("os.system", argument)
     try:
-        pid = _start_shell("sh", argument, close_fds=False, restore_signals=False)
+        pid = _SystemShell(("sh", "-c", argument), executable="/bin/sh", close_fds=False, restore_signals=False).pid
     except OSError as ex:
         return -1 if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE) else 127 << 8
     try:
@@ -337,21 +327,14 @@ def system(command: StrOrBytesPath) -> int:
 class _PopenFile:
     """What popen returns: the text file of a pipe, whose close() waits for the command at the other end."""
 
-    def __init__(self, stream: Any, pid: int) -> None:
-        from gevent.lock import RLock
-
+    def __init__(self, stream: Any, shell: _Shell) -> None:
         self._stream = stream
-        self._pid = pid
-        self._lock = RLock()
-        self._status: int | None = None
+        self._shell = shell
 
     def close(self) -> int | None:
         """Close the pipe and wait for the command. None if it succeeded, else its exit code, or minus its signal, times 256."""
         self._stream.close()
-        with self._lock:
-            if self._status is None:
-                self._status = waitpid(self._pid, 0)[1]
-        return os.waitstatus_to_exitcode(self._status) << 8 or None
+        return self._shell.wait() << 8 or None
 
     def __enter__(self) -> _PopenFile:
         return self
@@ -364,14 +347,6 @@ class _PopenFile:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _text_of(fd: int, mode: Literal["r", "w"], buffering: int, encoding: str) -> io.TextIOWrapper:
-    """What subprocess makes of its end of a pipe: text goes to the buffer at once, with 1 to the pipe by lines."""
-    buffer = fdopen(fd, mode + "b", -1 if buffering == 1 else buffering)
-    if mode == "r":
-        return io.TextIOWrapper(buffer, encoding)
-    return io.TextIOWrapper(buffer, encoding, line_buffering=buffering == 1, write_through=True)
 
 
 def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _PopenFile:
@@ -408,18 +383,7 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         raise ValueError(f"invalid mode {mode!r}")
     if buffering == 0 or buffering is None:
         raise ValueError("popen() does not support unbuffered streams")
-    if not isinstance(buffering, int):
-        raise TypeError("bufsize must be an integer")
-    if buffering.bit_length() > 31:
-        raise OverflowError("Python int too large to convert to C int")
-    encoding = io.text_encoding(None)
-    reader, writer = os.pipe()
-    ours, theirs = (reader, writer) if mode == "r" else (writer, reader)
-    try:
-        pid = _start_shell("/bin/sh", cmd, **{"stdout" if mode == "r" else "stdin": theirs})
-    except BaseException:
-        os.close(ours)
-        raise
-    finally:
-        os.close(theirs)
-    return _PopenFile(_text_of(ours, mode, buffering, encoding), pid)
+    if isinstance(buffering, int) and buffering.bit_length() > 31:
+        raise OverflowError("Python int too large to convert to C int")  # before there is a pipe
+    shell = _Shell(cmd, shell=True, text=True, bufsize=buffering, **{"stdout" if mode == "r" else "stdin": PIPE})
+    return _PopenFile(shell.stdout if mode == "r" else shell.stdin, shell)
