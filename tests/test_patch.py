@@ -22,7 +22,10 @@ REPLACED_IN_GEVENT_OS = [
     *["make_nonblocking", "nb_read", "nb_write", "tp_read", "tp_write"],
     *OURS_ALONE,
 ]
-SUBPROCESS = ["CompletedProcess", "Popen", "call", "check_call", "check_output", "run"]
+IN_GEVENT_SUBPROCESS = [
+    *("CompletedProcess", "Popen", "call", "check_call", "check_output", "run", "getoutput", "getstatusoutput")
+]
+SUBPROCESS = [*IN_GEVENT_SUBPROCESS[:6], "_USE_POSIX_SPAWN", "_use_posix_spawn"]
 
 #: gevent.monkey first, as programs do. Whatever is imported after it sees the patched modules.
 PATCHED = """
@@ -83,8 +86,12 @@ def changed(one, other):
 IN_GEVENT_OS = [("gevent.os", name) for name in {sorted(REPLACED_IN_GEVENT_OS)}]
 IN_OS = [("os", name) for name in {sorted(REPLACED_IN_OS)}]
 IN_SUBPROCESS = [("subprocess", name) for name in {SUBPROCESS}]
+if hasattr(__import__("subprocess"), "_fork_exec"):
+    IN_SUBPROCESS.append(("subprocess", "_fork_exec"))  # from Python 3.11 on
+else:
+    IN_SUBPROCESS.append(("subprocess", "_posixsubprocess"))
 ELSEWHERE = [("gevent", "fork"), ("gevent.subprocess", "fork_and_watch")]
-ELSEWHERE += [("gevent.subprocess", name) for name in {[*SUBPROCESS, "getoutput", "getstatusoutput"]}]
+ELSEWHERE += [("gevent.subprocess", name) for name in {IN_GEVENT_SUBPROCESS}]
 """
 
 

@@ -48,6 +48,13 @@ def warn_unclosed(source):
 
 
 cdef extern from "Python.h":
+    # A reference that is ours alone, as _PyBytes_Resize wants it.
+    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL
+    int resize_bytes "_PyBytes_Resize"(PyObject **data, Py_ssize_t size) except -1
+    void Py_XDECREF(PyObject *object)
+
+
+cdef extern from "Python.h":
     """
     #include "structmember.h"
     """
@@ -200,20 +207,51 @@ cdef inline object read_from(Owned owned, Py_ssize_t n):
     return read_bytes(&move, n, "read")
 
 
+cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
+    """One read into *iov*; how many bytes."""
+    cdef Move move = owned.move(False)
+    cdef ssize_t nread
+    while owned.is_stream and iov.iov_len:
+        owned.wait()
+        move.iov, move.count = iov, 1
+        nread = owned.read_stream(&move)
+        if nread >= 0:
+            return nread
+    move = owned.move(False)
+    move.iov, move.count = iov, 1
+    return read_into(&move, "readinto")
+
+
 cdef object read_all_from(Owned owned):
+    """All there is until the end, read into one object that grows: to collect pieces would take each byte twice more."""
     cdef stat_t st
     cdef off_t offset
-    cdef Py_ssize_t n = CHUNK
+    cdef iovec iov
+    cdef Py_ssize_t total = 0
+    cdef Py_ssize_t nread = -1
+    cdef Py_ssize_t size = CHUNK
+    cdef PyObject *data
     if fstat(owned.fd, &st) == 0 and S_ISREG(st.st_mode) and (offset := lseek(owned.fd, 0, SEEK_CUR)) >= 0:
-        n = max(n, <Py_ssize_t>(st.st_size - offset) + 1)
-    parts = []
+        size = max(size, <Py_ssize_t>(st.st_size - offset) + 1)
+    data = new_bytes(NULL, size)
     try:
-        while part := read_from(owned, n):
-            parts.append(part)
+        while nread:
+            if total == size:
+                size += max(size >> 2, CHUNK)
+                resize_bytes(&data, size)
+            iov.iov_base = PyBytes_AS_STRING(<object>data) + total
+            iov.iov_len = <size_t>min(size - total, COOPOS_IO_MAX)
+            nread = fill_from(owned, &iov)
+            total += nread
+        resize_bytes(&data, total)
+        return <object>data
     except BaseException as ex:
-        ex.partial = b"".join(parts)
+        if data != NULL:
+            resize_bytes(&data, total)
+            ex.partial = <object>data
         raise
-    return b"".join(parts)
+    finally:
+        Py_XDECREF(data)
 
 
 class Moving:
@@ -241,10 +279,8 @@ class Moving:
     def readinto(self, buffer, /):
         """Fill *buffer* with as much as one system call brings; how many bytes."""
         cdef Owned owned = owned_by(self)
-        cdef Move move
         cdef Py_buffer view
         cdef iovec iov
-        cdef ssize_t nread
         if owned is None or owned.fd < 0 or not owned.may_read:
             return super().readinto(buffer)
         try:
@@ -252,16 +288,7 @@ class Moving:
         except BufferError:
             raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
         try:
-            move = owned.move(False)
-            while owned.is_stream and view.len:
-                owned.wait()
-                move.iov, move.count = &iov, 1
-                nread = owned.read_stream(&move)
-                if nread >= 0:
-                    return nread
-            move = owned.move(False)
-            move.iov, move.count = &iov, 1
-            return read_into(&move, "readinto")
+            return fill_from(owned, &iov)
         finally:
             PyBuffer_Release(&view)
 

@@ -33,6 +33,8 @@ _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp"
 
 # What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
 _replacements: list[_Replacement] = []
+# (name, (gevent's, ours), the stdlib's): what else gevent.monkey has put into subprocess. Where our Popen is, the stdlib's own does.
+_stdlibs: list[tuple[str, tuple[Any, Any], Any]] = []
 
 
 class _NoSigchld:
@@ -124,10 +126,13 @@ def _find_replacements() -> list[_Replacement]:
         from coopos import _imports, subprocess as coopos_subprocess
 
         popen = gevent_subprocess.Popen
+        found.append(_Replacement(subprocess, "Popen", popen, coopos_subprocess.Popen))
+        for name in coopos_subprocess.NAMES.intersection(gevent_subprocess.__implements__) - {"Popen"}:
+            gevents = getattr(gevent_subprocess, name)
+            ours = getattr(coopos_subprocess, name, gevents)
+            _stdlibs.append((name, (gevents, ours), get_original("subprocess", name)))
         for name in coopos_subprocess.__all__:
             gevents, ours = getattr(gevent_subprocess, name), getattr(coopos_subprocess, name)
-            if name in gevent_subprocess.__implements__:
-                found.append(_Replacement(subprocess, name, gevents, ours))
             if ours is not gevents:
                 found.append(_Replacement(gevent_subprocess, name, gevents, ours))
         found += [
@@ -141,13 +146,18 @@ def _find_replacements() -> list[_Replacement]:
     return found
 
 
+def _has_our_popen() -> bool:
+    return subprocess.Popen.__module__ == "coopos.subprocess"
+
+
 def patch(*, keep_greenlets: bool | None = None) -> None:
     """Put coopos under a program that uses gevent.
 
     Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
-    rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; and what ``gevent.subprocess`` forks
-    and watches with, so that it installs no SIGCHLD handler any more; and the interpreter's import lock, for which a fork waits
-    when another greenlet has it. Names that other modules have imported before stay as they are. A second call does nothing.
+    rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; what is in ``gevent.subprocess`` and,
+    once it is patched, in :mod:`subprocess`, by :mod:`coopos.subprocess`; what a Popen of gevent's that somebody has imported before
+    forks and watches with, so that nothing installs a SIGCHLD handler any more; and the interpreter's import lock, for which a fork
+    waits when another greenlet has it. Names that other modules have imported before stay as they are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 
@@ -167,6 +177,10 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     for owner, name, gevents, ours, is_plain in _replacements:
         if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
             setattr(owner, name, ours)
+    if _has_our_popen():
+        for name, others, stdlibs in _stdlibs:
+            if getattr(subprocess, name) in others:
+                setattr(subprocess, name, stdlibs)
     if hasattr(os, "fork"):
         popen: Any = gevent_subprocess.Popen
         popen._loop = _LoopOfPopen()
@@ -187,6 +201,10 @@ def unpatch() -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
+    if _has_our_popen():
+        for name, others, stdlibs in _stdlibs:
+            if getattr(subprocess, name) is stdlibs:
+                setattr(subprocess, name, others[0])
     for owner, name, gevents, ours, _ in _replacements:
         if getattr(owner, name, None) is ours:
             setattr(owner, name, gevents)

@@ -3,7 +3,7 @@
 The code is the stdlib's: a second copy of its module is made, in which `os`, `io` and the selector are ours. So each version of
 Python has its own Popen, with its vfork and posix_spawn, its arguments, errors and order of things, and what waits in it lets other
 greenlets run. Ours is what the copy's Popen does about its child: a record of `_children` waits for it, by a pidfd. The exceptions
-are the stdlib's own, and a Popen of ours is an instance of its Popen, as is a CompletedProcess.
+and CompletedProcess are the stdlib's own, and a Popen of ours is an instance of its Popen.
 
 What reads this module's `subprocess`, by the name of `_original`, is the stdlib's. Knows `_children`, `_wait`, `_core`, `_parking`
 and the files of `io`; of gevent AsyncResult and Timeout.
@@ -53,6 +53,9 @@ if TYPE_CHECKING:
         run as run,
     )
 
+#: What programs, and their tests, set in the stdlib's module.
+_SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
+
 #: Seconds. A longer timeout overflows the loop's timer; nobody is there to see this one end.
 MAX_TIMEOUT_S = 1e9
 
@@ -91,12 +94,6 @@ def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
     return pid
 
 
-if not TYPE_CHECKING:
-
-    class CompletedProcess(get_original("subprocess", "CompletedProcess")):
-        """What :func:`run` returns: the stdlib's, by a name that :func:`coopos.unpatch` knows."""
-
-
 def _copy_stdlib() -> Any:
     """A second module :mod:`subprocess`."""
     spec: Any = importlib.util.find_spec("subprocess")
@@ -105,7 +102,7 @@ def _copy_stdlib() -> Any:
     # What others catch and compare is one for all.
     for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
         setattr(copy, name, getattr(_original, name))
-    copy.CompletedProcess = CompletedProcess
+    copy.CompletedProcess = get_original("subprocess", "CompletedProcess")
     copy.os = _overlay(
         os, read=_core.read, write=_core.write, close=_parking.close, waitpid=waitpid, posix_spawn=_spawn_unwatched
     )
@@ -115,6 +112,8 @@ def _copy_stdlib() -> Any:
 
 
 _stdlib: Any = _copy_stdlib()
+#: What the stdlib's module has, public or not, whatever gevent.monkey has made of it.
+NAMES = frozenset(vars(_stdlib))
 #: The stdlib's Popen, cooperative already but for its child.
 PlainPopen: Any = _stdlib.Popen
 
@@ -291,7 +290,8 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
             # Nothing is to be kept for the child's sake: it is collected when it ends.
             if self._child is not None and self.returncode is None:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
-                self._internal_poll()
+                self._child.look()
+                self._child.claim_status()
 
     def _watch(self, pid: int) -> _children.Child | None:
         return _children.watch_new(pid, _Ended(self), None, True)
@@ -304,9 +304,11 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
         return _io.TextIOWrapper(raw, self.encoding, self.errors, write_through=True)
 
     def _execute_child(self, *args: Any) -> None:
-        # A program may have set the stdlib's switches.
-        _stdlib._USE_VFORK = getattr(_original, "_USE_VFORK", True)
-        _stdlib._USE_POSIX_SPAWN = _original._USE_POSIX_SPAWN and self._may_posix_spawn
+        for name in _SWITCHES:
+            value = getattr(_original, name, None)
+            if value is not None:
+                setattr(_stdlib, name, value)
+        _stdlib._USE_POSIX_SPAWN &= self._may_posix_spawn
         super()._execute_child(*args)  # type: ignore[misc]
 
     # ---- its end

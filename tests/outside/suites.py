@@ -33,6 +33,9 @@ SUITES = {
             "asserts gevent's own limit, that a native thread cannot start a child process; over coopos it can"
         ),
     },
+    "test.test_subprocess": {},
+    "test.test_posix": {},
+    "test.test_os": {},
     "test.test_pty": {},
     "test.test_popen": {},
     "test.test_fork1": {},
