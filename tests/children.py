@@ -149,3 +149,29 @@ def new_threads(before):
 
 
 both_spawns = pytest.mark.parametrize("spawn", [coopos.posix_spawn, os.posix_spawn], ids=["watched", "unwatched"])
+
+
+class Gate:
+    """A FIFO that a shell command stands at, with ``read line < path``, until it is let through."""
+
+    def __init__(self, path):
+        os.mkfifo(path)
+        self.wait = f"read line < {path}"
+        # Open at both ends, so that nobody waits for it to be opened.
+        self._fd = os.open(path, os.O_RDWR)
+
+    def open(self, n=1):
+        os.write(self._fd, b"\n" * n)
+
+    def close(self):
+        os.close(self._fd)
+
+
+def children():
+    """The pids of this process's children, the dead included."""
+    return [child.pid for child in psutil.Process().children()]
+
+
+def has_no_child():
+    """Whether there is none, living or dead; psutil would look through all processes for that."""
+    return error_of(os.waitid, os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) == no_child

@@ -1,9 +1,11 @@
 """What holds for every test: it ends, and leaves no descriptor, child or active watcher behind."""
 
+import contextlib
 import gc
 
 import pytest
 
+from .children import Gate
 from .support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, leftovers, open_fds, turn_loop
 
 
@@ -30,3 +32,9 @@ def _clean(_past, request):
         end_what_runs()
         gc.freeze()  # what is left is not the next test's
         pytest.fail("left behind: " + "; ".join(found), pytrace=False)
+
+
+@pytest.fixture
+def gate(tmp_path):
+    with contextlib.closing(Gate(tmp_path / "gate")) as gate:
+        yield gate

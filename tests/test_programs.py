@@ -15,7 +15,7 @@ import pytest
 
 import coopos
 
-from .children import STATUS, TELLS_REAPED_STATUS, needs_proc, no_child, until
+from .children import STATUS, TELLS_REAPED_STATUS, children, has_no_child, needs_proc, no_child, until
 from .support import HubThread, error_of, make_pipe, open_fds, parked, result_of, run_script, turn_loop
 
 
@@ -25,38 +25,6 @@ def _no_status_is_left():
     yield
     with contextlib.suppress(ChildProcessError):
         assert coopos.waitpid(-1, os.WNOHANG) == (0, 0)
-
-
-class Gate:
-    """A FIFO that a shell command stands at, with ``read line < path``, until it is let through."""
-
-    def __init__(self, path):
-        os.mkfifo(path)
-        self.wait = f"read line < {path}"
-        # Open at both ends, so that nobody waits for it to be opened.
-        self._fd = os.open(path, os.O_RDWR)
-
-    def open(self, n=1):
-        os.write(self._fd, b"\n" * n)
-
-    def close(self):
-        os.close(self._fd)
-
-
-@pytest.fixture
-def gate(tmp_path):
-    with contextlib.closing(Gate(tmp_path / "gate")) as gate:
-        yield gate
-
-
-def children():
-    """The pids of this process's children, the dead included."""
-    return [child.pid for child in psutil.Process().children()]
-
-
-def has_no_child():
-    """Whether there is none, living or dead; psutil would look through all processes for that."""
-    return error_of(os.waitid, os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) == no_child
 
 
 def lines(path):

@@ -104,6 +104,14 @@ def _claiming(method: Callable[..., Any]) -> Callable[..., Any]:
     return wait_or_poll
 
 
+@functools.cache
+def _gevents_popen() -> Any:
+    """Asked for the first time before it is replaced."""
+    from gevent.subprocess import Popen
+
+    return Popen
+
+
 def _find_replacements() -> list[_Replacement]:
     from gevent import subprocess as gevent_subprocess
 
@@ -125,7 +133,7 @@ def _find_replacements() -> list[_Replacement]:
     if hasattr(os, "fork"):
         from coopos import _imports, subprocess as coopos_subprocess
 
-        popen = gevent_subprocess.Popen
+        popen = _gevents_popen()
         found.append(_Replacement(subprocess, "Popen", popen, coopos_subprocess.Popen))
         for name in coopos_subprocess.NAMES.intersection(gevent_subprocess.__implements__) - {"Popen"}:
             gevents = getattr(gevent_subprocess, name)
@@ -170,8 +178,6 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
 
     .. versionadded:: 0.1.0
     """
-    from gevent import subprocess as gevent_subprocess
-
     if not _replacements:
         _replacements.extend(_find_replacements())
     for owner, name, gevents, ours, is_plain in _replacements:
@@ -182,8 +188,7 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
             if getattr(subprocess, name) in others:
                 setattr(subprocess, name, stdlibs)
     if hasattr(os, "fork"):
-        popen: Any = gevent_subprocess.Popen
-        popen._loop = _LoopOfPopen()
+        _gevents_popen()._loop = _LoopOfPopen()
         if keep_greenlets is not None:
             from coopos import _fork
 
@@ -199,8 +204,6 @@ def unpatch() -> None:
 
     .. versionadded:: 0.1.0
     """
-    from gevent import subprocess as gevent_subprocess
-
     if _has_our_popen():
         for name, others, stdlibs in _stdlibs:
             if getattr(subprocess, name) is stdlibs:
@@ -208,9 +211,8 @@ def unpatch() -> None:
     for owner, name, gevents, ours, _ in _replacements:
         if getattr(owner, name, None) is ours:
             setattr(owner, name, gevents)
-    popen: Any = gevent_subprocess.Popen
-    if "_loop" in vars(popen):
-        del popen._loop
+    if "_loop" in vars(_gevents_popen()):
+        del _gevents_popen()._loop
 
 
 def on_did_patch_all(event: object) -> None:

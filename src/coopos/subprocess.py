@@ -11,6 +11,7 @@ and the files of `io`; of gevent AsyncResult and Timeout.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import importlib.util
@@ -26,9 +27,12 @@ from array import array
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent.hub import linkproxy
+from gevent import kill
+from gevent.event import AsyncResult
+from gevent.hub import get_hub, linkproxy, sleep
 from gevent.monkey import get_original
 from gevent.timeout import Timeout
+from greenlet import getcurrent
 
 from coopos import _children, _core, _parking
 from coopos._wait import waitpid
@@ -56,8 +60,8 @@ if TYPE_CHECKING:
 #: What programs, and their tests, set in the stdlib's module.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
 
-#: Seconds. A longer timeout overflows the loop's timer; nobody is there to see this one end.
-MAX_TIMEOUT_S = 1e9
+#: What libuv's timer can measure, and what a loop's timer can hold.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
 
 
 def _overlay(module: types.ModuleType, **ours: object) -> types.SimpleNamespace:
@@ -84,7 +88,7 @@ def _in_time(seconds: float | None, wait: Callable[..., object], *args: object) 
     if seconds is None:
         wait(*args)
         return
-    with Timeout(min(seconds, MAX_TIMEOUT_S), False):
+    with Timeout(min(max(seconds, MIN_TIMEOUT_S), MAX_TIMEOUT_S), False):
         wait(*args)
 
 
@@ -251,6 +255,7 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
     _child: _children.Child | None = None
     _pid: int | None = None
     _links: list[tuple[Any, Any]]
+    _communicator: tuple[Any, Any] | None = None
     # Whether posix_spawn(3) may be used, which hands on os.environ where execv(3) does the environment that C code sees.
     _may_posix_spawn = True
 
@@ -287,11 +292,15 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
                 self._child = self._watch(pid)
 
         def __del__(self, _warn=warnings.warn):
-            # Nothing is to be kept for the child's sake: it is collected when it ends.
-            if self._child is not None and self.returncode is None:
+            child = self._child
+            if child is None:
+                return
+            # Nothing is to be kept for the child's sake: it is collected when it ends, and the status was for us.
+            seems_to_run = not child.rpid
+            child.look()
+            child.claim_status()
+            if seems_to_run:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
-                self._child.look()
-                self._child.claim_status()
 
     def _watch(self, pid: int) -> _children.Child | None:
         return _children.watch_new(pid, _Ended(self), None, True)
@@ -302,6 +311,16 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
             return raw
         # Without a buffer in between: what is written is to be seen at once.
         return _io.TextIOWrapper(raw, self.encoding, self.errors, write_through=True)
+
+    def _get_handles(self, *streams: Any) -> tuple[int, ...]:
+        handles: tuple[int, ...] = super()._get_handles(*streams)  # type: ignore[misc]
+        for fd in handles[0], handles[3], handles[5]:
+            # A file or socket of gevent's is in non-blocking mode, which few programs expect of their standard streams. What is no
+            # descriptor the child says.
+            with contextlib.suppress(OSError):
+                if fd >= 0 and not os.get_blocking(fd):
+                    os.set_blocking(fd, True)
+        return handles
 
     def _execute_child(self, *args: Any) -> None:
         for name in _SWITCHES:
@@ -389,9 +408,29 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
         if self.poll() is None and self._child is not None:
             self._child.send_signal(sig)
 
+    def _communicate(self, data: Any, *args: Any) -> Any:
+        if data is None and self._input and self._input_offset < len(self._input):  # type: ignore[attr-defined]
+            data = self._input  # type: ignore[attr-defined]  # the rest of what a call that timed out was given
+        self._communicator = get_hub(), getcurrent()
+        try:
+            return super()._communicate(data, *args)  # type: ignore[misc]
+        finally:
+            self._communicator = None
+
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
-        if self.pty is not None:
-            self.pty.close()
+        # Another greenlet may wait for what is to be closed. It is told so, as by close().
+        if self._communicator is not None:
+            hub, greenlet = self._communicator
+            if hub is get_hub() and greenlet is not getcurrent():
+                kill(greenlet, OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: communicate"))
+        for file in self.stdout, self.stderr, self.pty:
+            if file is not None:
+                try:
+                    file.close()
+                except RuntimeError:
+                    # It is in the stdlib's buffer, which it leaves with EBADF.
+                    getattr(file, "buffer", file).raw.close()
+                    sleep(0)
         super().__exit__(exc_type, value, traceback)
 
 

@@ -33,6 +33,8 @@ SUITES = {
             "asserts gevent's own limit, that a native thread cannot start a child process; over coopos it can"
         ),
     },
+    "gevent.tests.test__subprocess_poll": {},
+    "gevent.tests.test__subprocess_interrupted": {},
     "test.test_subprocess": {},
     "test.test_posix": {},
     "test.test_os": {},

@@ -1,0 +1,894 @@
+"""coopos.subprocess: the stdlib's subprocess in all that it does, while other greenlets run."""
+
+import contextlib
+import errno
+import functools
+import gc
+import inspect
+import io
+import itertools
+import os
+import signal
+import socket
+import subprocess as stdlib
+import sys
+import threading
+import warnings
+
+import gevent
+import gevent.socket
+import gevent.subprocess
+import psutil
+import pytest
+
+import coopos
+from coopos import subprocess
+
+from .children import children, has_no_child, needs_proc, needs_reaped_status, no_child, until
+from .support import HubThread, clog, closing, error_of, open_fds, parked, result_of, run_script, turn_loop
+
+PIPE, STDOUT, DEVNULL = stdlib.PIPE, stdlib.STDOUT, stdlib.DEVNULL
+is_root = os.geteuid() == 0
+
+
+def sh(script, module=subprocess, **kwargs):
+    return module.Popen(["sh", "-c", script], **kwargs)
+
+
+@contextlib.contextmanager
+def ticking():
+    """A greenlet that runs whenever it may; a list of its turns."""
+    turns = []
+
+    def turn():
+        while True:
+            turns.append(1)
+            gevent.sleep(0.001)
+
+    ticker = gevent.spawn(turn)
+    try:
+        yield turns
+    finally:
+        ticker.kill()
+
+
+def outcome_of(function, *args, **kwargs):
+    """What it returns, or all that its exception says."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as ex:
+        names = ("errno", "strerror", "filename", "returncode", "cmd", "output", "stderr")
+        return type(ex), *[getattr(ex, name, None) for name in names], None if isinstance(ex, stdlib.SubprocessError) else str(ex)
+
+
+def same(function):
+    """What *function* makes of coopos.subprocess, which must be what it makes of the stdlib's."""
+    expected, got = outcome_of(function, stdlib), outcome_of(function, subprocess)
+    assert got == expected
+    return got
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_those_of_the_stdlib():
+    assert set(subprocess.__all__) == set(stdlib.__all__)
+    assert [name for name in subprocess.__all__ if not hasattr(subprocess, name)] == []
+
+
+def test_exceptions_and_constants_are_the_stdlibs_own():
+    """So that whoever catches or compares them need not know where they come from."""
+    names = ["SubprocessError", "CalledProcessError", "TimeoutExpired", "CompletedProcess", "PIPE", "STDOUT", "DEVNULL"]
+    assert [name for name in names if getattr(subprocess, name) is not getattr(stdlib, name)] == []
+
+
+def test_popen_is_a_kind_of_the_stdlibs():
+    with sh("exit 0") as process:
+        assert isinstance(process, stdlib.Popen)
+        assert type(process).__name__ == "Popen"
+        assert repr(process) == "<Popen: returncode: None args: ['sh', '-c', 'exit 0']>"
+
+
+def test_popen_signature_is_the_stdlibs_with_a_terminal():
+    ours, theirs = (list(inspect.signature(module.Popen).parameters.values()) for module in (subprocess, stdlib))
+    assert ours[: len(theirs)] == theirs
+    assert [(each.name, each.kind) for each in ours[len(theirs) :]] == [
+        ("pty", inspect.Parameter.KEYWORD_ONLY),
+        ("winsize", inspect.Parameter.KEYWORD_ONLY),
+    ]
+
+
+def test_popen_can_be_subscripted():
+    assert subprocess.Popen[bytes]
+
+
+# ---- wait and poll -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "returncode"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", -15), ("kill -KILL $$", -9)])
+def test_wait_returncode(script, returncode):
+    process = sh(script)
+    assert process.wait() == process.returncode == process.poll() == process.wait(timeout=1) == returncode
+
+
+def test_wait_lets_others_run(gate):
+    process = sh(f"{gate.wait}; exit 7")
+    waiter = parked(process.wait)
+    assert process.poll() is None
+    assert process.returncode is None
+    gate.open()
+    assert result_of(waiter) == 7
+
+
+def test_wait_by_many(gate):
+    """Each is told the same."""
+    process = sh(f"{gate.wait}; exit 7")
+    waiters = [parked(process.wait, timeout) for timeout in (None, 30, None, 30)]
+    gate.open()
+    assert [result_of(waiter) for waiter in waiters] == [7] * 4
+
+
+def test_wait_in_other_threads(gate):
+    """A child of one thread is waited for in others, by each in its own hub."""
+    with HubThread() as one, HubThread() as two:
+        process = one.call(sh, f"{gate.wait}; exit 7")
+        waiters = [(thread, thread.parked(process.wait)) for thread in (one, two)]
+        here = parked(process.wait)
+        gate.open()
+        assert [thread.result_of(waiter) for thread, waiter in waiters] == [7, 7]
+        assert result_of(here) == 7
+        assert process.returncode == 7
+
+
+def test_wait_for_a_child_of_a_thread_that_is_gone():
+    run_script("""
+        import threading, gevent, coopos
+        from coopos import subprocess
+
+        def start():
+            processes.append(subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=subprocess.PIPE))
+            gevent.get_hub().destroy(destroy_loop=True)
+
+        processes = []
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        [process] = processes
+        assert process.poll() is None
+        waiter = gevent.spawn(process.wait)
+        gevent.sleep(0)
+        process.stdin.close()
+        assert waiter.get() == process.returncode == 7
+    """)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.001])
+def test_wait_timeout(gate, timeout):
+    """TimeoutExpired, and the child goes on and can be waited for."""
+    process = sh(f"{gate.wait}; exit 7")
+    with pytest.raises(stdlib.TimeoutExpired) as raised:
+        process.wait(timeout)
+    assert (raised.value.cmd, raised.value.timeout) == (process.args, timeout)
+    gate.open()
+    assert process.wait(1e30) == 7
+
+
+@pytest.mark.parametrize("error", [gevent.GreenletExit, gevent.Timeout, ValueError], ids=lambda error: error.__name__)
+def test_wait_killed(gate, error):
+    """The child goes on, and can be waited for."""
+    process = sh(f"{gate.wait}; exit 7")
+    parked(process.wait).kill(error())
+    assert process.poll() is None
+    gate.open()
+    assert process.wait() == 7
+
+
+def test_returncode_is_set_by_the_hub():
+    """As by gevent's: nobody has to ask."""
+    process = sh("exit 7")
+    until(lambda: process.returncode is not None)
+    assert process.returncode == 7
+    assert has_no_child()
+    assert process.wait() == 7
+
+
+def test_waitpid_has_the_status_until_wait_or_poll_has():
+    process = sh("exit 7")
+    assert coopos.waitpid(process.pid, 0) == (process.pid, 7 << 8)
+    assert process.wait() == 7
+    for ask in (lambda process: process.wait(), lambda process: [until(lambda: process.poll() is not None)]):
+        process = sh("exit 7")
+        ask(process)
+        assert error_of(coopos.waitpid, process.pid, 0) == no_child
+        assert error_of(os.waitpid, process.pid, 0) == no_child
+
+
+@needs_reaped_status
+@pytest.mark.parametrize("ask", ["wait", "poll"])
+def test_returncode_of_a_child_that_others_collect(ask):
+    """Its own, and never an invented one."""
+    process = sh("exit 7")
+    os.waitpid(process.pid, 0)
+    assert getattr(process, ask)() == 7
+    assert process.returncode == 7
+
+
+@needs_reaped_status
+def test_wait_while_others_collect(gate):
+    process = sh(f"{gate.wait}; exit 7")
+    waiter = parked(process.wait)
+    gate.open()
+    os.waitpid(process.pid, 0)
+    assert result_of(waiter) == 7
+
+
+def test_status_that_is_lost():
+    """ChildProcessError, for everybody and each time, where the kernel doesn't tell it; never a hang."""
+    run_script("""
+        import os, gevent, coopos
+        from coopos import subprocess
+        process = subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=subprocess.PIPE)
+        waiter = gevent.spawn(process.wait)
+        gevent.sleep(0)
+        process.stdin.close()
+        os.waitpid(process.pid, 0)
+        for ask in (waiter.get, process.wait, process.poll):
+            try:
+                ask()
+            except ChildProcessError as ex:
+                assert str(process.pid) in str(ex)
+            else:
+                assert process.returncode == 7    # the kernel tells by a thread, too
+    """, may_complain=True, COOPOS_CHILDREN="thread")
+
+
+def test_wait_while_sigchld_is_ignored():
+    """The status where the kernel tells it, else ChildProcessError; never a hang."""
+    run_script("""
+        import signal, coopos
+        from coopos import subprocess
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        process = subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=subprocess.PIPE)
+        process.stdin.close()
+        try:
+            assert process.wait() == 7
+        except ChildProcessError:
+            pass
+    """)
+
+
+# ---- waiting for several -----------------------------------------------------------------------------------------------------
+
+
+def test_gevent_wait(gate):
+    """A Popen is something to wait for."""
+    first, second = sh(f"{gate.wait}; exit 1"), sh("exit 2")
+    assert gevent.wait([first, second], count=1) == [second]
+    assert (first.returncode, second.returncode) == (None, 2)
+    assert gevent.wait([first], timeout=0.001) == []
+    gate.open()
+    assert gevent.wait([first, second]) == [second, first]
+    assert first.returncode == 1
+
+
+def test_rawlink_and_unlink():
+    """A link is called in the hub with the Popen, also one that comes late, and not one that was taken back."""
+    process = sh("exit 7")
+    called = []
+    taken_back = functools.partial(called.append, "taken back")
+    process.rawlink(called.append)
+    process.rawlink(taken_back)
+    process.unlink(taken_back)
+    process.unlink(taken_back)
+    process.wait()
+    turn_loop()
+    assert called == [process]
+    process.rawlink(called.append)
+    turn_loop()
+    assert called == [process] * 2
+    assert process.result.get() == 7
+
+
+def test_500_at_once(gate):
+    processes = [sh(f"{gate.wait}; exit {n % 100}") for n in range(500)]
+    with ticking() as turns:
+        gate.open(500)
+        assert {gevent.spawn(process.wait).get() for process in processes} == set(range(100))
+        assert turns
+    assert [process.returncode for process in processes] == [n % 100 for n in range(500)]
+
+
+def test_popen_in_several_threads_at_once():
+    with contextlib.ExitStack() as stack:
+        threads = [stack.enter_context(HubThread()) for _ in range(4)]
+
+        def run_ten():
+            return [subprocess.run(["sh", "-c", f"echo {n}; exit {n}"], stdout=PIPE) for n in range(10)]
+
+        greenlets = [(thread, thread.call(gevent.spawn, run_ten)) for thread in threads]
+        for thread, greenlet in greenlets:
+            assert [(done.stdout, done.returncode) for done in thread.result_of(greenlet)] == [(b"%d\n" % n, n) for n in range(10)]
+
+
+# ---- communicate -------------------------------------------------------------------------------------------------------------
+
+MUCH = b"".join(b"%09d\n" % n for n in range(200_000))
+
+
+@pytest.mark.parametrize("pipes", [{}, {"stderr": PIPE}, {"stderr": STDOUT}], ids=["out", "out, err", "one for both"])
+def test_communicate_much(pipes):
+    """More than pipes hold, in and out at once, while others run."""
+    with ticking() as turns:
+        process = sh("tee /dev/stderr" if pipes else "cat", stdin=PIPE, stdout=PIPE, **pipes)
+        out, err = process.communicate(MUCH)
+        assert turns
+    if pipes.get("stderr") == STDOUT:
+        assert (len(out), err) == (2 * len(MUCH), None)
+    else:
+        assert out == MUCH
+        assert err == (MUCH if pipes else None)
+    assert process.returncode == 0
+    assert process.stdin.closed
+    assert process.stdout.closed
+
+
+def test_communicate_timeout_and_again(gate):
+    """What was read and written before the timeout is not lost; the exception has what was read."""
+    process = sh(f"head -c 100000; {gate.wait}; cat; echo late >&2", stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    with pytest.raises(stdlib.TimeoutExpired) as raised:
+        process.communicate(MUCH, timeout=0.2)
+    assert MUCH.startswith(raised.value.output)
+    assert len(raised.value.output) >= 100_000
+    gate.open()
+    assert process.communicate() == (MUCH, b"late\n")
+
+
+def test_communicate_killed(gate):
+    process = sh(f"echo early; {gate.wait}; echo late", stdout=PIPE, stderr=PIPE)
+    parked(process.communicate).kill()
+    gate.open()
+    assert process.communicate() == (b"early\nlate\n", b"")
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+def test_communicate_with_a_child_that_does_not_read(timeout):
+    """BrokenPipeError is nobody's business."""
+    process = sh("exec <&-; echo done", stdin=PIPE, stdout=PIPE)
+    assert process.communicate(MUCH, timeout) == (b"done\n", None)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"text": True}, {"encoding": "latin-1"}, {"universal_newlines": True}], ids=str)
+@pytest.mark.parametrize("bufsize", [-1, 0, 1, 4096])
+def test_communicate_text(kwargs, bufsize):
+    """Encoding, decoding and newlines are the stdlib's."""
+    is_text = bool(kwargs)
+    if bufsize == 1 and not is_text:
+        pytest.skip("warned of as line buffering of bytes")
+    text = "one\ntwo\r\nthr\u00e9e\r"
+
+    def talk(module):
+        process = sh("cat; printf 'x\\r\\ny' >&2", module, stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=bufsize, **kwargs)
+        return process.communicate(text if is_text else text.encode())
+
+    same(talk)
+
+
+def test_communicate_without_pipes():
+    assert same(lambda module: sh("exit 7", module).communicate()) == (None, None)
+
+
+@pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=["read", "select"])
+def test_exit_while_another_communicates(pipes):
+    """It closes the pipes; the other is told."""
+    process = sh("read line; read line <&3", stdin=PIPE, **pipes)
+    other = parked(error_of, process.communicate if len(pipes) > 1 else process.stdout.read)
+    process.kill()
+    process.__exit__(None, None, None)
+    assert result_of(other) in [(OSError, errno.EBADF), (None, (b"", b"")), (None, b"")]
+    assert process.stdout.closed
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_exit_while_another_reads(gate):
+    process = sh(f"{gate.wait}", stdout=PIPE)
+    reader = parked(error_of, process.stdout.read)
+    leaver = gevent.spawn(process.__exit__, None, None, None)
+    assert result_of(reader) == (OSError, errno.EBADF)
+    gate.open()
+    result_of(leaver)
+    assert process.stdout.closed
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------------
+
+
+def layers(file):
+    """The classes of a file and what is below it, with what they were told."""
+    if file is None:
+        return None
+    found = []
+    while True:
+        names = ("encoding", "errors", "line_buffering", "write_through", "mode")
+        base = io.FileIO if isinstance(file, io.FileIO) else type(file)
+        found.append((base, {name: getattr(file, name) for name in names if hasattr(file, name)}))
+        below = getattr(file, "buffer", None) or getattr(file, "raw", None)
+        if below is None:
+            return found
+        file = below
+
+
+@pytest.mark.parametrize("bufsize", [-1, 0, 1, 100, None])
+@pytest.mark.parametrize("text", [{}, {"text": True}, {"encoding": "utf-16"}, {"errors": "ignore"}, {"universal_newlines": 1}], ids=str)
+def test_files_are_made_as_the_stdlibs(text, bufsize):
+    def look(module):
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            process = sh("exit 0", module, stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=bufsize, **text)
+        with process:
+            return [layers(file) for file in (process.stdin, process.stdout, process.stderr)]
+
+    same(look)
+
+
+@pytest.mark.skipif(not hasattr(stdlib, "fcntl") or not hasattr(stdlib.fcntl, "F_GETPIPE_SZ"), reason="no F_GETPIPE_SZ, or Python 3.10+")
+def test_pipesize():
+    def look(module):
+        with sh("exit 0", module, stdin=PIPE, stdout=PIPE, pipesize=8192) as process:
+            return [stdlib.fcntl.fcntl(file, stdlib.fcntl.F_GETPIPE_SZ) for file in (process.stdin, process.stdout)]
+
+    assert same(look) == [8192, 8192]
+
+
+def test_stdout_lets_others_run(gate):
+    process = sh(f"echo one; {gate.wait}; echo two", stdout=PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "one\n"
+        reader = parked(process.stdout.read)
+        gate.open()
+        assert result_of(reader) == "two\n"
+
+
+def test_stdin_lets_others_run(gate):
+    with sh(f"{gate.wait}; wc -c", stdin=PIPE, stdout=PIPE, bufsize=0) as process:
+        writer = parked(process.stdin.write, MUCH)
+        gate.open()
+        assert result_of(writer) == len(MUCH)
+        process.stdin.close()
+        assert int(process.stdout.read()) == len(MUCH)
+
+
+def test_standard_streams_are_in_blocking_mode_for_the_child():
+    """A socket of gevent's isn't, and few programs expect that of their standard streams."""
+    ours, theirs = gevent.socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(["cat"], stdin=theirs, stdout=theirs)
+        theirs.close()
+        gevent.sleep(0.02)
+        ours.sendall(b"data")
+        ours.shutdown(socket.SHUT_WR)
+        assert ours.recv(10) == b"data"
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_stream_that_is_no_descriptor(stream):
+    """The stdlib's error, and no child and no descriptor is left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.close(writer)
+    same(lambda module: sh("exit 0", module, **{stream: 10_000}))
+
+
+# ---- run and its kin ---------------------------------------------------------------------------------------------------------
+
+CALLS = {
+    "run": lambda module: vars(module.run(["sh", "-c", "echo out; echo err >&2; exit 7"], capture_output=True)),
+    "run input": lambda module: vars(module.run(["cat"], input=b"in", stdout=PIPE)),
+    "run text": lambda module: vars(module.run("echo $0", shell=True, stdout=PIPE, text=True)),
+    "run check": lambda module: module.run(["sh", "-c", "echo out; exit 7"], stdout=PIPE, check=True),
+    "run timeout": lambda module: module.run(["sh", "-c", "echo out; exec sleep 30"], stdout=PIPE, timeout=0.5),
+    "run input and stdin": lambda module: module.run(["cat"], input=b"in", stdin=PIPE),
+    "run capture and stdout": lambda module: module.run(["cat"], capture_output=True, stdout=PIPE),
+    "call": lambda module: module.call(["sh", "-c", "exit 7"]),
+    "call timeout": lambda module: module.call(["sleep", "30"], timeout=0.01),
+    "check_call": lambda module: module.check_call(["true"]),
+    "check_call fails": lambda module: module.check_call(["sh", "-c", "kill -KILL $$"]),
+    "check_output": lambda module: module.check_output(["echo", "out"]),
+    "check_output fails": lambda module: module.check_output(["sh", "-c", "echo out; echo err >&2; exit 7"], stderr=PIPE),
+    "check_output input": lambda module: module.check_output(["cat"], input=b"in"),
+    "check_output stdout": lambda module: module.check_output(["cat"], stdout=PIPE),
+    "check_output timeout": lambda module: module.check_output(["sh", "-c", "echo out; exec sleep 30"], timeout=0.5),
+    "getoutput": lambda module: module.getoutput("echo out; echo err >&2; exit 7"),
+    "getstatusoutput": lambda module: module.getstatusoutput("echo out; exit 7"),
+    "getstatusoutput signal": lambda module: module.getstatusoutput("kill -TERM $$"),
+    "list2cmdline": lambda module: module.list2cmdline(["a b", 'c"d']),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call_is_the_stdlibs(call):
+    same(CALLS[call])
+
+
+def test_run_lets_others_run(gate):
+    runner = parked(functools.partial(subprocess.run, f"echo one; {gate.wait}; echo two; exit 7", shell=True, capture_output=True))
+    gate.open()
+    done = result_of(runner)
+    assert (done.stdout, done.stderr, done.returncode) == (b"one\ntwo\n", b"", 7)
+
+
+def test_run_killed(gate):
+    """As the stdlib's when it is interrupted: the child is killed and collected."""
+    runner = parked(functools.partial(subprocess.run, ["sleep", "100"], stdout=PIPE))
+    runner.kill()
+    assert has_no_child()
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------------
+
+REPORT = "pwd -P; umask; ps -o pid=,pgid=,sid= -p $$ | tr -s ' ' | sed s/$$/PID/g; id; env | grep ^COOPOS_T; for fd in /proc/$$/fd/*; do echo ${fd##*/}; done"
+ARGUMENTS = {
+    "nothing": {},
+    "cwd": {"cwd": "/tmp"},
+    "env": {"env": {"COOPOS_TEST": "x", "PATH": os.environ["PATH"]}},
+    "umask": {"umask": 0o27},
+    "start_new_session": {"start_new_session": True},
+    "close_fds": {"close_fds": False},
+    "restore_signals": {"restore_signals": False},
+    "executable": {"executable": "/bin/sh"},
+    "preexec_fn": {"preexec_fn": lambda: os.chdir("/usr")},
+}
+if sys.version_info >= (3, 11):
+    ARGUMENTS["process_group"] = {"process_group": 0}
+if is_root:
+    ARGUMENTS |= {
+        "user": {"user": 65534},
+        "group": {"group": 65534},
+        "extra_groups": {"extra_groups": [65534, 1]},
+    }
+
+
+@needs_proc
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_arguments_do_what_they_do_for_the_stdlib(arguments):
+    def report(module):
+        return module.run(["sh", "-c", REPORT], capture_output=True, text=True, **ARGUMENTS[arguments]).stdout
+
+    assert len(same(report)) > 20
+
+
+def test_pass_fds():
+    reader, writer = os.pipe()
+    with closing(reader, writer):
+        os.write(writer, b"data")
+        assert subprocess.run(["sh", "-c", f"head -c 4 < /dev/fd/{reader}"], pass_fds=[reader], stdout=PIPE).stdout == b"data"
+        assert subprocess.run(["sh", "-c", f"test -e /dev/fd/{reader}"]).returncode == 1
+
+
+WRONG = {
+    "no such program": (["/nonexistent/program"], {}),
+    "no such program on the path": (["nonexistent-program"], {}),
+    "no program": (["/etc/passwd"], {}),
+    "directory": (["/tmp"], {}),
+    "cwd": (["true"], {"cwd": "/nonexistent"}),
+    "null": (["true\0"], {}),
+    "null in an argument": (["true", "a\0b"], {}),
+    "environment": (["true"], {"env": {"a=b": "c"}}),
+    "empty": ([], {}),
+    "argument of another type": (["true", 1], {}),
+    "args of another type": (1, {}),
+    "bufsize": (["true"], {"bufsize": "1"}),
+    "pipesize": (["true"], {"pipesize": "1"}),
+    "stdout": (["true"], {"stdout": STDOUT}),
+    "stdin of another type": (["true"], {"stdin": "file"}),
+    "user": (["true"], {"user": -5}),
+    "user of another type": (["true"], {"user": 1.5}),
+    "user that is none": (["true"], {"user": "no-such-user-here"}),
+    "extra_groups": (["true"], {"extra_groups": "str"}),
+    "encoding": (["true"], {"encoding": "no-such-encoding", "stdout": PIPE}),
+    "text and universal_newlines": (["true"], {"text": True, "universal_newlines": False}),
+    "too long": (["true", "x" * 200_000], {}),
+    "preexec_fn": (["true"], {"preexec_fn": lambda: 1 / 0}),
+    "preexec_fn that is none": (["true"], {"preexec_fn": 1}),
+    "keyword": (["true"], {"no_such_argument": 1}),
+    "path-like in a shell": (functools.partial, {"shell": True}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments(wrong):
+    """The stdlib's exception, and no child and no descriptor is left."""
+    args, kwargs = WRONG[wrong]
+
+    def start(module):
+        with module.Popen(args, **kwargs) as process:
+            return process.wait()
+
+    result = same(start)
+    assert not isinstance(result, int)
+
+
+def test_preexec_fn_that_takes_its_time(gate):
+    """It runs in a fork, for which others need not wait."""
+    fifo = os.open(gate.wait.split()[-1], os.O_RDWR)
+    with closing(fifo):
+        starter = parked(functools.partial(sh, "exit 7", preexec_fn=lambda: os.read(fifo, 1)))
+        gate.open()
+        assert result_of(starter).wait() == 7
+
+
+def test_popen_in_a_forked_child():
+    """A child of a fork has subprocesses of its own, and none of its parent's."""
+    run_script("""
+        import os, gevent, coopos
+        from coopos import subprocess
+        theirs = subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=subprocess.PIPE)
+        for keeps in (True, False):
+            pid = coopos.fork_gevent(keep_greenlets=keeps)
+            if pid == 0:
+                assert subprocess.check_output(["echo", "out"]) == b"out\\n"
+                process = subprocess.Popen(["sh", "-c", "exit 3"])
+                assert gevent.wait([process]) == [process] and process.returncode == 3
+                os._exit(5)
+            assert coopos.waitpid(pid, 0) == (pid, 5 << 8)
+        theirs.stdin.close()
+        assert theirs.wait() == 7
+    """)
+
+
+# ---- signals -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "signum"), [("terminate", signal.SIGTERM), ("kill", signal.SIGKILL)])
+def test_terminate_and_kill(method, signum):
+    process = subprocess.Popen(["sleep", "100"])
+    getattr(process, method)()
+    assert process.wait() == -signum
+    assert getattr(process, method)() is None
+
+
+def test_send_signal(gate):
+    process = sh(f"trap 'exit 7' USR1; echo; {gate.wait}; {gate.wait}", stdout=PIPE)
+    with process:
+        process.stdout.readline()
+        process.send_signal(0)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait() == 7
+
+
+def test_send_signal_wrong():
+    process = subprocess.Popen(["sleep", "100"])
+    assert error_of(process.send_signal, 1000) == error_of(os.kill, process.pid, 1000) == (OSError, errno.EINVAL)
+    assert error_of(process.send_signal, "TERM")[0] is TypeError
+    process.kill()
+    process.wait()
+
+
+def test_signal_to_a_child_that_has_ended(monkeypatch):
+    """None is sent, whoever has its pid by now: it is asked for by its pidfd, or was not collected yet."""
+
+    def refuse(*args):
+        raise AssertionError("os.kill was called")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    process = sh("exit 7")
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.kill()
+    assert process.returncode == 7
+    process = sh("exit 7")
+    os.waitpid(process.pid, 0)
+    with contextlib.suppress(ChildProcessError):  # where the status is lost
+        process.terminate()
+
+
+@needs_proc
+@pytest.mark.skipif(not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK), reason="may not choose pids")
+def test_signal_after_the_pid_is_used_again():
+    """The process that has got it lives on."""
+    run_script("""
+        import os, signal
+        from coopos import subprocess
+        process = subprocess.Popen(["sh", "-c", "exit 7"])
+        os.waitpid(process.pid, 0)
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write(str(process.pid - 1))
+        other = os.posix_spawn("/bin/sleep", ["sleep", "100"], os.environ)
+        assert other == process.pid
+        try:
+            process.kill()
+        except ChildProcessError:
+            pass
+        assert os.waitpid(other, os.WNOHANG) == (0, 0), "it was killed"
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    """, under=["unshare", "--fork", "--pid", "--mount-proc"])
+
+
+# ---- what is left ------------------------------------------------------------------------------------------------------------
+
+
+def test_popen_that_is_dropped_while_it_runs(gate):
+    """It is warned of, closes its files, and leaves no zombie when it ends."""
+    before = open_fds()
+    process = sh(gate.wait, stdout=PIPE, bufsize=0)
+    pid = process.pid
+    with pytest.warns(ResourceWarning) as warned:
+        del process
+        gc.collect()
+        assert f"subprocess {pid} is still running" in [str(warning.message) for warning in warned]
+        warned.clear()  # it has the Popen
+        gc.collect()
+    assert {fd for fd in open_fds().keys() - before.keys() if "pipe" in open_fds()[fd]} == set()
+    gate.open()
+    until(has_no_child)
+
+
+def test_popen_that_is_dropped_when_it_has_ended():
+    process = sh("exit 7")
+    until(lambda: process.returncode is not None)
+    del process
+    gc.collect()
+    assert has_no_child()
+
+
+def test_with_block_closes_and_waits(gate):
+    with sh(f"{gate.wait}; exit 7", stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+        gate.open()
+    assert process.returncode == 7
+    assert all(file.closed for file in (process.stdin, process.stdout, process.stderr))
+
+
+def test_failed_start_leaves_nothing():
+    before = open_fds()
+    for _ in range(3):
+        assert error_of(subprocess.Popen, ["/nonexistent"], stdin=PIPE, stdout=PIPE, stderr=PIPE)[1] == errno.ENOENT
+        assert error_of(subprocess.Popen, ["/nonexistent"], pty=True)[1] == errno.ENOENT
+    gc.collect()
+    assert open_fds() == before
+    assert has_no_child()
+
+
+# ---- terminals ---------------------------------------------------------------------------------------------------------------
+
+
+def read_terminal(process):
+    return process.pty.read().replace(b"\r\n", b"\n")
+
+
+def test_pty_is_the_childs_terminal():
+    """Its standard streams are one terminal, which is its controlling one; it leads a session and a foreground group."""
+    script = "test -t 0 && test -t 1 && test -t 2 && echo ctty > /dev/tty; stty size; ps -o sid=,tpgid= -p $$"
+    with sh(script, pty=True, winsize=(12, 34)) as process:
+        ctty, size, ids = read_terminal(process).decode().splitlines()
+        assert (ctty, size) == ("ctty", "12 34")
+        assert ids.split() == [str(process.pid)] * 2
+        assert process.wait() == 0
+        assert (process.stdin, process.stdout, process.stderr) == (None, None, None)
+
+
+def test_pty_lets_others_run(gate):
+    with sh(f"read line; echo got $line; {gate.wait}; exit 7", winsize=(1, 1)) as process:
+        reader = parked(read_terminal, process)
+        process.pty.write(b"line\n")
+        turn_loop()
+        gate.open()
+        assert result_of(reader) == b"line\ngot line\n"
+        assert process.wait() == 7
+
+
+def test_pty_end_after_much():
+    """All that was written comes, and then the end, once and for all."""
+    with sh("seq 20000", pty=True) as process:
+        assert read_terminal(process) == b"".join(b"%d\n" % n for n in range(1, 20001))
+        assert process.pty.read() == process.pty.read(10) == b""
+        assert process.pty.readinto(bytearray(5)) == 0
+
+
+def test_pty_of_text():
+    with sh("read line; echo got $line", pty=True, text=True) as process:
+        process.pty.write("l\u00efne\n")
+        assert process.pty.readline() == "l\u00efne\n"
+        assert process.pty.read() == "got l\u00efne\n"
+
+
+def test_pty_beside_pipes():
+    """A stream that an argument speaks of is that; the terminal is the controlling one all the same."""
+    process = sh("cat; test -t 0 || test -t 1 || echo no >&2; echo tty > /dev/tty", pty=True, stdin=PIPE, stdout=PIPE)
+    with process:
+        process.stdin.write(b"data")
+        process.stdin.close()
+        assert process.stdout.read() == b"data"
+        assert read_terminal(process) == b"no\ntty\n"
+
+
+def test_pty_with_all_streams_elsewhere():
+    process = sh("echo tty > /dev/tty", pty=True, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+    process.wait()
+    with process:
+        assert read_terminal(process) == b"tty\n"
+
+
+def test_pty_and_preexec_fn():
+    with sh("pwd", pty=True, preexec_fn=lambda: os.chdir("/usr")) as process:
+        assert read_terminal(process) == b"/usr\n"
+
+
+def test_pty_hangs_up():
+    """Closed, it ends the child by SIGHUP; so does the end of the block."""
+    with sh("read line; read line", pty=True) as process:
+        pass
+    assert process.returncode == -signal.SIGHUP
+
+
+def test_pty_close_wakes_who_reads():
+    process = subprocess.Popen(["sleep", "100"], pty=True)
+    reader = parked(error_of, process.pty.read)
+    process.pty.close()
+    assert result_of(reader) == (OSError, errno.EBADF)
+    assert process.wait() == -signal.SIGHUP
+
+
+@pytest.mark.parametrize("winsize", [(1,), 1, (1, 2, 3), ("a", 1), (1, 65536), (-1, 1), (1.5, 1)], ids=str)
+def test_pty_wrong_winsize(winsize):
+    """Refused before anything is started."""
+    assert error_of(subprocess.Popen, ["true"], winsize=winsize)[0] in (TypeError, ValueError, OverflowError)
+    assert has_no_child()
+
+
+# ---- under patch() -----------------------------------------------------------------------------------------------------------
+
+PATCHED = """
+from gevent import monkey
+monkey.patch_all()
+import coopos
+coopos.patch()
+import signal, subprocess, gevent, gevent.subprocess
+"""
+
+
+def test_patched_subprocess():
+    """It is ours under both names, and nothing installs a SIGCHLD handler."""
+    run_script(PATCHED + """
+from coopos import subprocess as ours
+assert subprocess.Popen is gevent.subprocess.Popen is ours.Popen
+assert subprocess.run(["sh", "-c", "echo out; exit 7"], stdout=subprocess.PIPE).returncode == 7
+assert type(subprocess.run(["true"])) is subprocess.CompletedProcess
+assert gevent.subprocess.check_output(["echo", "out"]) == b"out\\n"
+assert isinstance(subprocess.Popen(["true"]), subprocess.Popen)
+assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+with open("/proc/self/status") as file:
+    assert not any(int(line.split()[1], 16) & 1 << signal.SIGCHLD - 1 for line in file if line.startswith("SigCgt"))
+""", may_complain=True)
+
+
+def test_patched_run_uses_what_stands_for_popen():
+    """A test that puts a mock there sees what run() and its kin do."""
+    run_script(PATCHED + """
+from unittest import mock
+with mock.patch("subprocess.Popen") as popen:
+    popen.return_value.__enter__.return_value.communicate.return_value = b"mocked", None
+    popen.return_value.__enter__.return_value.poll.return_value = 0
+    assert subprocess.check_output(["nothing"]) == b"mocked"
+with mock.patch("subprocess._fork_exec" if hasattr(subprocess, "_fork_exec") else "_posixsubprocess.fork_exec") as fork_exec:
+    fork_exec.side_effect = RuntimeError("mocked")
+    try:
+        subprocess.run(["true"])
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("it was not called")
+""")
+
+
+def test_patched_popen_of_gevents_that_was_imported_before():
+    run_script("""
+from gevent import monkey
+monkey.patch_all()
+from subprocess import Popen, run, check_output
+import coopos, signal
+coopos.patch()
+assert Popen(["sh", "-c", "exit 7"]).wait() == 7
+assert run(["sh", "-c", "exit 7"]).returncode == 7
+assert check_output(["echo", "out"]) == b"out\\n"
+assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+""", may_complain=True)
