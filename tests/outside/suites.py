@@ -16,6 +16,23 @@ _NAMELESS = (
     "makes has its descriptor's number for a name, as os.fdopen's"
 )
 
+_CODE_OF_GEVENTS_POPEN = "tests a private static method of gevent's Popen, which closes descriptors after a fork in Python"
+
+_PRIVATE_GREENLETS = (
+    "looks at the private list of greenlets in which gevent's Popen communicates; tests/test_subprocess.py has what it is about, that "
+    "to leave the with block while another greenlet reads raises nothing and leaves nobody waiting"
+)
+
+_NOBODY_HAS_TO_ASK = (
+    "expects returncode to be None although the child has ended, since nobody has polled; the hub has seen the end and set it, as "
+    "with gevent's Popen"
+)
+
+_LIST_OF_THE_DROPPED = (
+    "looks for a Popen that was dropped in the private list subprocess._active, where the next Popen finds and collects it; here a "
+    "child is collected when it ends, whoever has its Popen"
+)
+
 #: {module: {test id, without the module: why it is left out}}
 SUITES = {
     "gevent.tests.test__os": {
@@ -32,10 +49,23 @@ SUITES = {
         "TestPopen.test_subprocess_in_native_thread": (
             "asserts gevent's own limit, that a native thread cannot start a child process; over coopos it can"
         ),
+        "TestPopen.test_exit_stops_communicating_greenlets_before_closing": _PRIVATE_GREENLETS,
+        "TestPopen.test_exit_ignores_reentrant_call_from_foreign_greenlet": _PRIVATE_GREENLETS,
+        "TestFDs.test_close_fds_brute_force": _CODE_OF_GEVENTS_POPEN,
+        "TestFDs.test_close_fds_from_path": _CODE_OF_GEVENTS_POPEN,
+        "TestFDs.test_close_fds_from_path_bad_values": _CODE_OF_GEVENTS_POPEN,
+        "TestFDs.test_close_fds_no_dir": _CODE_OF_GEVENTS_POPEN,
+        "TestFDs.test_close_fds_with_dir": _CODE_OF_GEVENTS_POPEN,
     },
-    "gevent.tests.test__subprocess_poll": {},
-    "gevent.tests.test__subprocess_interrupted": {},
-    "test.test_subprocess": {},
+    "test.test_subprocess": {
+        "POSIXProcessTestCase.test_stopped": "has a mock of os.waitpid say what became of the child; a pidfd tells it here",
+        "POSIXProcessTestCase.test_send_signal_race": _NOBODY_HAS_TO_ASK,
+        "POSIXProcessTestCase.test_zombie_fast_process_del": _LIST_OF_THE_DROPPED,
+        "POSIXProcessTestCase.test_leak_fast_process_del_killed": _LIST_OF_THE_DROPPED,
+        "POSIXProcessTestCase.test_communicate_BrokenPipeError_stdin_flush": (
+            "puts /dev/null in the place of the pipe to the child, which epoll refuses to watch"
+        ),
+    },
     "test.test_posix": {},
     "test.test_os": {},
     "test.test_pty": {},
@@ -52,4 +82,12 @@ PATCH_ARGUMENTS = {
     "test.test_fork1": {"keep_greenlets": False},
     "test.test_wait3": {"keep_greenlets": False},
     "test.test_wait4": {"keep_greenlets": False},
+}
+
+#: {module: why waitpid(-1) still tells of a child that it has waited for}
+STILL_TOLD = {
+    "test.test_posix": (
+        "test_waitid collects a child of os.fork() behind coopos's back, by posix.waitid, which nothing replaces; its status, which "
+        "the kernel tells by the pidfd, is there for whoever asks as after any other who collects children"
+    ),
 }

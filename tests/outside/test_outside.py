@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SUITES = runpy.run_path(str(HERE / "suites.py"))["SUITES"]
+TABLES = runpy.run_path(str(HERE / "suites.py"))
+SUITES = TABLES["SUITES"]
 
-#: The longest suite takes about 10 s. A guard against hangs; two of them end before the deadline of a whole test.
-TIME_LIMIT_S = 45
+#: The longest suite takes about 35 s. A guard against hangs; two of them end before the deadline of a whole test.
+TIME_LIMIT_S = 150
 
 #: How long a hung interpreter has to print its traceback.
 DUMP_GRACE_S = 1
@@ -92,7 +93,8 @@ def test_suite_passes_what_it_passes_unpatched(module, tmp_path, record_property
     assert not broken, "\n".join(f"{name}: {outcome['failed'][name]}" for name in broken)
     assert outcome["skipped"].keys() <= baseline["skipped"].keys(), "skips that the suite does not make by itself"
     assert set(baseline["passed"]) <= set(outcome["passed"]), "the same tests, all of them"
-    assert outcome["left_children"] <= baseline["left_children"], "waitpid(-1) still gives children that were waited for"
+    may_be_told = baseline["left_children"] or module in TABLES["STILL_TOLD"]
+    assert outcome["left_children"] <= may_be_told, "waitpid(-1) still gives children that were waited for"
 
 
 @pytest.mark.parametrize("module", [module for module, excluded in SUITES.items() if excluded])
