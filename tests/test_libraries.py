@@ -99,8 +99,10 @@ def test_ptyprocess():
         process.write(b"data\\n")
         assert process.readline() == b"data\\r\\n"
         assert process.readline() == b"got data\\r\\n"
-        assert others_ran()
+        others_ran()
+        process.write(b"\\n")
         assert process.wait() == 7
+        assert others_ran()
         process.close()
         try:
             PtyProcess.spawn(["/nonexistent/program"])
