@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import mmap
 import os
 import platform
 import resource
@@ -14,6 +15,7 @@ from benchmarks._model import Unavailable
 
 PACKAGES = ("coopos", "gevent", "greenlet", "uvloop", "trio")
 SPARE_FDS = 64
+MB = 1 << 20
 MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 
 
@@ -39,6 +41,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def reside(size_mb: int) -> bytearray:
+    """So much memory, all of it touched, and private: pages that are shared anyway fork has not to copy the tables of."""
+    memory = bytearray(size_mb * MB)
+    for offset in range(0, len(memory), mmap.PAGESIZE):
+        memory[offset] = 1
+    return memory
 
 
 def need_fds(count: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,12 +10,12 @@ from typing import Any
 
 from benchmarks._forked import closing_gate, load_alike, need_children
 from benchmarks._model import GEVENT, OS, OURS, Benchmark, Sampler, Target, register
+from benchmarks._system import MB, reside
 from benchmarks.one_child import FORK_METRICS, FORKS, time_forks
 
 WITHOUT = f"{OURS}, keep_greenlets=False"
 SPAWN = f"{OURS}.posix_spawn"
 PROGRAM = "/bin/true"
-MB = 1 << 20
 
 
 def forks_of(implementation: str) -> tuple[Callable[[], int], Callable[[int, int], object]]:
@@ -53,9 +52,7 @@ def spawn(library: Any) -> int:
 def fork_large(implementation: str, size_mb: int, quick: bool) -> Iterator[Sampler]:
     """Half of the memory is bytes, and half is objects that the garbage collector knows."""
     load_alike()
-    memory = mmap.mmap(-1, size_mb * MB // 2)
-    for offset in range(0, len(memory), mmap.PAGESIZE):
-        memory[offset] = 1
+    memory = reside(size_mb // 2)
     objects = [[number] for number in range(size_mb * MB // 2 // 96)]  # a list of one takes about 96 bytes, its number 32 more
     if implementation == SPAWN:
         library: Any = importlib.import_module(OURS)
@@ -63,7 +60,7 @@ def fork_large(implementation: str, size_mb: int, quick: bool) -> Iterator[Sampl
     else:
         fork, wait = forks_of(implementation)
     yield lambda: time_forks(fork, wait, 3 if quick else 10)
-    del objects
+    del objects, memory
 
 
 register(
