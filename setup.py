@@ -14,7 +14,7 @@ import sys
 from setuptools import Extension, setup
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
-from archives import BdistWheel, Sdist  # noqa: E402
+from archives import BdistWheel, Sdist
 
 DEBUG, LINETRACE, WERROR = (os.environ.get(f"COOPOS_{name}") == "1" for name in ("DEBUG", "LINETRACE", "WERROR"))
 

@@ -1,7 +1,7 @@
-"""Whether the version, CHANGELOG.md and, if one is named, the tag of a release go together: `python tools/check_release.py [v1.2.3]`.
+"""Whether the version, CHANGELOG.md and, if one is named, a release's tag go together: `python tools/check_release.py [v1.2.3]`.
 
-The version stands in coopos.__version__ and nowhere else. CHANGELOG.md has the form of Keep a Changelog; unless the version is one of
-development, its newest released section is that version's. Exit status 1, and what is wrong on standard error, if not.
+The version stands in coopos.__version__ and nowhere else. CHANGELOG.md has the form of Keep a Changelog; unless the version is one
+of development, its newest released section is that version's. Exit status 1, and what is wrong on standard error, if not.
 """
 
 import datetime
