@@ -87,7 +87,7 @@ def test_stubs_in_the_wheel_are_python(wheel):
 
 
 def test_bill_of_materials_agrees_with_the_metadata(wheel):
-    """It is valid CycloneDX, and names the package as METADATA does, and the tools pyproject.toml requires, in the versions used."""
+    """It is valid CycloneDX, and names the package as METADATA does, and the tools pyproject.toml requires, in versions used."""
     text = text_in(wheel, f"coopos-{VERSION}.dist-info/sboms/coopos.cdx.json")
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     bill = json.loads(text)
