@@ -13,6 +13,9 @@ import sys
 
 from setuptools import Extension, setup
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
+from archives import BdistWheel, Sdist
+
 DEBUG, LINETRACE, WERROR = (os.environ.get(f"COOPOS_{name}") == "1" for name in ("DEBUG", "LINETRACE", "WERROR"))
 
 # The -O and -g of the interpreter's own build come first on the command line, and often say -g -O3: four times as slow to compile.
@@ -77,4 +80,5 @@ setup(
     ext_modules=extensions if os.name == "posix" else [],
     # Always anew: the switches above are not among what setuptools compares timestamps of.
     options={"build_ext": {"force": True}},
+    cmdclass={"sdist": Sdist, "bdist_wheel": BdistWheel},
 )

@@ -69,6 +69,7 @@ def _no_status_is_left():
 # ---- one child ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @both_spawns
 def test_waitpid_living_child(spawn):
     """Other greenlets run until the child ends; then its status is returned."""
@@ -78,6 +79,7 @@ def test_waitpid_living_child(spawn):
         assert result_of(waiter) == (pid, STATUS)
 
 
+@pytest.mark.smoke
 @both_spawns
 def test_waitpid_dead_child(spawn):
     """A child that was dead before anybody waited is returned at once."""
@@ -585,6 +587,7 @@ def test_waitpid_in_a_thread_without_a_hub(spawn):
 # ---- groups of children ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_waitpid_any_child():
     """-1 returns the child that ended, watched or not, and then says that there are no more."""
     with living_child() as (first, end_first), living_child(os.posix_spawn) as (second, end_second):

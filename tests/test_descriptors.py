@@ -36,6 +36,8 @@ from .support import (
     turn_loop,
 )
 
+pytestmark = pytest.mark.smoke
+
 each_reader = pytest.mark.parametrize("read", [coopos.nb_read, coopos.tp_read], ids=["nb_read", "tp_read"])
 each_writer = pytest.mark.parametrize("write", [coopos.nb_write, coopos.tp_write], ids=["nb_write", "tp_write"])
 needs_no_fairness = pytest.mark.skipif(

@@ -15,6 +15,8 @@ import coopos
 
 from .support import run_script
 
+pytestmark = pytest.mark.smoke
+
 #: What stands in for functions of os under its own name here, and in os not even after patch().
 FORMS = set(coopos.__cooperative__) - set(coopos.__implements__) - set(coopos.__extensions__)
 FUNCTIONS = sorted({*coopos.__implements__, *coopos.__extensions__, *FORMS})

@@ -104,6 +104,7 @@ def test_fork_first_in_a_process():
         """)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("start", ["coopos.fork_gevent()", "coopos.forkpty()[0]", "coopos.fork_and_watch()"])
 def test_fork_family_first_in_a_process(start):
     """The same for each function that forks."""
