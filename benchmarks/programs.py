@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks._forked import ASYNCIO, load_alike, run_asyncio
-from benchmarks._model import GEVENT, OS, OURS, Benchmark, Sampler, Target, register
+from benchmarks._model import OS, OURS, Benchmark, Sampler, Target, register
 from benchmarks._system import MB, need_fds, reside
 
 PROGRAM = "/bin/true"

@@ -42,7 +42,7 @@ GEVENT = {
     "_imports": {"gevent.hub", "greenlet"},
     "_fork": {"gevent.os", "gevent._config"},
     "_programs": {"gevent.monkey"},
-    "subprocess": {"gevent.event", "gevent.hub", "gevent.monkey", "gevent.timeout"},
+    "subprocess": {"gevent.event", "gevent.hub", "gevent.monkey", "gevent.timeout", "greenlet"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},

@@ -1,7 +1,7 @@
 """Libraries that start programs run on coopos as they are: pexpect, ptyprocess, plumbum, sh, GitPython.
 
-Each in a fresh interpreter, patched before the library is imported, as a program does it. A greenlet that ticks meanwhile shows that
-the hub goes on; no child is left, and no SIGCHLD handler is there.
+Each in a fresh interpreter, patched before the library is imported, as a program does it. A greenlet that ticks meanwhile shows
+that the hub goes on; no child is left, and no SIGCHLD handler is there.
 """
 
 import importlib.util
@@ -67,7 +67,8 @@ def test_pexpect():
     """A dialogue with an interpreter, a timeout, an end, and exit statuses."""
     run("""
         import pexpect
-        child = pexpect.spawn("sh", ["-c", "sleep 0.05; printf 'name? '; read name; echo hello $name; read line; exit 7"], encoding="utf-8")
+        script = "sleep 0.05; printf 'name? '; read name; echo hello $name; read line; exit 7"
+        child = pexpect.spawn("sh", ["-c", script], encoding="utf-8")
         child.expect_exact("name? ")
         assert others_ran()
         child.sendline("coopos")
@@ -94,7 +95,8 @@ def test_ptyprocess():
     """Its reads are those of a plain file, which nobody replaces and others wait for; its forks and waits are ours."""
     run("""
         from ptyprocess import PtyProcess
-        process = PtyProcess.spawn(["sh", "-c", "stty size; read line; echo got $line; read line; sleep 0.05; exit 7"], dimensions=(12, 34))
+        script = "stty size; read line; echo got $line; read line; sleep 0.05; exit 7"
+        process = PtyProcess.spawn(["sh", "-c", script], dimensions=(12, 34))
         assert process.readline() == b"12 34\\r\\n"
         process.write(b"data\\n")
         assert process.readline() == b"data\\r\\n"
@@ -145,7 +147,7 @@ def test_plumbum():
 
 @needs("sh")
 def test_sh():
-    """It forks by itself and waits in threads, which are greenlets here: a command, input, a failure, a kill, lines as they come."""
+    """It forks by itself and waits in threads, which are greenlets here: a command, its input, a failure, a kill, lines."""
     run("""
         import sh
         assert str(sh.sh("-c", "sleep 0.05; echo out", _tty_out=False)) == "out\\n"

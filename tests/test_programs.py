@@ -10,7 +10,6 @@ import sys
 import warnings
 
 import gevent
-import psutil
 import pytest
 
 import coopos

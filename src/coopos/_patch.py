@@ -33,7 +33,7 @@ _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp"
 
 # What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
 _replacements: list[_Replacement] = []
-# (name, (gevent's, ours), the stdlib's): what else gevent.monkey has put into subprocess. Where our Popen is, the stdlib's own does.
+# (name, (gevent's, ours), the stdlib's): what else gevent.monkey puts into subprocess. Where our Popen is, the stdlib's own does.
 _stdlibs: list[tuple[str, tuple[Any, Any], Any]] = []
 
 
@@ -135,7 +135,7 @@ def _find_replacements() -> list[_Replacement]:
 
         popen = _gevents_popen()
         found.append(_Replacement(subprocess, "Popen", popen, coopos_subprocess.Popen))
-        for name in coopos_subprocess.NAMES.intersection(gevent_subprocess.__implements__) - {"Popen"}:
+        for name in coopos_subprocess.NAMES.intersection(vars(gevent_subprocess)["__implements__"]) - {"Popen"}:
             gevents = getattr(gevent_subprocess, name)
             ours = getattr(coopos_subprocess, name, gevents)
             _stdlibs.append((name, (gevents, ours), get_original("subprocess", name)))
@@ -163,9 +163,10 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
 
     Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
     rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; what is in ``gevent.subprocess`` and,
-    once it is patched, in :mod:`subprocess`, by :mod:`coopos.subprocess`; what a Popen of gevent's that somebody has imported before
-    forks and watches with, so that nothing installs a SIGCHLD handler any more; and the interpreter's import lock, for which a fork
-    waits when another greenlet has it. Names that other modules have imported before stay as they are. A second call does nothing.
+    once it is patched, in :mod:`subprocess`, by :mod:`coopos.subprocess`; what a Popen of gevent's that somebody has imported
+    before forks and watches with, so that nothing installs a SIGCHLD handler any more; and the interpreter's import lock, for which
+    a fork waits when another greenlet has it. Names that other modules have imported before stay as they are. A second call does
+    nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 

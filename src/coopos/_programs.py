@@ -385,5 +385,7 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         raise ValueError("popen() does not support unbuffered streams")
     if isinstance(buffering, int) and buffering.bit_length() > 31:
         raise OverflowError("Python int too large to convert to C int")  # before there is a pipe
-    shell = _Shell(cmd, shell=True, text=True, bufsize=buffering, **{"stdout" if mode == "r" else "stdin": PIPE})
-    return _PopenFile(shell.stdout if mode == "r" else shell.stdin, shell)
+    reads = mode == "r"
+    streams = {"stdout": PIPE} if reads else {"stdin": PIPE}
+    shell = _Shell(cmd, shell=True, text=True, bufsize=buffering, **streams)  # type: ignore[call-overload]
+    return _PopenFile(shell.stdout if reads else shell.stdin, shell)

@@ -27,9 +27,7 @@ from array import array
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent import kill
-from gevent.event import AsyncResult
-from gevent.hub import get_hub, linkproxy, sleep
+from gevent.hub import get_hub, kill, linkproxy, sleep
 from gevent.monkey import get_original
 from gevent.timeout import Timeout
 from greenlet import getcurrent
@@ -88,7 +86,7 @@ def _in_time(seconds: float | None, wait: Callable[..., object], *args: object) 
     if seconds is None:
         wait(*args)
         return
-    with Timeout(min(max(seconds, MIN_TIMEOUT_S), MAX_TIMEOUT_S), False):
+    with Timeout(min(max(seconds, MIN_TIMEOUT_S), MAX_TIMEOUT_S), False):  # type: ignore[arg-type]
         wait(*args)
 
 
@@ -170,7 +168,7 @@ def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
-    """Have a child of Popen(**arguments) use a terminal for those of its standard streams that are not said to be something else."""
+    """Have a child of Popen(**arguments) use a terminal, for those of its standard streams that *arguments* says nothing of."""
     number = slave
     for fd, name in reversed(list(enumerate(("stdin", "stdout", "stderr")))):
         if arguments.get(name) is None:
@@ -204,17 +202,29 @@ class _Ended:
 
 
 if TYPE_CHECKING:
-    _Base = _original.Popen
+
+    class _Base(_original.Popen[AnyStr]):
+        text_mode: bool
+        encoding: str | None
+        errors: str | None
+        _input: Any
+        _input_offset: int
+
+        def _get_handles(self, *streams: Any) -> tuple[int, ...]: ...
+        def _execute_child(self, *args: Any) -> None: ...
+        def _handle_exitstatus(self, status: int) -> None: ...
+        def _communicate(self, *args: Any) -> Any: ...
+
 else:
 
     class _Base(PlainPopen, get_original("subprocess", "Popen")):
         """The copy's, and for isinstance() the stdlib's."""
 
 
-class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
+class Popen(_Base[AnyStr]):
     """Start a program in a new process, and deal with it while other greenlets run.
 
-    Used exactly as :class:`subprocess.Popen`, of which it is a kind: its code starts the program and talks to it. ``wait``, ``poll``,
+    Used exactly as :class:`subprocess.Popen`, of which it is a kind: its code starts the program and talks to it. ``wait``,
     ``communicate``, the ``with`` block and the files ``stdin``, ``stdout`` and ``stderr`` (see :func:`coopos.fdopen`) let other
     greenlets run where they have to wait. It may be waited for by any number of greenlets, in any threads, and by
     :func:`gevent.wait`. ``returncode`` is set as soon as the hub has seen the end. The status is the child's own, also where
@@ -236,8 +246,8 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
     Raises:
         OSError: as execve(2), fork(2), pipe(2) and chdir(2); of openpty(3).
         TypeError, ValueError, OverflowError, SubprocessError: as :class:`subprocess.Popen`; *winsize* is no such pair.
-        ChildProcessError: ECHILD, from ``wait`` and ``poll``: somebody else has collected the child, and the kernel doesn't tell its
-            status.
+        ChildProcessError: ECHILD, from ``wait`` and ``poll``: somebody else has collected the child, and the kernel doesn't tell
+            its status.
 
     Switches greenlets only where said, and, with *preexec_fn*, until that has run in the child. A greenlet killed or timed out in
     ``wait`` leaves the child running, and watched. Works in any thread's hub and in a forked child, which has no children of its
@@ -307,13 +317,13 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
 
     def _file_of(self, master: int) -> Any:
         raw = _Terminal(master, "r+")
-        if not self.text_mode:  # type: ignore[attr-defined]
+        if not self.text_mode:
             return raw
         # Without a buffer in between: what is written is to be seen at once.
         return _io.TextIOWrapper(raw, self.encoding, self.errors, write_through=True)
 
     def _get_handles(self, *streams: Any) -> tuple[int, ...]:
-        handles: tuple[int, ...] = super()._get_handles(*streams)  # type: ignore[misc]
+        handles: tuple[int, ...] = super()._get_handles(*streams)
         for fd in handles[0], handles[3], handles[5]:
             # A file or socket of gevent's is in non-blocking mode, which few programs expect of their standard streams. What is no
             # descriptor the child says.
@@ -328,7 +338,7 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
             if value is not None:
                 setattr(_stdlib, name, value)
         _stdlib._USE_POSIX_SPAWN &= self._may_posix_spawn
-        super()._execute_child(*args)  # type: ignore[misc]
+        super()._execute_child(*args)
 
     # ---- its end
 
@@ -342,7 +352,7 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
         except ChildProcessError as ex:
             self.result.set_exception(ex)
         else:
-            self._handle_exitstatus(status)  # type: ignore[attr-defined]
+            self._handle_exitstatus(status)
             self.result.set(self.returncode)
 
     def _internal_poll(self, _deadstate: int | None = None) -> int | None:
@@ -364,7 +374,7 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
             if timeout is None or timeout > 0:
                 _in_time(timeout, self._child.join)
             if self.poll() is None:
-                raise _original.TimeoutExpired(self.args, timeout)  # type: ignore[arg-type]
+                raise _original.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
 
     def wait(self, timeout: float | None = None, _raise_exc: bool = True) -> int:
@@ -409,11 +419,11 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
             self._child.send_signal(sig)
 
     def _communicate(self, data: Any, *args: Any) -> Any:
-        if data is None and self._input and self._input_offset < len(self._input):  # type: ignore[attr-defined]
-            data = self._input  # type: ignore[attr-defined]  # the rest of what a call that timed out was given
+        if data is None and self._input and self._input_offset < len(self._input):
+            data = self._input  # the rest of what a call that timed out was given
         self._communicator = get_hub(), getcurrent()
         try:
-            return super()._communicate(data, *args)  # type: ignore[misc]
+            return super()._communicate(data, *args)
         finally:
             self._communicator = None
 
@@ -423,7 +433,8 @@ class Popen(_Base[AnyStr] if TYPE_CHECKING else _Base):  # type: ignore[misc]
             hub, greenlet = self._communicator
             if hub is get_hub() and greenlet is not getcurrent():
                 kill(greenlet, OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: communicate"))
-        for file in self.stdout, self.stderr, self.pty:
+        files: list[Any] = [self.stdout, self.stderr, self.pty]
+        for file in files:
             if file is not None:
                 try:
                     file.close()

@@ -19,7 +19,7 @@ _NAMELESS = (
 _CODE_OF_GEVENTS_POPEN = "tests a private static method of gevent's Popen, which closes descriptors after a fork in Python"
 
 _PRIVATE_GREENLETS = (
-    "looks at the private list of greenlets in which gevent's Popen communicates; tests/test_subprocess.py has what it is about, that "
+    "looks at the private list of greenlets in which gevent's Popen communicates; tests/test_subprocess.py has what it is about: "
     "to leave the with block while another greenlet reads raises nothing and leaves nobody waiting"
 )
 
@@ -87,7 +87,7 @@ PATCH_ARGUMENTS = {
 #: {module: why waitpid(-1) still tells of a child that it has waited for}
 STILL_TOLD = {
     "test.test_posix": (
-        "test_waitid collects a child of os.fork() behind coopos's back, by posix.waitid, which nothing replaces; its status, which "
-        "the kernel tells by the pidfd, is there for whoever asks as after any other who collects children"
+        "test_waitid collects a child of os.fork() behind coopos's back, by posix.waitid, which nothing replaces; its status, "
+        "which the kernel tells by the pidfd, is there for whoever asks as after any other who collects children"
     ),
 }
