@@ -79,16 +79,16 @@ for extension in extensions:
 
 NO_COMPILER = """{}
 
-coopos is compiled when it is installed from source, and that needs a C compiler and the headers of libc and of Python. Install them, and
-try again:
+coopos is compiled when it is installed from source, and that needs a C compiler and the headers of libc and of Python. Install
+them, and try again:
 
     Debian, Ubuntu   apt-get install gcc libc6-dev python3-dev
     Fedora           dnf install gcc python3-devel
     Alpine           apk add gcc musl-dev python3-dev
     macOS            xcode-select --install
 
-None of them is needed where there is a wheel, which an up-to-date pip finds by itself: for CPython 3.10 to 3.15 on x86-64 and ARM64, on
-Linux (glibc 2.28, musl 1.2, or later) and macOS."""
+None of them is needed where there is a wheel, which an up-to-date pip finds by itself: for CPython 3.10 to 3.15 on x86-64 and
+ARM64, on Linux (glibc 2.28, musl 1.2, or later) and macOS."""
 
 
 class BuildExt(build_ext):
