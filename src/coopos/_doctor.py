@@ -1,8 +1,8 @@
 """``python -m coopos doctor``: which mechanism serves what on this machine, each proved on a real one.
 
 A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out; it returns the name of the
-mechanism that did it. A check that hangs is ended by a timeout, and has failed. Where there is no compiled core, the threadpool is all
-there is to be checked. Knows the façade and `_children`.
+mechanism that did it. A check that hangs is ended by a timeout, and has failed. Without a compiled core only the threadpool is
+checked. Knows the façade and `_children`.
 """
 
 from __future__ import annotations
