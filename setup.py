@@ -1,4 +1,4 @@
-"""The compiled modules. Everything that can be said without code is in pyproject.toml.
+"""The compiled modules, and what the package is where there are none. All that can be said without code is in pyproject.toml.
 
 Three switches in the environment, each "1" or unset:
 
@@ -10,8 +10,13 @@ COOPOS_WERROR     every warning of Cython and of the C compiler is an error
 
 import os
 import sys
+import sysconfig
+import tempfile
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
 from archives import BdistWheel, Sdist
@@ -75,10 +80,48 @@ for extension in extensions:
     extension.cython_directives = directives
     extension.cython_c_in_temp = not LINETRACE
 
-setup(
-    # The compiled modules call POSIX directly; elsewhere the package is Python alone.
-    ext_modules=extensions if os.name == "posix" else [],
-    # Always anew: the switches above are not among what setuptools compares timestamps of.
-    options={"build_ext": {"force": True}},
-    cmdclass={"sdist": Sdist, "bdist_wheel": BdistWheel},
-)
+NO_COMPILER = """{}
+
+coopos is compiled when it is installed from source, and that needs a C compiler and the headers of libc and of Python. Install
+them, and try again:
+
+    Debian, Ubuntu   apt-get install gcc libc6-dev python3-dev
+    Fedora           dnf install gcc python3-devel
+    Alpine           apk add gcc musl-dev python3-dev
+    macOS            xcode-select --install
+
+None of them is needed where there is a wheel, which an up-to-date pip finds by itself: for CPython 3.10 to 3.15 on x86-64 and
+ARM64, on Linux (glibc 2.28, musl 1.2, or later) and macOS."""
+
+
+class BuildExt(build_ext):
+    def build_extensions(self):
+        """Before Cython's part, half a minute: is there anything to compile with?"""
+        with tempfile.TemporaryDirectory() as directory:
+            source = os.path.join(directory, "headers.c")
+            with open(source, "w") as file:
+                file.write("#include <Python.h>\n")
+            try:
+                self.compiler.compile([source], output_dir=directory, include_dirs=self.include_dirs)
+            except CompileError as ex:
+                raise CompileError(NO_COMPILER.format(ex)) from None
+        super().build_extensions()
+
+
+class BuildPyWithoutCore(build_py):
+    """The modules that don't need the compiled ones, which call POSIX directly."""
+
+    def find_package_modules(self, package, package_dir):
+        kept = {"__init__", "__main__", "_doctor", "_patch", "_threadpool"}
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] in kept]
+
+
+# Always anew: the switches above are not among what setuptools compares timestamps of.
+options = {"build_ext": {"force": True}}
+archives = {"sdist": Sdist, "bdist_wheel": BdistWheel}
+if os.name == "posix":
+    setup(ext_modules=extensions, cmdclass={**archives, "build_ext": BuildExt}, options=options)
+else:
+    # py3-none-win_amd64, one wheel for every Python there: were it tagged `any`, pip elsewhere would prefer it to the sdist.
+    options["bdist_wheel"] = {"plat_name": sysconfig.get_platform()}
+    setup(cmdclass={**archives, "build_py": BuildPyWithoutCore}, exclude_package_data={"coopos": ["*.pyi"]}, options=options)

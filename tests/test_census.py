@@ -36,7 +36,7 @@ SINCE = {
     (3, 13): "grantpt posix_openpt process_cpu_count ptsname unlockpt "
     "timerfd_create timerfd_gettime timerfd_gettime_ns timerfd_settime timerfd_settime_ns",
     (3, 14): "readinto reload_environ",
-    (3, 15): "statx",
+    (3, 15): "statx _clearenv",
 }
 NOT_ON = {
     "linux": "chflags lchflags lchmod",

@@ -495,6 +495,8 @@ def test_multiprocessing(method):
     """A process of multiprocessing is started and joined, and its exit code comes back."""
     if method == "forkserver" and sys.version_info < (3, 12):
         pytest.skip("it hangs under gevent.monkey alone as well")
+    if method == "forkserver" and sys.version_info >= (3, 14):
+        pytest.skip("it raises BlockingIOError under gevent.monkey alone as well")
     run(f"""
         import multiprocessing
         context = multiprocessing.get_context({method!r})

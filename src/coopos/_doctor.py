@@ -1,7 +1,8 @@
 """``python -m coopos doctor``: which mechanism serves what on this machine, each proved on a real one.
 
 A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out; it returns the name of the
-mechanism that did it. A check that hangs is ended by a timeout, and has failed. Knows the façade and `_children`.
+mechanism that did it. A check that hangs is ended by a timeout, and has failed. Without a compiled core only the threadpool is
+checked. Knows the façade and `_children`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHECK_TIMEOUT_S = 10.0
+HAS_CORE = hasattr(coopos, "fork")
 MESSAGE = b"coopos"
 
 
@@ -55,6 +57,9 @@ def _nonblocking(read_fd: int, write_fd: int) -> str:
 
 def _any_mode(read_fd: int) -> str:
     """What serves read on a descriptor that has data, whatever its mode: nothing that waits, or a thread."""
+    if not HAS_CORE:
+        _expect(coopos.tp_read(read_fd, 100), MESSAGE)
+        return "the threadpool"
     in_pool, guarded = coopos._core.count_pool_calls(), coopos._core.count_guarded_calls()
     _expect(coopos.read(read_fd, len(MESSAGE)), MESSAGE)
     if coopos._core.count_pool_calls() > in_pool:
@@ -109,12 +114,8 @@ def check_file() -> str:
     with tempfile.TemporaryFile() as file:
         file.write(MESSAGE)
         file.flush()
-        if hasattr(coopos, "close"):
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
-            return _any_mode(file.fileno())
-        file.seek(0)
-        _expect(coopos.tp_read(file.fileno(), 100), MESSAGE)
-        return "the threadpool"
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        return _any_mode(file.fileno())
 
 
 def check_close() -> str:
@@ -176,15 +177,14 @@ def check_program() -> str:
     return "posix_spawn(3), watched"
 
 
-CHECKS: list[tuple[str, Callable[[], str]]] = [("regular file", check_file)]
-if hasattr(coopos, "fork"):
+CHECKS: list[tuple[str, Callable[[], str]]] = [("blocking pipe", check_blocking_pipe), ("regular file", check_file)]
+if HAS_CORE:
     CHECKS = [
         ("pipe", check_pipe),
         ("socket", check_socket),
         ("pty", check_pty),
-        ("blocking pipe", check_blocking_pipe),
-        ("FIFO", check_fifo),
         *CHECKS,
+        ("FIFO", check_fifo),
         ("close", check_close),
         ("child", check_child),
         ("any child", check_any_child),
@@ -206,7 +206,7 @@ def main() -> int:
         except Exception as ex:
             failed += 1
             print(f"{name:14} FAILED  {type(ex).__name__}: {ex}")
-    if hasattr(coopos, "fork"):
+    if HAS_CORE:
         refusals = coopos._children.count_refusals().items()
         counts = ", ".join(f"{errno.errorcode.get(code, code)} {count} times" for code, count in refusals)
         print(f"pidfds refused in this process: {counts or 'none'}")

@@ -14,6 +14,7 @@ cimport cython
 from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
+from cpython.version cimport PY_VERSION_HEX
 from libc.errno cimport EAGAIN, errno
 from libc.stdio cimport SEEK_CUR
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
@@ -272,7 +273,8 @@ class Moving:
     def readall(self):
         """All there is until the end."""
         cdef Owned owned = owned_by(self)
-        if owned is None or owned.fd < 0:
+        # From Python 3.15 on it, too, looks first whether the file was opened for it; before, read(2) says EBADF.
+        if owned is None or owned.fd < 0 or (PY_VERSION_HEX >= 0x030F0000 and not owned.may_read):
             return super().readall()
         return read_all_from(owned)
 

@@ -74,7 +74,7 @@ def tp_read(fd: int, n: int) -> bytes:
 
     Like :func:`os.read`. The descriptor's flags don't matter and are not touched. Data that is there already, the page cache
     included, is read at once without a thread. What can be waited for (pipes, sockets, FIFOs, terminals) is waited for on the hub.
-    The rest is read in the hub's threadpool.
+    The rest is read in the hub's threadpool. On Windows everything is, and what a killed or timed-out call reads later is lost.
 
     Args:
         fd: int, an open descriptor.
