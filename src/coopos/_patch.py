@@ -32,6 +32,8 @@ _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp"
 
 # What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
 _replacements: list[_Replacement] = []
+# Whether those in multiprocessing are among them: what is made for it is made of what gevent.monkey has put there.
+_knows_multiprocessing = False
 
 
 class _NoSigchld:
@@ -134,13 +136,23 @@ def _find_replacements() -> list[_Replacement]:
     return found
 
 
+def _find_in_multiprocessing() -> list[_Replacement]:
+    try:
+        from coopos import _multiprocessing
+    except ImportError:  # a system without the kernel's semaphores
+        return []
+    _multiprocessing.renew_locks()
+    return [_Replacement(*names, is_plain=True) for names in _multiprocessing.find_replacements()]
+
+
 def patch(*, keep_greenlets: bool | None = None) -> None:
     """Put coopos under a program that uses gevent.
 
     Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
-    rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; and what ``gevent.subprocess`` forks
-    and watches with, so that it installs no SIGCHLD handler any more; and the interpreter's import lock, for which a fork waits
-    when another greenlet has it. Names that other modules have imported before stay as they are. A second call does nothing.
+    rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; what ``gevent.subprocess`` forks and
+    watches with, so that it installs no SIGCHLD handler any more; what :mod:`multiprocessing` waits with; and the interpreter's
+    import lock, for which a fork waits when another greenlet has it. Names that other modules have imported before stay as they
+    are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 
@@ -155,8 +167,12 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
+    global _knows_multiprocessing
     if not _replacements:
         _replacements.extend(_find_replacements())
+    if not _knows_multiprocessing and is_module_patched("os"):
+        _knows_multiprocessing = True
+        _replacements.extend(_find_in_multiprocessing())
     for owner, name, gevents, ours, is_plain in _replacements:
         if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
             setattr(owner, name, ours)

@@ -27,6 +27,15 @@ cdef extern from "<poll.h>" nogil:
     int poll(pollfd *fds, unsigned long n, int timeout_ms)
 
 
+cdef extern from "<semaphore.h>" nogil:
+    ctypedef struct sem_t:
+        pass
+    int sem_getvalue(sem_t *semaphore, int *value)
+    int sem_post(sem_t *semaphore)
+    int sem_trywait(sem_t *semaphore)
+    int sem_wait(sem_t *semaphore)
+
+
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass

@@ -1,0 +1,234 @@
+"""What :func:`coopos.patch` puts into :mod:`multiprocessing`, so that it waits as a greenlet does. POSIX only.
+
+The modules stay the stdlib's. What they wait with is replaced: a Connection's reads and writes, `connection.wait`, the semaphore
+under every lock, what a parent writes to a child that it starts. A module that calls `os` for it is given a namespace of that name,
+which has a few functions of ours over the real one. Rules:
+
+1. Other processes see the descriptors they see without gevent, in blocking mode; no flag is changed to wait for one.
+2. A child that is forked here goes on with the greenlet that forked it alone: the feeders and handlers of the parent's queues and
+   pools are greenlets.
+3. Locks and locals that the modules have made when they were imported are a thread's if `gevent.monkey` came later: they are made
+   anew.
+
+The module knows the inside of multiprocessing, from Python 3.10 to 3.15; nothing else of coopos does.
+"""
+
+from __future__ import annotations
+
+import _multiprocessing
+import functools
+import importlib
+import io
+import os
+import selectors
+import socket
+import sys
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+from gevent import Timeout
+from gevent.monkey import get_original
+
+from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: As long as it gets; the stdlib's loop asks again.
+LONGEST_S = 1e9
+
+
+# ---- connections -------------------------------------------------------------------------------------------------------------
+
+
+def _read_part(fd: int, parts: list[bytes], index: int, size: int) -> bytes:
+    """Read what is missing of one part of a message; what was read stays in *parts*, whatever happens."""
+    begun = parts[index]
+    if len(begun) < size:
+        try:
+            parts[index] = begun + _core.read_exactly(fd, size - len(begun))
+        except EOFError as ex:
+            if begun or ex.partial:  # type: ignore[attr-defined]
+                raise OSError("got end of file during message") from None
+            raise EOFError from None
+        except BaseException as ex:
+            parts[index] = begun + getattr(ex, "partial", b"")
+            raise
+    return parts[index]
+
+
+def _receive_bytes(connection: Any, maxsize: int | None = None) -> io.BytesIO | None:
+    """``Connection._recv_bytes``. Killed or timed out in the middle of a message, it leaves the beginning for the next call."""
+    fd = connection._handle
+    parts = vars(connection).pop("_coopos_begun", None) or [b"", b"", b""]
+    try:
+        size = int.from_bytes(_read_part(fd, parts, 0, 4), "big", signed=True)
+        if size == -1:
+            size = int.from_bytes(_read_part(fd, parts, 1, 8), "big")
+        if maxsize is not None and size > maxsize:
+            return None
+        message = io.BytesIO(_read_part(fd, parts, 2, size))
+        message.seek(0, io.SEEK_END)
+        return message
+    except (EOFError, OSError):
+        raise
+    except BaseException:
+        if any(parts):
+            connection._coopos_begun = parts
+        raise
+
+
+def _send(connection: Any, data: Any) -> None:
+    """``Connection._send``."""
+    _core.write_all(connection._handle, data)
+
+
+def _close(connection: Any) -> None:
+    """``Connection._close``: who waits for the descriptor is told."""
+    _parking.close(connection._handle)
+
+
+def _in_blocking_mode(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes Connections, a pair or one, of gevent's sockets: they stay the kernel's for other processes."""
+
+    @functools.wraps(make)
+    def make_blocking(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        for connection in made if isinstance(made, tuple) else (made,):
+            os.set_blocking(connection.fileno(), True)
+        return made
+
+    return make_blocking
+
+
+class _WaitSelector(selectors.PollSelector):
+    """What ``connection.wait`` asks: poll(2), and the hub where nothing is ready."""
+
+    _selector_cls = get_original("select", "poll")
+
+    def select(self, timeout: float | None = None) -> Any:
+        """Without waiting, and with nothing ready, the other greenlets have their turn: the caller may ask again and again."""
+        ready = super().select(0)
+        if ready:
+            return ready
+        if timeout is not None and timeout <= 0:
+            _parking.yield_turn()
+            return ready
+        fds = [key.fd for key in self.get_map().values()]
+        with Timeout(None if timeout is None else min(timeout, LONGEST_S), False):
+            _parking.wait_for_any(fds, "connection.wait")
+        return super().select(0)
+
+
+# ---- locks -------------------------------------------------------------------------------------------------------------------
+
+
+class SemLock(_semaphores.Semaphore):
+    """``_multiprocessing.SemLock``, which owns and waits greenlet by greenlet."""
+
+    __slots__ = ()
+
+    _plain = _multiprocessing.SemLock
+    SEM_VALUE_MAX = _plain.SEM_VALUE_MAX
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SemLock:
+        return super().__new__(cls, cls._plain(*args, **kwargs))  # type: ignore[no-any-return]
+
+    @classmethod
+    def _rebuild(cls, *state: Any) -> SemLock:
+        return super().__new__(cls, cls._plain._rebuild(*state))  # type: ignore[no-any-return]
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------------------
+
+
+def _over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
+    """A namespace to take the place of *module* in one of its users: *ours*, and the rest as it is there at the time."""
+    namespace = types.ModuleType(module.__name__, module.__doc__)
+    vars(namespace).update(ours, __getattr__=lambda name: getattr(module, name))
+    return namespace
+
+
+def _fork_process() -> int:
+    return _fork.fork(keep_greenlets=False)
+
+
+def _fork_server_process() -> int:
+    """The fork server collects its children itself, with waitpid(-1)."""
+    return _fork.fork_gevent(keep_greenlets=False)
+
+
+class _ServerSocket(socket.socket):
+    """What the fork server is given to listen at."""
+
+    def listen(self, *args: Any) -> None:
+        super().listen(*args)
+        os.set_blocking(self.fileno(), True)
+
+
+def _open(fd: int, mode: str, closefd: bool = True) -> Any:
+    return coopos_io.fdopen(fd, mode, closefd=closefd)
+
+
+# ---- what there is to replace ------------------------------------------------------------------------------------------------
+
+
+def find_replacements() -> Iterator[tuple[Any, str, Any, Any]]:
+    """(owner, name, what the stdlib has there, what we have) of all."""
+    import signal
+    from multiprocessing import forkserver, popen_fork, popen_forkserver, popen_spawn_posix, util
+
+    connection: Any = importlib.import_module("multiprocessing.connection")  # the stubs know a part of it
+    greenlets_local: Any = threading.local
+    replacements: list[tuple[Any, str, Any]] = [
+        (connection.Connection, "_recv_bytes", _receive_bytes),
+        (connection.Connection, "_send", _send),
+        (connection.Connection, "_close", _close),
+        (connection, "Pipe", _in_blocking_mode(connection.Pipe)),
+        (connection, "SocketClient", _in_blocking_mode(connection.SocketClient)),
+        (connection.SocketListener, "accept", _in_blocking_mode(connection.SocketListener.accept)),
+        (connection, "_WaitSelector", _WaitSelector),
+        (_multiprocessing, "SemLock", SemLock),
+        (popen_fork, "os", _over(os, fork=_fork_process)),
+        (forkserver, "os", _over(os, fork=_fork_server_process, read=_core.read, write=_core.write)),
+        (forkserver, "socket", _over(socket, socket=_ServerSocket)),
+        # Its wake-up descriptor is told of a SIGCHLD that has a handler of the interpreter's; gevent's signal() sets none.
+        (forkserver, "signal", _over(signal, signal=get_original("signal", "signal"))),
+        (popen_forkserver, "open", _open),
+        (popen_spawn_posix, "open", _open),
+    ]
+    if not issubclass(util.ForkAwareLocal, greenlets_local):
+        # Each greenlet has its own connection to a manager.
+        namespace = {name: value for name, value in vars(util.ForkAwareLocal).items() if name in ("__init__", "__reduce__")}
+        ours = type("ForkAwareLocal", (greenlets_local,), {**namespace, "__module__": util.__name__})
+        replacements.append((util, "ForkAwareLocal", ours))
+    for owner, name, ours in replacements:
+        yield owner, name, getattr(owner, name, None), ours
+
+
+def renew_locks() -> None:
+    """Make the locks and locals anew that were made before ``gevent.monkey`` came: a greenlet that waits would stop its thread."""
+    plain_lock, plain_rlock, plain_local = get_original("_thread", ["allocate_lock", "RLock", "_local"])
+    of_threads = {type(plain_lock()): threading.Lock, plain_rlock: threading.RLock, plain_local: threading.local}
+    for module, path, name in (
+        ("context", "", "_tls"),
+        ("forkserver", "_forkserver", "_lock"),
+        ("heap", "BufferWrapper._heap", "_lock"),
+        ("managers", "BaseProxy._mutex", "_lock"),
+        ("resource_sharer", "_resource_sharer", "_lock"),
+        ("resource_tracker", "_resource_tracker", "_lock"),
+    ):
+        owner = sys.modules.get(f"multiprocessing.{module}")
+        for step in path.split(".") if path else ():
+            owner = getattr(owner, step, None)
+        make = of_threads.get(type(getattr(owner, name, None)))
+        if make is not None:
+            setattr(owner, name, make())
+            if hasattr(owner, "_at_fork_reinit"):
+                # A lock that has its lock's methods for its own.
+                owner.acquire, owner.release = owner._lock.acquire, owner._lock.release  # type: ignore[union-attr]
+    managers = sys.modules.get("multiprocessing.managers")
+    if managers is not None:
+        for name in ("Lock", "RLock"):  # what a manager's server makes for its clients
+            managers.SyncManager._registry[name] = (getattr(threading, name), *managers.SyncManager._registry[name][1:])
