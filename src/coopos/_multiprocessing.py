@@ -15,12 +15,13 @@ The module knows the inside of multiprocessing, from Python 3.10 to 3.15; nothin
 
 from __future__ import annotations
 
-import _multiprocessing
 import functools
-import importlib
+import importlib.machinery
 import io
 import os
+import pkgutil
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -33,8 +34,9 @@ from gevent.monkey import get_original
 from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+_multiprocessing: Any = importlib.import_module("_multiprocessing")  # the stubs don't know it
 #: As long as it gets; the stdlib's loop asks again.
 LONGEST_S = 1e9
 
@@ -116,7 +118,7 @@ class _WaitSelector(selectors.PollSelector):
             _parking.yield_turn()
             return ready
         fds = [key.fd for key in self.get_map().values()]
-        with Timeout(None if timeout is None else min(timeout, LONGEST_S), False):
+        with Timeout(None if timeout is None else min(timeout, LONGEST_S), False):  # type: ignore[arg-type]
             _parking.wait_for_any(fds, "connection.wait")
         return super().select(0)
 
@@ -171,17 +173,26 @@ def _open(fd: int, mode: str, closefd: bool = True) -> Any:
     return coopos_io.fdopen(fd, mode, closefd=closefd)
 
 
+class _ByName:
+    """A class that a manager's server makes objects of: in a fresh interpreter, the one that has the name there."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return pkgutil.resolve_name(self.name)(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return pkgutil.resolve_name, (self.name,)
+
+
 # ---- what there is to replace ------------------------------------------------------------------------------------------------
 
 
-def find_replacements() -> Iterator[tuple[Any, str, Any, Any]]:
-    """(owner, name, what the stdlib has there, what we have) of all."""
-    import signal
-    from multiprocessing import forkserver, popen_fork, popen_forkserver, popen_spawn_posix, util
-
-    connection: Any = importlib.import_module("multiprocessing.connection")  # the stubs know a part of it
-    greenlets_local: Any = threading.local
-    replacements: list[tuple[Any, str, Any]] = [
+def _in_connection(connection: Any) -> list[tuple[Any, str, Any]]:
+    return [
         (connection.Connection, "_recv_bytes", _receive_bytes),
         (connection.Connection, "_send", _send),
         (connection.Connection, "_close", _close),
@@ -189,28 +200,101 @@ def find_replacements() -> Iterator[tuple[Any, str, Any, Any]]:
         (connection, "SocketClient", _in_blocking_mode(connection.SocketClient)),
         (connection.SocketListener, "accept", _in_blocking_mode(connection.SocketListener.accept)),
         (connection, "_WaitSelector", _WaitSelector),
-        (_multiprocessing, "SemLock", SemLock),
-        (popen_fork, "os", _over(os, fork=_fork_process)),
+    ]
+
+
+def _in_forkserver(forkserver: Any) -> list[tuple[Any, str, Any]]:
+    return [
         (forkserver, "os", _over(os, fork=_fork_server_process, read=_core.read, write=_core.write)),
         (forkserver, "socket", _over(socket, socket=_ServerSocket)),
         # Its wake-up descriptor is told of a SIGCHLD that has a handler of the interpreter's; gevent's signal() sets none.
         (forkserver, "signal", _over(signal, signal=get_original("signal", "signal"))),
-        (popen_forkserver, "open", _open),
-        (popen_spawn_posix, "open", _open),
     ]
-    if not issubclass(util.ForkAwareLocal, greenlets_local):
-        # Each greenlet has its own connection to a manager.
-        namespace = {name: value for name, value in vars(util.ForkAwareLocal).items() if name in ("__init__", "__reduce__")}
-        ours = type("ForkAwareLocal", (greenlets_local,), {**namespace, "__module__": util.__name__})
-        replacements.append((util, "ForkAwareLocal", ours))
-    for owner, name, ours in replacements:
-        yield owner, name, getattr(owner, name, None), ours
+
+
+def _in_util(util: Any) -> list[tuple[Any, str, Any]]:
+    """Each greenlet has its own connection to a manager."""
+    if issubclass(util.ForkAwareLocal, threading.local):
+        return []
+    methods = {name: value for name, value in vars(util.ForkAwareLocal).items() if name in ("__init__", "__reduce__")}
+    return [(util, "ForkAwareLocal", type("ForkAwareLocal", (threading.local,), {**methods, "__module__": util.__name__}))]
+
+
+def _in_managers(managers: Any) -> list[tuple[Any, str, Any]]:
+    """Nothing to take back: a name means what the classes that were there mean."""
+    registry = managers.SyncManager._registry
+    for typeid in ("Event", "Lock", "RLock", "Semaphore", "BoundedSemaphore", "Condition", "Barrier", "Queue", "JoinableQueue"):
+        name = "queue:Queue" if "Queue" in typeid else f"threading:{typeid}"
+        registry[typeid] = (_ByName(name), *registry[typeid][1:])
+    return []
+
+
+#: {module: what there is to replace in it}
+_WANTED: dict[str, Callable[[Any], list[tuple[Any, str, Any]]]] = {
+    "_multiprocessing": lambda module: [(module, "SemLock", SemLock)],
+    "multiprocessing.connection": _in_connection,
+    "multiprocessing.forkserver": _in_forkserver,
+    "multiprocessing.managers": _in_managers,
+    "multiprocessing.popen_fork": lambda module: [(module, "os", _over(os, fork=_fork_process))],
+    "multiprocessing.popen_forkserver": lambda module: [(module, "open", _open)],
+    "multiprocessing.popen_spawn_posix": lambda module: [(module, "open", _open)],
+    "multiprocessing.util": _in_util,
+}
+
+
+class Finder:
+    """On sys.meta_path, for who imports multiprocessing after the patch: most programs never do, and patch() doesn't for them.
+
+    *adopt* is called, once for each module, with the replacements in it: (owner, name, the stdlib's, ours).
+    """
+
+    def __init__(self, adopt: Callable[[list[tuple[Any, str, Any, Any]]], None]) -> None:
+        self._adopt = adopt
+        self._is_adopted: set[str] = set()
+
+    def install(self) -> None:
+        """Adopt the modules that are here, and look out for the others."""
+        for name in _WANTED:
+            if name in sys.modules:
+                self.adopt(sys.modules[name])
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        """Look out no longer."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def adopt(self, module: Any) -> None:
+        """Tell what there is to replace in *module*."""
+        name = module.__name__
+        if name not in self._is_adopted:
+            self._is_adopted.add(name)
+            self._adopt([(owner, name, getattr(owner, name, None), ours) for owner, name, ours in _WANTED[name](module)])
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The interpreter's own spec of a module; if it is one of ours, with a loader that has it adopted at its end."""
+        if name not in _WANTED:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_adopt(module: Any) -> None:
+                run(module)
+                self.adopt(module)
+
+            spec.loader.exec_module = run_and_adopt  # type: ignore[method-assign]
+        return spec
 
 
 def renew_locks() -> None:
     """Make the locks and locals anew that were made before ``gevent.monkey`` came: a greenlet that waits would stop its thread."""
-    plain_lock, plain_rlock, plain_local = get_original("_thread", ["allocate_lock", "RLock", "_local"])
-    of_threads = {type(plain_lock()): threading.Lock, plain_rlock: threading.RLock, plain_local: threading.local}
+    of_threads = {
+        type(get_original("_thread", "allocate_lock")()): threading.Lock,
+        get_original("_thread", "RLock"): threading.RLock,
+        get_original("_thread", "_local"): threading.local,
+    }
     for module, path, name in (
         ("context", "", "_tls"),
         ("forkserver", "_forkserver", "_lock"),
@@ -219,16 +303,11 @@ def renew_locks() -> None:
         ("resource_sharer", "_resource_sharer", "_lock"),
         ("resource_tracker", "_resource_tracker", "_lock"),
     ):
-        owner = sys.modules.get(f"multiprocessing.{module}")
+        owner: Any = sys.modules.get(f"multiprocessing.{module}")
         for step in path.split(".") if path else ():
             owner = getattr(owner, step, None)
         make = of_threads.get(type(getattr(owner, name, None)))
         if make is not None:
             setattr(owner, name, make())
-            if hasattr(owner, "_at_fork_reinit"):
-                # A lock that has its lock's methods for its own.
-                owner.acquire, owner.release = owner._lock.acquire, owner._lock.release  # type: ignore[union-attr]
-    managers = sys.modules.get("multiprocessing.managers")
-    if managers is not None:
-        for name in ("Lock", "RLock"):  # what a manager's server makes for its clients
-            managers.SyncManager._registry[name] = (getattr(threading, name), *managers.SyncManager._registry[name][1:])
+            if hasattr(owner, "acquire"):  # it has its lock's methods for its own
+                owner.acquire, owner.release = owner._lock.acquire, owner._lock.release

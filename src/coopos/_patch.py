@@ -18,6 +18,8 @@ from gevent.monkey import get_original, is_module_patched
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from coopos import _multiprocessing
+
 
 class _Replacement(NamedTuple):
     owner: Any  # a module or class
@@ -32,8 +34,8 @@ _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp"
 
 # What patch() may replace, whether or not it has: found by the first one, while gevent.os still has its own functions.
 _replacements: list[_Replacement] = []
-# Whether those in multiprocessing are among them: what is made for it is made of what gevent.monkey has put there.
-_knows_multiprocessing = False
+# Tells of those in multiprocessing, when a program imports it.
+_finder: _multiprocessing.Finder | None = None
 
 
 class _NoSigchld:
@@ -136,13 +138,30 @@ def _find_replacements() -> list[_Replacement]:
     return found
 
 
-def _find_in_multiprocessing() -> list[_Replacement]:
-    try:
-        from coopos import _multiprocessing
-    except ImportError:  # a system without the kernel's semaphores
-        return []
-    _multiprocessing.renew_locks()
-    return [_Replacement(*names, is_plain=True) for names in _multiprocessing.find_replacements()]
+def _replace(replacements: list[_Replacement]) -> None:
+    for owner, name, gevents, ours, is_plain in replacements:
+        if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
+            setattr(owner, name, ours)
+
+
+def _adopt(found: list[tuple[Any, str, Any, Any]]) -> None:
+    """Something of multiprocessing is imported, and patched."""
+    replacements = [_Replacement(*names, is_plain=True) for names in found]
+    _replacements.extend(replacements)
+    _replace(replacements)
+
+
+def _patch_multiprocessing() -> None:
+    """What is made for it is made of what gevent.monkey has put into other modules."""
+    global _finder
+    if _finder is None:
+        try:
+            from coopos import _multiprocessing
+        except ImportError:  # a system without the kernel's semaphores
+            return
+        _finder = _multiprocessing.Finder(_adopt)
+        _multiprocessing.renew_locks()
+    _finder.install()
 
 
 def patch(*, keep_greenlets: bool | None = None) -> None:
@@ -167,16 +186,12 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
-    global _knows_multiprocessing
     if not _replacements:
         _replacements.extend(_find_replacements())
-    if not _knows_multiprocessing and is_module_patched("os"):
-        _knows_multiprocessing = True
-        _replacements.extend(_find_in_multiprocessing())
-    for owner, name, gevents, ours, is_plain in _replacements:
-        if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
-            setattr(owner, name, ours)
+    _replace(_replacements)
     if hasattr(os, "fork"):
+        if is_module_patched("os"):
+            _patch_multiprocessing()
         popen: Any = gevent_subprocess.Popen
         popen._loop = _LoopOfPopen()
         if keep_greenlets is not None:
@@ -196,9 +211,14 @@ def unpatch() -> None:
     """
     from gevent import subprocess as gevent_subprocess
 
+    if _finder is not None:
+        _finder.remove()
     for owner, name, gevents, ours, _ in _replacements:
         if getattr(owner, name, None) is ours:
-            setattr(owner, name, gevents)
+            if gevents is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, gevents)
     popen: Any = gevent_subprocess.Popen
     if "_loop" in vars(popen):
         del popen._loop
