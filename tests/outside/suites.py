@@ -6,6 +6,8 @@ Two things keep the table honest: `run_suite.py` refuses a name that the suite d
 `test_outside.py` runs the left-out tests by themselves and fails when one of them passes.
 """
 
+import sys
+
 _MOCKS_PRIVATE_NAMES = (
     "puts mocks in place of gevent.os's private _read, _write and get_hub and counts the calls made to them; "
     "a compiled nb_read and nb_write call read(2) and write(2)"
@@ -39,6 +41,20 @@ SUITES = {
     "test.test_wait3": {},
     "test.test_wait4": {},
 }
+
+#: CPython's tests of what starts processes. They take minutes, and a run of their own: `tox run -e processes`.
+_METHODS = ("fork", "forkserver", "spawn")
+_IS_SPLIT = sys.version_info >= (3, 12)
+_PARTS = [".test_manager", ".test_misc", ".test_processes", ".test_threads"] if _IS_SPLIT else [""]
+_FUTURES = [".test_as_completed", ".test_deadlock", ".test_init", ".test_process_pool", ".test_shutdown", ".test_wait"]
+PROCESS_SUITES: dict[str, dict[str, str]] = {
+    **{f"test.test_multiprocessing_{method}{part}": {} for method in _METHODS for part in _PARTS},
+    "test.test_multiprocessing_main_handling": {},
+    **{f"test.test_concurrent_futures{part}": {} for part in (_FUTURES if _IS_SPLIT else [""])},
+}
+
+#: A test of theirs that takes longer has failed.
+PROCESS_TEST_LIMIT_S = 40
 
 #: {module: what coopos.patch() is told for it}
 PATCH_ARGUMENTS = {
