@@ -361,6 +361,46 @@ def test_descriptors_are_in_blocking_mode_for_everybody():
     """)
 
 
+def test_descriptor_that_is_sent_through_a_connection():
+    run("""
+    from multiprocessing import reduction
+    here, there = mp.Pipe()
+    reader, writer = os.pipe()
+    receiver = parked(reduction.recv_handle, there)
+    reduction.send_handle(here, writer, os.getpid())
+    os.write(receiver.get(), b"x")
+    assert os.read(reader, 2) == b"x"
+    assert os.get_blocking(here.fileno()) and os.get_blocking(there.fileno())
+    """)
+
+
+def test_connection_to_a_listener_of_another_process():
+    """And what is pickled with a descriptor in it, which the resource sharer hands over: a greenlet, that blocks no signals."""
+    run("""
+    ctx = mp.get_context("fork")
+
+    def serve(pipe):
+        with connection.Listener(authkey=b"k") as listener:
+            pipe.send(listener.address)
+            with listener.accept() as client:
+                end = client.recv()
+                end.send(client.recv())
+                end.close()
+
+    here, there = ctx.Pipe()
+    process = ctx.Process(target=serve, args=(there,))
+    process.start()
+    one, other = ctx.Pipe()
+    with connection.Client(here.recv(), authkey=b"k") as client:
+        client.send(other)
+        with After(client.send, b"through a pipe that was sent"):
+            assert one.recv() == b"through a pipe that was sent"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    process.join()
+    assert process.exitcode == 0
+    """)
+
+
 def test_recv_killed_or_timed_out_loses_nothing():
     """Between two messages, and in the middle of one, which the next call goes on with."""
     run("""

@@ -29,7 +29,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from gevent import Timeout
-from gevent.monkey import get_original
+from gevent.monkey import get_original, is_module_patched
 
 from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
 
@@ -102,6 +102,26 @@ def _in_blocking_mode(make: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return make_blocking
+
+
+class _DuplicatedSocket(get_original("socket", "socket")):  # type: ignore[misc]
+    """A Connection's socket, to send and receive descriptors with: gevent's would leave it in non-blocking mode for everybody."""
+
+    def sendmsg(self, *args: Any) -> int:
+        _parking.wait_until_ready(self.fileno(), _parking.WRITE, "sendmsg")
+        return super().sendmsg(*args)  # type: ignore[no-any-return]
+
+    def recvmsg(self, *args: Any) -> Any:
+        _parking.wait_until_ready(self.fileno(), _parking.READ, "recvmsg")
+        return super().recvmsg(*args)
+
+    def recv(self, *args: Any) -> bytes:
+        _parking.wait_until_ready(self.fileno(), _parking.READ, "recv")
+        return super().recv(*args)  # type: ignore[no-any-return]
+
+
+def _from_fd(fd: int, family: int, kind: int) -> _DuplicatedSocket:
+    return _DuplicatedSocket(family, kind, fileno=os.dup(fd))
 
 
 class _WaitSelector(selectors.PollSelector):
@@ -212,6 +232,13 @@ def _in_forkserver(forkserver: Any) -> list[tuple[Any, str, Any]]:
     ]
 
 
+def _in_resource_sharer(sharer: Any) -> list[tuple[Any, str, Any]]:
+    """Its thread blocks all signals. Where that is a greenlet they would be its whole thread's, and every child's."""
+    if not is_module_patched("threading"):
+        return []
+    return [(sharer, "signal", _over(signal, pthread_sigmask=lambda _how, _signals: set()))]
+
+
 def _in_util(util: Any) -> list[tuple[Any, str, Any]]:
     """Each greenlet has its own connection to a manager."""
     if issubclass(util.ForkAwareLocal, threading.local):
@@ -238,6 +265,8 @@ _WANTED: dict[str, Callable[[Any], list[tuple[Any, str, Any]]]] = {
     "multiprocessing.popen_fork": lambda module: [(module, "os", _over(os, fork=_fork_process))],
     "multiprocessing.popen_forkserver": lambda module: [(module, "open", _open)],
     "multiprocessing.popen_spawn_posix": lambda module: [(module, "open", _open)],
+    "multiprocessing.reduction": lambda module: [(module, "socket", _over(socket, fromfd=_from_fd))],
+    "multiprocessing.resource_sharer": _in_resource_sharer,
     "multiprocessing.util": _in_util,
 }
 

@@ -149,18 +149,19 @@ def collect_warnings():
     return collected
 
 
-class TookTooLong(Exception):
+class TookTooLong(BaseException):
     """A test that would hang for ever has failed."""
 
 
 class TestAlarm:
-    """Ends a test that runs for longer than *limit_s*, so that its suite goes on: one that waits, and one that keeps the processor."""
+    """Ends a test that runs for longer than *limit_s*, so that its suite goes on: one that waits, or one that never does."""
 
     def __init__(self, limit_s):
         import signal
 
         self.limit_s = limit_s
         self.set_timer = lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+        self.has_rung = False
         self.main = None
         if "gevent" in sys.modules:
             import greenlet
@@ -169,6 +170,7 @@ class TestAlarm:
         signal.signal(signal.SIGALRM, self.ring)
 
     def start(self):
+        self.has_rung = False
         self.set_timer(self.limit_s)
 
     def stop(self):
@@ -177,6 +179,7 @@ class TestAlarm:
     def ring(self, _signal, _frame):
         import faulthandler
 
+        self.has_rung = True
         faulthandler.dump_traceback(all_threads=True)
         self.set_timer(5)  # again, should it go on all the same
         error = TookTooLong(f"after {self.limit_s} s")
@@ -191,7 +194,10 @@ class TestAlarm:
 
 
 def run_tests(tests, module, limit_s=None):
-    """Run *tests*, each for *limit_s* at most, if it is given; the outcome as {"passed": [name …], "failed": {name: traceback}, "skipped": {name: reason}}."""
+    """Run *tests*, each for *limit_s* at most, if it is given.
+
+    The outcome is {"passed": [name …], "failed": {name: traceback}, "skipped": {name: reason}}.
+    """
     import unittest
 
     started = []
@@ -206,6 +212,8 @@ def run_tests(tests, module, limit_s=None):
         def stopTest(self, test):  # noqa: N802
             if limit_s:
                 alarm.stop()
+                if alarm.has_rung and not any(test is failed for failed, _ in self.failures + self.errors):
+                    self.failures.append((test, f"took longer than {limit_s} s"))
             super().stopTest(test)
 
     alarm = TestAlarm(limit_s) if limit_s else None
