@@ -180,6 +180,58 @@ def test_every_part_works_while_other_greenlets_run(method, tmp_path):
     run_with(method, PARTS, tmp_path)
 
 
+LOAD = """
+def echo(there, back):
+    for message in iter(there.get, None):
+        back.put(message)
+
+
+def double(x):
+    return 2 * x
+
+
+def add(lock, value, count):
+    for _ in range(count):
+        with lock:
+            value.value += 1
+
+
+def main(ctx):
+    ticks = []
+    ticker = gevent.spawn(lambda: [(ticks.append(1), gevent.sleep(0.001)) for _ in iter(int, 1)])
+    there, back, lock, value = ctx.Queue(), ctx.Queue(), ctx.Lock(), ctx.Value("i", 0, lock=False)
+    processes = [ctx.Process(target=echo, args=(there, back)) for _ in range(2)]
+    processes += [ctx.Process(target=add, args=(lock, value, 300)) for _ in range(2)]
+    with ctx.Pool(2) as pool, ctx.Manager() as manager, ProcessPoolExecutor(2, mp_context=ctx) as executor:
+        numbers = manager.list()
+        for starting in [gevent.spawn(process.start) for process in processes]:
+            starting.get()
+
+        def work(number):
+            there.put(b"x" * 10_000 * (number % 3) + b"%d" % number)
+            assert pool.apply(double, (number,)) == executor.submit(double, number).result() == 2 * number
+            add(lock, value, 5)
+            numbers.append(number)
+            return int(back.get().lstrip(b"x"))
+
+        working = [gevent.spawn(work, number) for number in range(60)]
+        assert sorted(greenlet.get() for greenlet in working) == sorted(numbers) == list(range(60))
+        for _ in range(2):
+            there.put(None)
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0] * 4 and value.value == 2 * 300 + 60 * 5
+    ticker.kill()
+    assert len(ticks) >= 10
+"""
+
+
+@each_method
+def test_parts_together_under_load(method, tmp_path):
+    """Many greenlets use a pool, an executor, queues, a manager and a lock at once, and nothing is lost."""
+    run_with(method, LOAD, tmp_path)
+
+
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_children_that_are_not_patched_are_understood(method, tmp_path):
     """A fresh interpreter is what its main module makes of it; the two sides agree on pipes, semaphores and messages."""
@@ -566,6 +618,20 @@ def test_acquire_from_several_threads_and_in_the_hub():
     done = gevent.event.Event()
     get_hub().loop.run_callback(lambda: (lock.acquire(), lock.release(), done.set()))
     assert done.wait(60)
+    """)
+
+
+def test_acquire_in_a_forked_child_while_a_greenlet_of_the_parent_has_the_turn():
+    """That greenlet isn't there, and its turn is over."""
+    run("""
+    gate = mp.get_context("fork").Semaphore(0)
+    waiting = parked(gate.acquire)
+    pid = coopos.fork(keep_greenlets=False)
+    if pid == 0:
+        os._exit(not gate.acquire(timeout=60))
+    gate.release()
+    gate.release()
+    assert coopos.waitpid(pid, 0) == (pid, 0) and waiting.get()
     """)
 
 

@@ -311,7 +311,8 @@ class Finder:
 
             def run_and_adopt(module: Any) -> None:
                 run(module)
-                self.adopt(module)
+                if module.__name__ == name:  # an archive's loader serves all modules in it
+                    self.adopt(module)
 
             spec.loader.exec_module = run_and_adopt  # type: ignore[method-assign]
         return spec

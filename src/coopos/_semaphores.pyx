@@ -13,8 +13,8 @@ libc, `_blocking`, `_parking` and how gevent waits in turn.
 from libc.errno cimport EAGAIN, EINTR, ENOSYS, errno
 
 from coopos._blocking cimport wait_semaphore
-from coopos._parking cimport os_error, this_greenlet
-from coopos._posix cimport PyErr_CheckSignals, sem_getvalue, sem_post, sem_t, sem_trywait
+from coopos._parking cimport generation, os_error, this_greenlet
+from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
 
 from gevent import Timeout
 from gevent.hub import _get_hub_noargs as get_hub
@@ -41,6 +41,7 @@ cdef class Semaphore:
     cdef int held              # how many times somebody of this process has taken it, less how many times it was given back
     cdef object owner          # the greenlet that was last to take it
     cdef dict turns            # {hub: [turns, how many of its greenlets wait]}
+    cdef int born              # generation: in a forked child the turn may be one's who isn't there
 
     def __cinit__(self, plain):
         self.plain = plain
@@ -48,6 +49,7 @@ cdef class Semaphore:
         self.is_recursive = plain.kind == RECURSIVE_MUTEX
         self.maximum = plain.maxvalue
         self.turns = {}
+        self.born = generation
 
     @property
     def handle(self):
@@ -106,6 +108,9 @@ cdef class Semaphore:
 
     cdef int wait_in_turn(self) except -1:
         hub = get_hub()
+        if self.born != generation:
+            self.turns = {}
+            self.born = generation
         place = self.turns.get(hub)
         if place is None:
             place = self.turns[hub] = [_Turns(1), 0]
@@ -129,12 +134,12 @@ cdef class Semaphore:
             if self.held > 1:
                 self.held -= 1
                 return
-        elif sem_getvalue(self.sem, &value) == 0:
+        elif coopos_sem_value(self.sem, &value) == 0:
             if value >= self.maximum:
                 raise ValueError("semaphore or lock released too many times")
         elif errno != ENOSYS:
             raise os_error(errno, "sem_getvalue", self.plain.name)
-        elif self.maximum == 1 and self.take():      # macOS doesn't tell a value
+        elif self.maximum == 1 and self.take():      # the system doesn't tell a value
             sem_post(self.sem)
             raise ValueError("semaphore or lock released too many times")
         if sem_post(self.sem) < 0:
@@ -169,4 +174,3 @@ cdef class Semaphore:
         """In a child: nobody here has taken it, or waits for it."""
         self.held = 0
         self.owner = None
-        self.turns = {}
