@@ -16,7 +16,7 @@ The module knows the inside of multiprocessing, from Python 3.10 to 3.15; nothin
 from __future__ import annotations
 
 import functools
-import importlib.machinery
+import importlib
 import io
 import os
 import pkgutil
@@ -86,9 +86,9 @@ def _send(connection: Any, data: Any) -> None:
     _core.write_all(connection._handle, data)
 
 
-def _close(connection: Any) -> None:
-    """``Connection._close``: who waits for the descriptor is told."""
-    _parking.close(connection._handle)
+def _close(connection: Any, close: Callable[[int], None] = _parking.close) -> None:
+    """``Connection._close``: who waits for the descriptor is told. Called late, when a module's names may be gone."""
+    close(connection._handle)
 
 
 def _in_blocking_mode(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -302,10 +302,11 @@ class Finder:
             self._adopt([(owner, name, getattr(owner, name, None), ours) for owner, name, ours in _WANTED[name](module)])
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The interpreter's own spec of a module; if it is one of ours, with a loader that has it adopted at its end."""
+        """What the other finders say of a module; if it is one of ours, with a loader that has it adopted at its end."""
         if name not in _WANTED:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
