@@ -7,6 +7,7 @@ Children that are spawned import the script, and are patched like it; where it s
 import multiprocessing
 import textwrap
 
+import gevent
 import pytest
 
 from .support import run_script
@@ -228,8 +229,11 @@ def main(ctx):
 
 @each_method
 def test_parts_together_under_load(method, tmp_path):
-    """Many greenlets use a pool, an executor, queues, a manager and a lock at once, and nothing is lost."""
-    run_with(method, LOAD, tmp_path)
+    """Many greenlets use a pool, an executor, queues, a manager and a lock at once, and nothing is lost.
+
+    An older gevent may report, in a child, a lock that was made anew while it was telling who waited for it.
+    """
+    run_with(method, LOAD, tmp_path, may_complain=gevent.version_info < (26,))
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
