@@ -19,7 +19,6 @@ import functools
 import importlib
 import io
 import os
-import pkgutil
 import selectors
 import signal
 import socket
@@ -202,9 +201,12 @@ class _ByName:
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return pkgutil.resolve_name(self.name)(*args, **kwargs)
+        make, (name,) = self.__reduce__()
+        return make(name)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
+        import pkgutil
+
         return pkgutil.resolve_name, (self.name,)
 
 
