@@ -11,6 +11,7 @@ from .support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, 
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="also run what takes an hour: 200,000 children, a thousand forks")
+    parser.addoption("--processes", action="store_true", help="of the outside suites, those of multiprocessing: half an hour")
     parser.addoption("--soak-children", type=int, default=200_000, metavar="N", help="that many instead")
 
 
@@ -23,7 +24,8 @@ def _past():
 def _clean(_past, request):
     """Fail a test that waits for ever, or leaks a descriptor, a child or an active watcher."""
     before = open_fds()
-    with deadline(None if request.config.getoption("--soak") else TEST_DEADLINE_S):
+    is_long = request.config.getoption("--soak") or request.config.getoption("--processes")
+    with deadline(None if is_long else TEST_DEADLINE_S):
         yield
         turn_loop()
     gc.collect()

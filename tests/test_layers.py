@@ -14,12 +14,12 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 LAYERS = [
     {"_parking"},
     {"_blocking", "_core", "_children"},
-    {"_wait", "_owned", "_forking"},
+    {"_wait", "_owned", "_forking", "_semaphores"},
     {"_imports"},
     {"_fork", "_threadpool", "_patch"},
     {"io", "_copying"},
     {"subprocess"},
-    {"_programs"},
+    {"_programs", "_multiprocessing"},
     {"__init__"},
     {"_doctor"},
     {"__main__"},
@@ -40,6 +40,8 @@ GEVENT = {
         "greenlet",
     },
     "_imports": {"gevent.hub", "greenlet"},
+    "_multiprocessing": {"gevent", "gevent.monkey"},
+    "_semaphores": {"gevent", "gevent.hub", "gevent.lock"},
     "_fork": {"gevent.os", "gevent._config"},
     "_programs": {"gevent.monkey"},
     "subprocess": {"gevent.event", "gevent.hub", "gevent.monkey", "gevent.timeout", "greenlet"},
@@ -50,7 +52,7 @@ GEVENT = {
     "__main__": {"gevent.monkey"},
 }
 #: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
-LAZILY_UPWARD = {"_patch": {"__init__", "_fork", "subprocess"}, "__init__": {"_doctor"}}
+LAZILY_UPWARD = {"_patch": {"__init__", "_fork", "subprocess", "_multiprocessing"}, "__init__": {"_doctor"}}
 
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py*") if path.suffix in (".py", ".pyx"))
 each_module = pytest.mark.parametrize("module", MODULES)

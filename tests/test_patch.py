@@ -87,9 +87,7 @@ IN_GEVENT_OS = [("gevent.os", name) for name in {sorted(REPLACED_IN_GEVENT_OS)}]
 IN_OS = [("os", name) for name in {sorted(REPLACED_IN_OS)}]
 IN_SUBPROCESS = [("subprocess", name) for name in {SUBPROCESS}]
 if hasattr(__import__("subprocess"), "_fork_exec"):
-    IN_SUBPROCESS.append(("subprocess", "_fork_exec"))  # from Python 3.11 on
-else:
-    IN_SUBPROCESS.append(("subprocess", "_posixsubprocess"))
+    IN_SUBPROCESS.append(("subprocess", "_fork_exec"))  # from Python 3.11 on, and before it is a module's, which isn't looked at
 ELSEWHERE = [("gevent", "fork"), ("gevent.subprocess", "fork_and_watch")]
 ELSEWHERE += [("gevent.subprocess", name) for name in {IN_GEVENT_SUBPROCESS}]
 """

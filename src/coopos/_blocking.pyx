@@ -1,9 +1,11 @@
-"""The two waits that the kernel makes a caller stand in and offers no descriptor for: open(2) of a FIFO, and lockf(3) with F_LOCK.
+"""The waits that the kernel makes a caller stand in and offers no descriptor for: open(2) of a FIFO, lockf(3) with F_LOCK, and
+sem_wait(3).
 
 Each call has a thread of its own and not one of the hub's threadpool: it waits for another party, who may never come, and ten such
 calls would leave nothing for the DNS resolver. The thread is C alone. A greenlet that is killed or timed out interrupts it, and
 joins it before anybody can close the descriptor or ask again, so that no lock and no open file is got in nobody's name: a lock
-belongs to the process, and a thread that got it later and gave it back would take it from whoever has it by then.
+belongs to the process, and a thread that got it later and gave it back would take it from whoever has it by then. A semaphore that
+was got all the same is posted.
 The module knows libc and `_parking`. Arguments are right when they come here.
 """
 
@@ -16,13 +18,14 @@ from posix.unistd cimport F_LOCK, F_ULOCK, close as c_close, lockf as c_lockf
 from coopos._parking cimport READ, as_int, generation, os_error, park_until_ready
 from coopos._posix cimport (
     coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_thread_be_interruptible, coopos_thread_interrupt,
-    coopos_thread_start, pthread_join, pthread_t)
+    coopos_thread_start, pthread_join, pthread_t, sem_post, sem_t, sem_wait)
 
 import os
 
 
 cdef struct Call:
-    const char *path       # to open; or NULL: to lock
+    const char *path       # to open; or NULL,
+    sem_t *semaphore       # to wait for; or NULL: to lock
     int fd                 # the directory, or what to lock
     int flags
     mode_t mode
@@ -41,6 +44,8 @@ cdef void *make_call(void *arg) noexcept nogil:
     while not call.is_abandoned:
         if call.path != NULL:
             call.rc = openat(call.fd, call.path, call.flags, call.mode)
+        elif call.semaphore != NULL:
+            call.rc = sem_wait(call.semaphore)
         else:
             call.rc = c_lockf(call.fd, F_LOCK, call.length)
         call.err = errno
@@ -55,6 +60,8 @@ cdef int take_back(Call *call) noexcept:
     if call.rc >= 0:
         if call.path != NULL:
             c_close(call.rc)
+        elif call.semaphore != NULL:
+            sem_post(call.semaphore)
         else:
             c_lockf(call.fd, F_ULOCK, call.length)
     return 0
@@ -96,6 +103,7 @@ cdef Call *new_call(const char *path, int fd) except NULL:
     if call == NULL:
         raise MemoryError
     call.path = path
+    call.semaphore = NULL
     call.fd = fd
     return call
 
@@ -124,3 +132,15 @@ def wait_lock(Py_ssize_t fd, off_t length):
             raise os_error(call.err, "lockf", fd)
     finally:
         free(call)
+
+
+cdef int wait_semaphore(sem_t *semaphore, object subject) except -1:
+    """sem_wait(3). A greenlet that is killed or timed out has taken nothing from it."""
+    cdef Call *call = new_call(NULL, -1)
+    try:
+        call.semaphore = semaphore
+        if wait_for_call(call, "sem_wait", subject) < 0:
+            raise os_error(call.err, "sem_wait", subject)
+    finally:
+        free(call)
+    return 0

@@ -11,6 +11,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
@@ -499,6 +500,17 @@ static inline void coopos_thread_interrupt(pthread_t thread, const int *bell)
     while (poll(&rung, 1, 1) <= 0);
     (void)pthread_join(thread, NULL);
     coopos_handler_end(&before);
+}
+
+/* sem_getvalue(3), which macOS has by name only. */
+static inline int coopos_sem_value(sem_t *semaphore, int *value)
+{
+#if defined(__APPLE__)
+    (void)semaphore; (void)value;
+    return coopos_unsupported();
+#else
+    return sem_getvalue(semaphore, value);
+#endif
 }
 
 /* ---- a guard: what ends a system call of this thread that takes longer than it should ---- */

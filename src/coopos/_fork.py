@@ -46,8 +46,8 @@ def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
     """Say for a ``with`` block whether the children that are forked in it go on with the parent's greenlets.
 
     Holds for the greenlet and the thread that enter it, and for forks that aren't told otherwise by an argument: those of this
-    module, and after :func:`patch` those of :func:`os.fork` and of what calls it, such as :mod:`multiprocessing`. Blocks may be
-    nested.
+    module, and after :func:`patch` those of :func:`os.fork` and of what calls it. (Not those of :mod:`multiprocessing`, whose
+    processes never go on with their parent's greenlets.) Blocks may be nested.
 
     Args:
         keep_greenlets: True, the child goes on with all of the parent's greenlets; False, with the one that forks alone. See

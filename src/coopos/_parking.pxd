@@ -58,6 +58,7 @@ cdef int close_fd(int fd) except -1
 cdef int set_ref(watcher, bint ref) except -1
 cdef bint note_mode(int fd) noexcept
 cdef int take_turns() except -1
+cdef object this_greenlet()
 
 
 cdef inline int as_int(Py_ssize_t number) except? -1:

@@ -45,6 +45,11 @@ cdef void **greenlet_api = <void **>PyCapsule_Import("greenlet._C_API", 0)
 cdef GetCurrent current_greenlet = <GetCurrent>greenlet_api[4]
 cdef Switch greenlet_switch = <Switch>greenlet_api[6]
 
+
+cdef object this_greenlet():
+    return current_greenlet()
+
+
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
 cdef dict _has_switch_out = {}
 # The last type that had none.
@@ -276,6 +281,33 @@ def wait_until_ready(int fd, int events, str call):
     park_until_ready(fd, events, call)
 
 
+def wait_for_any(list fds, str call):
+    """For Python: park until something has happened to one of *fds*, which poll(2) then tells: it can be read, or was closed."""
+    cdef Parking parking = parking_of(get_hub())
+    cdef object current = current_greenlet()
+    cdef object switch = current.switch
+    cdef list waits = []
+    cdef Wait wait
+    try:
+        for fd in fds:
+            wait = parking.aim(fd, READ)
+            waits.append(wait)
+            wait.switch = switch
+            enlist(wait)
+            wait.watcher.start(switch, wait)
+        came_back = give_way(parking.hub, current)
+        if not (isinstance(came_back, Wait) and (<Wait>came_back).switch is switch):
+            raise wrong_switch(came_back, f"one of the descriptors {fds} in {call}")
+    finally:
+        for wait in waits:
+            delist(wait)
+            wait.switch = None
+            if wait.queued is not None:
+                wait.queued.stop()
+                wait.queued = None
+            parking.put_back(wait, READ)
+
+
 cdef int evict(Wait wait) except -1:
     """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
     if wait.is_on:
@@ -415,6 +447,11 @@ cdef int take_turns() except -1:
     finally:
         queued.stop()
     return 0
+
+
+def yield_turn():
+    """For Python: let the other greenlets that are ready run once."""
+    take_turns()
 
 
 # ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from gevent.monkey import get_original, is_module_patched
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from coopos import _multiprocessing
+
 
 class _Replacement(NamedTuple):
     owner: Any  # a module or class
@@ -35,6 +37,8 @@ _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp"
 _replacements: list[_Replacement] = []
 # (name, (gevent's, ours), the stdlib's): what else gevent.monkey puts into subprocess. Where our Popen is, the stdlib's own does.
 _stdlibs: list[tuple[str, tuple[Any, Any], Any]] = []
+# Tells of those in multiprocessing, when a program imports it.
+_finder: _multiprocessing.Finder | None = None
 
 
 class _NoSigchld:
@@ -158,15 +162,41 @@ def _has_our_popen() -> bool:
     return subprocess.Popen.__module__ == "coopos.subprocess"
 
 
+def _replace(replacements: list[_Replacement]) -> None:
+    for owner, name, gevents, ours, is_plain in replacements:
+        if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
+            setattr(owner, name, ours)
+
+
+def _adopt(found: list[tuple[Any, str, Any, Any]]) -> None:
+    """Something of multiprocessing is imported, and patched."""
+    replacements = [_Replacement(*names, is_plain=True) for names in found]
+    _replacements.extend(replacements)
+    _replace(replacements)
+
+
+def _patch_multiprocessing() -> None:
+    """What is made for it is made of what gevent.monkey has put into other modules."""
+    global _finder
+    if _finder is None:
+        try:
+            from coopos import _multiprocessing
+        except ImportError:  # a system without the kernel's semaphores
+            return
+        _finder = _multiprocessing.Finder(_adopt)
+        _multiprocessing.renew_locks()
+    _finder.install()
+
+
 def patch(*, keep_greenlets: bool | None = None) -> None:
     """Put coopos under a program that uses gevent.
 
     Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
     rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; what is in ``gevent.subprocess`` and,
     once it is patched, in :mod:`subprocess`, by :mod:`coopos.subprocess`; what a Popen of gevent's that somebody has imported
-    before forks and watches with, so that nothing installs a SIGCHLD handler any more; and the interpreter's import lock, for which
-    a fork waits when another greenlet has it. Names that other modules have imported before stay as they are. A second call does
-    nothing.
+    before forks and watches with, so that nothing installs a SIGCHLD handler any more; what :mod:`multiprocessing` waits with; and
+    the interpreter's import lock, for which a fork waits when another greenlet has it. Names that other modules have imported before
+    stay as they are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 
@@ -181,14 +211,14 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     """
     if not _replacements:
         _replacements.extend(_find_replacements())
-    for owner, name, gevents, ours, is_plain in _replacements:
-        if getattr(owner, name, None) is gevents and (not is_plain or is_module_patched("os")):
-            setattr(owner, name, ours)
+    _replace(_replacements)
     if _has_our_popen():
         for name, others, stdlibs in _stdlibs:
             if getattr(subprocess, name) in others:
                 setattr(subprocess, name, stdlibs)
     if hasattr(os, "fork"):
+        if is_module_patched("os"):
+            _patch_multiprocessing()
         _gevents_popen()._loop = _LoopOfPopen()
         if keep_greenlets is not None:
             from coopos import _fork
@@ -205,13 +235,18 @@ def unpatch() -> None:
 
     .. versionadded:: 0.1.0
     """
+    if _finder is not None:
+        _finder.remove()
     if _has_our_popen():
         for name, others, stdlibs in _stdlibs:
             if getattr(subprocess, name) is stdlibs:
                 setattr(subprocess, name, others[0])
     for owner, name, gevents, ours, _ in _replacements:
         if getattr(owner, name, None) is ours:
-            setattr(owner, name, gevents)
+            if gevents is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, gevents)
     if "_loop" in vars(_gevents_popen()):
         del _gevents_popen()._loop
 

@@ -27,6 +27,14 @@ cdef extern from "<poll.h>" nogil:
     int poll(pollfd *fds, unsigned long n, int timeout_ms)
 
 
+cdef extern from "<semaphore.h>" nogil:
+    ctypedef struct sem_t:
+        pass
+    int sem_post(sem_t *semaphore)
+    int sem_trywait(sem_t *semaphore)
+    int sem_wait(sem_t *semaphore)
+
+
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
@@ -142,6 +150,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
     void coopos_thread_be_interruptible(void *before)
     void coopos_thread_interrupt(pthread_t thread, const int *bell)
+    int coopos_sem_value(sem_t *semaphore, int *value)
 
 
 cdef extern from "_greenlets.h":

@@ -15,3 +15,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("outside suites")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+def pytest_generate_tests(metafunc):
+    """Each suite once; with --processes those that take minutes, and no others."""
+    if "module" not in metafunc.fixturenames:
+        return
+    tables = metafunc.module
+    suites = tables.PROCESS_SUITES if metafunc.config.getoption("--processes") else tables.SUITES
+    only_with_left_out = "left_out" in metafunc.function.__name__
+    metafunc.parametrize("module", [module for module, left_out in suites.items() if left_out or not only_with_left_out])

@@ -17,7 +17,7 @@ not its tests passed: the judgement is the caller's.
 import argparse
 import sys
 
-from suites import PATCH_ARGUMENTS, SUITES
+from suites import PATCH_ARGUMENTS, PROCESS_SUITES, PROCESS_TEST_LIMIT_S, SUITES
 
 #: {top-level package: what to do where a suite is not installed}
 HOW_TO_INSTALL = {
@@ -161,8 +161,55 @@ def collect_warnings():
     return collected
 
 
-def run_tests(tests, module):
-    """Run *tests*; the outcome as {"passed": [name …], "failed": {name: traceback}, "skipped": {name: reason}}."""
+class TookTooLong(BaseException):
+    """A test that would hang for ever has failed."""
+
+
+class TestAlarm:
+    """Ends a test that runs for longer than *limit_s*, so that its suite goes on: one that waits, or one that never does."""
+
+    def __init__(self, limit_s):
+        import signal
+
+        self.limit_s = limit_s
+        self.set_timer = lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+        self.has_rung = False
+        self.main = None
+        if "gevent" in sys.modules:
+            import greenlet
+
+            self.main = greenlet.getcurrent()
+        signal.signal(signal.SIGALRM, self.ring)
+
+    def start(self):
+        self.has_rung = False
+        self.set_timer(self.limit_s)
+
+    def stop(self):
+        self.set_timer(0)
+
+    def ring(self, _signal, _frame):
+        import faulthandler
+
+        self.has_rung = True
+        faulthandler.dump_traceback(all_threads=True)
+        self.set_timer(5)  # again, should it go on all the same
+        error = TookTooLong(f"after {self.limit_s} s")
+        if self.main is not None:
+            import gevent.hub
+            import greenlet
+
+            if greenlet.getcurrent() is gevent.hub.get_hub():
+                gevent.hub.get_hub().loop.run_callback(self.main.throw, error)
+                return
+        raise error
+
+
+def run_tests(tests, module, limit_s=None):
+    """Run *tests*, each for *limit_s* at most, if it is given.
+
+    The outcome is {"passed": [name …], "failed": {name: traceback}, "skipped": {name: reason}}.
+    """
     import unittest
 
     started = []
@@ -171,6 +218,17 @@ def run_tests(tests, module):
         def startTest(self, test):  # noqa: N802 (unittest's name)
             started.append(test_name(test, module))
             super().startTest(test)
+            if limit_s:
+                alarm.start()
+
+        def stopTest(self, test):  # noqa: N802
+            if limit_s:
+                alarm.stop()
+                if alarm.has_rung and not any(test is failed for failed, _ in self.failures + self.errors):
+                    self.failures.append((test, f"took longer than {limit_s} s"))
+            super().stopTest(test)
+
+    alarm = TestAlarm(limit_s) if limit_s else None
 
     # Verbose, so that after a hang the last line of standard error names the test.
     runner = unittest.TextTestRunner(stream=sys.stderr, verbosity=2, resultclass=Result)
@@ -220,7 +278,7 @@ def main(argv):
     report_fd = os.dup(1)
     os.dup2(2, 1)
 
-    excluded = SUITES[args.module]
+    excluded = (SUITES | PROCESS_SUITES)[args.module]
     report = {"module": args.module, "patch": args.patch, "unavailable": None, "excluded": excluded}
     report |= {"passed": [], "failed": {}, "skipped": {}, "left_children": False}
     try:
@@ -231,7 +289,7 @@ def main(argv):
         report["unavailable"] = f"it skips itself: {exc}"
     else:
         warnings = collect_warnings()
-        report.update(run_tests(tests, args.module))
+        report.update(run_tests(tests, args.module, PROCESS_TEST_LIMIT_S if args.module in PROCESS_SUITES else None))
         # Whether a waitpid(-1) found children that nobody had waited for; regrtest, too, holds that against a suite.
         report["left_children"] = any("reap_children" in warning for warning in warnings)
     report.update(describe_environment())

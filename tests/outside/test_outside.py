@@ -4,7 +4,7 @@ Each suite of the table runs twice, each time in a fresh interpreter and under a
 baseline: gevent's suites over gevent, CPython's over plain CPython) and under gevent.monkey plus coopos.patch().
 What the baseline passes must pass over coopos; what fails in the baseline, on this machine, is not held against
 coopos and is named in pytest's summary. The children inherit the environment, so GEVENT_LOOP and COOPOS_CHILDREN
-choose what is tested.
+choose what is tested. The suites of multiprocessing, which take long, run with --processes, and then alone.
 """
 
 import contextlib
@@ -20,10 +20,12 @@ import pytest
 
 HERE = Path(__file__).parent
 TABLES = runpy.run_path(str(HERE / "suites.py"))
-SUITES = TABLES["SUITES"]
+SUITES, PROCESS_SUITES = TABLES["SUITES"], TABLES["PROCESS_SUITES"]
 
 #: The longest suite takes about 35 s. A guard against hangs; two of them end before the deadline of a whole test.
 TIME_LIMIT_S = 150
+#: Those of multiprocessing have a limit for each test, too.
+PROCESS_TIME_LIMIT_S = 900
 
 #: How long a hung interpreter has to print its traceback.
 DUMP_GRACE_S = 1
@@ -31,6 +33,7 @@ DUMP_GRACE_S = 1
 
 def run_suite(module, patch, directory, *options):
     """Run *module* over *patch* in a fresh interpreter with *directory* as its own; the runner's report."""
+    limit_s = PROCESS_TIME_LIMIT_S if module in PROCESS_SUITES else TIME_LIMIT_S
     # Files, not pipes: a grandchild that outlives the run would hold a pipe open.
     report_path, log_path = directory / f"{patch}.json", directory / f"{patch}.log"
     with open(report_path, "wb") as stdout, open(log_path, "wb") as stderr:
@@ -45,13 +48,13 @@ def run_suite(module, patch, directory, *options):
             start_new_session=True,
         )
     try:
-        process.wait(TIME_LIMIT_S)
+        process.wait(limit_s)
     except subprocess.TimeoutExpired:
         # Ask where it hangs: the answer goes to the log.
         process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(DUMP_GRACE_S)
-        pytest.fail(f"{module} over {patch}: hung for {TIME_LIMIT_S} s\n{read_log(log_path)}")
+        pytest.fail(f"{module} over {patch}: hung for {limit_s} s\n{read_log(log_path)}")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -73,7 +76,6 @@ def skip_unavailable(report, record_property):
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("module", SUITES)
 def test_suite_passes_what_it_passes_unpatched(module, tmp_path, record_property):
     """Whatever the suite passes by itself it passes over coopos, and it skips nothing more."""
     baseline = run_suite(module, "none", tmp_path)
@@ -97,9 +99,8 @@ def test_suite_passes_what_it_passes_unpatched(module, tmp_path, record_property
     assert outcome["left_children"] <= may_be_told, "waitpid(-1) still gives children that were waited for"
 
 
-@pytest.mark.parametrize("module", [module for module, excluded in SUITES.items() if excluded])
 def test_left_out_tests_still_cannot_pass(module, tmp_path, record_property):
     """A left-out test that passes over coopos no longer belongs in the table."""
     outcome = run_suite(module, "coopos", tmp_path, "--excluded")
     skip_unavailable(outcome, record_property)
-    assert outcome["failed"].keys() == SUITES[module].keys(), "take out of the table what passes or is skipped"
+    assert outcome["failed"].keys() == (SUITES | PROCESS_SUITES)[module].keys(), "take out of the table what passes or is skipped"

@@ -1,0 +1,5 @@
+# What _semaphores takes from it.
+
+from coopos._posix cimport sem_t
+
+cdef int wait_semaphore(sem_t *semaphore, object subject) except -1
