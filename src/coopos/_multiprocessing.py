@@ -19,7 +19,6 @@ import functools
 import importlib
 import io
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -27,17 +26,15 @@ import threading
 import types
 from typing import TYPE_CHECKING, Any
 
-from gevent import Timeout
 from gevent.monkey import get_original, is_module_patched
 
 from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
+from coopos._selector import CooperativeSelector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _multiprocessing: Any = importlib.import_module("_multiprocessing")  # the stubs don't know it
-#: As long as it gets; the stdlib's loop asks again.
-LONGEST_S = 1e9
 
 
 # ---- connections -------------------------------------------------------------------------------------------------------------
@@ -123,25 +120,6 @@ def _from_fd(fd: int, family: int, kind: int) -> _DuplicatedSocket:
     return _DuplicatedSocket(family, kind, fileno=os.dup(fd))
 
 
-class _WaitSelector(selectors.PollSelector):
-    """What ``connection.wait`` asks: poll(2), and the hub where nothing is ready."""
-
-    _selector_cls = get_original("select", "poll")
-
-    def select(self, timeout: float | None = None) -> Any:
-        """Without waiting, and with nothing ready, the other greenlets have their turn: the caller may ask again and again."""
-        ready = super().select(0)
-        if ready:
-            return ready
-        if timeout is not None and timeout <= 0:
-            _parking.yield_turn()
-            return ready
-        fds = [key.fd for key in self.get_map().values()]
-        with Timeout(None if timeout is None else min(timeout, LONGEST_S), False):  # type: ignore[arg-type]
-            _parking.wait_for_any(fds, "connection.wait")
-        return super().select(0)
-
-
 # ---- locks -------------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +199,7 @@ def _in_connection(connection: Any) -> list[tuple[Any, str, Any]]:
         (connection, "Pipe", _in_blocking_mode(connection.Pipe)),
         (connection, "SocketClient", _in_blocking_mode(connection.SocketClient)),
         (connection.SocketListener, "accept", _in_blocking_mode(connection.SocketListener.accept)),
-        (connection, "_WaitSelector", _WaitSelector),
+        (connection, "_WaitSelector", CooperativeSelector),
     ]
 
 

@@ -281,23 +281,27 @@ def wait_until_ready(int fd, int events, str call):
     park_until_ready(fd, events, call)
 
 
-def wait_for_any(list fds, str call):
-    """For Python: park until something has happened to one of *fds*, which poll(2) then tells: it can be read, or was closed."""
+def wait_for_any(list wanted, str call):
+    """For Python: park until something has happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then tells: it is
+    ready, or was closed.
+    """
     cdef Parking parking = parking_of(get_hub())
     cdef object current = current_greenlet()
     cdef object switch = current.switch
     cdef list waits = []
     cdef Wait wait
+    cdef int fd, events
     try:
-        for fd in fds:
-            wait = parking.aim(fd, READ)
+        for fd, events in wanted:
+            wait = parking.aim(fd, events)
+            wait.events = events
             waits.append(wait)
             wait.switch = switch
             enlist(wait)
             wait.watcher.start(switch, wait)
         came_back = give_way(parking.hub, current)
         if not (isinstance(came_back, Wait) and (<Wait>came_back).switch is switch):
-            raise wrong_switch(came_back, f"one of the descriptors {fds} in {call}")
+            raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
     finally:
         for wait in waits:
             delist(wait)
@@ -305,7 +309,7 @@ def wait_for_any(list fds, str call):
             if wait.queued is not None:
                 wait.queued.stop()
                 wait.queued = None
-            parking.put_back(wait, READ)
+            parking.put_back(wait, wait.events)
 
 
 cdef int evict(Wait wait) except -1:

@@ -195,8 +195,8 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; what is in ``gevent.subprocess`` and,
     once it is patched, in :mod:`subprocess`, by :mod:`coopos.subprocess`; what a Popen of gevent's that somebody has imported
     before forks and watches with, so that nothing installs a SIGCHLD handler any more; what :mod:`multiprocessing` waits with; and
-    the import lock of the interpreter, for which a fork waits when another greenlet has it. Names that other modules imported before
-    stay as they are. A second call does nothing.
+    the interpreter's import lock, for which a fork waits when another greenlet has it. Names that other modules have imported
+    before stay as they are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 

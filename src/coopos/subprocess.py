@@ -5,8 +5,8 @@ Python has its own Popen, with its vfork and posix_spawn, its arguments, errors 
 greenlets run. Ours is what the copy's Popen does about its child: a record of `_children` waits for it, by a pidfd. The exceptions
 and CompletedProcess are the stdlib's own, and a Popen of ours is an instance of its Popen.
 
-What reads this module's `subprocess`, by the name of `_original`, is the stdlib's. Knows `_children`, `_wait`, `_core`, `_parking`
-and the files of `io`; of gevent AsyncResult and Timeout.
+What reads this module's `subprocess`, by the name of `_original`, is the stdlib's. Knows `_children`, `_wait`, `_core`, `_parking`,
+`_selector` and the files of `io`; of gevent AsyncResult.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from array import array
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent.hub import get_hub, kill, linkproxy, sleep
+from gevent.hub import linkproxy, sleep
 from gevent.monkey import get_original
-from gevent.timeout import Timeout
-from greenlet import getcurrent
 
 from coopos import _children, _core, _parking
+from coopos._selector import CooperativeSelector, in_time
 from coopos._wait import waitpid
 from coopos.io import FileIO, fdopen
 
@@ -58,36 +57,10 @@ if TYPE_CHECKING:
 #: What programs, and their tests, set in the stdlib's module.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
 
-#: What libuv's timer can measure, and what a loop's timer can hold.
-MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
-
 
 def _overlay(module: types.ModuleType, **ours: object) -> types.SimpleNamespace:
     """A module in which some names are others."""
     return types.SimpleNamespace(**{**vars(module), **ours})
-
-
-_Selector: Any = get_original("selectors", "DefaultSelector")
-
-
-class _CooperativeSelector(_Selector):  # type: ignore[misc]
-    """The system's best selector, whose descriptor the hub waits for."""
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if not ready and (timeout is None or timeout > 0):
-            _in_time(timeout, _parking.wait_until_ready, self.fileno(), _parking.READ, "select")
-            ready = super().select(0)
-        return ready
-
-
-def _in_time(seconds: float | None, wait: Callable[..., object], *args: object) -> None:
-    """``wait(*args)``, which is left early, without a word, when so much time has gone by."""
-    if seconds is None:
-        wait(*args)
-        return
-    with Timeout(min(max(seconds, MIN_TIMEOUT_S), MAX_TIMEOUT_S), False):  # type: ignore[arg-type]
-        wait(*args)
 
 
 def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
@@ -109,7 +82,7 @@ def _copy_stdlib() -> Any:
         os, read=_core.read, write=_core.write, close=_parking.close, waitpid=waitpid, posix_spawn=_spawn_unwatched
     )
     copy.io = _overlay(_io, open=fdopen)
-    copy._PopenSelector = _CooperativeSelector
+    copy._PopenSelector = CooperativeSelector
     return copy
 
 
@@ -265,7 +238,6 @@ class Popen(_Base[AnyStr]):
     _child: _children.Child | None = None
     _pid: int | None = None
     _links: list[tuple[Any, Any]]
-    _communicator: tuple[Any, Any] | None = None
     # Whether posix_spawn(3) may be used, which hands on os.environ where execv(3) does the environment that C code sees.
     _may_posix_spawn = True
 
@@ -372,7 +344,7 @@ class Popen(_Base[AnyStr]):
     def _wait(self, timeout: float | None) -> int | None:
         if self.poll() is None and self._child is not None:
             if timeout is None or timeout > 0:
-                _in_time(timeout, self._child.join)
+                in_time(timeout, self._child.join)
             if self.poll() is None:
                 raise _original.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
@@ -421,18 +393,10 @@ class Popen(_Base[AnyStr]):
     def _communicate(self, data: Any, *args: Any) -> Any:
         if data is None and self._input and self._input_offset < len(self._input):
             data = self._input  # the rest of what a call that timed out was given
-        self._communicator = get_hub(), getcurrent()
-        try:
-            return super()._communicate(data, *args)
-        finally:
-            self._communicator = None
+        return super()._communicate(data, *args)
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
         # Another greenlet may wait for what is to be closed. It is told so, as by close().
-        if self._communicator is not None:
-            hub, greenlet = self._communicator
-            if hub is get_hub() and greenlet is not getcurrent():
-                kill(greenlet, OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: communicate"))
         files: list[Any] = [self.stdout, self.stderr, self.pty]
         for file in files:
             if file is not None:

@@ -64,9 +64,6 @@ SUITES = {
         "POSIXProcessTestCase.test_send_signal_race": _NOBODY_HAS_TO_ASK,
         "POSIXProcessTestCase.test_zombie_fast_process_del": _LIST_OF_THE_DROPPED,
         "POSIXProcessTestCase.test_leak_fast_process_del_killed": _LIST_OF_THE_DROPPED,
-        "POSIXProcessTestCase.test_communicate_BrokenPipeError_stdin_flush": (
-            "puts /dev/null in the place of the pipe to the child, which epoll refuses to watch"
-        ),
     },
     "test.test_posix": {},
     "test.test_os": {},

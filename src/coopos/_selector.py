@@ -1,0 +1,52 @@
+"""A selector whose waits let other greenlets run: poll(2), and the hub where nothing is ready. POSIX only.
+
+What is ready is the kernel's to say, each time; the hub is only slept in. Knows `_parking` and gevent's Timeout.
+"""
+
+from __future__ import annotations
+
+import selectors
+from typing import TYPE_CHECKING, Any
+
+from gevent import Timeout
+from gevent.monkey import get_original
+
+from coopos import _parking
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Seconds: what libuv's timer can measure, and what a loop's timer can hold.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
+
+
+def in_time(seconds: float | None, wait: Callable[..., object], *args: object) -> None:
+    """``wait(*args)``, which is left early, without a word, when so much time has gone by."""
+    if seconds is None:
+        wait(*args)
+        return
+    with Timeout(min(max(seconds, MIN_TIMEOUT_S), MAX_TIMEOUT_S), False):  # type: ignore[arg-type]
+        wait(*args)
+
+
+class CooperativeSelector(selectors.PollSelector):
+    """:class:`selectors.PollSelector`. Whoever waits for a descriptor that :func:`coopos.close` closes is told that it is ready."""
+
+    _selector_cls = get_original("select", "poll")
+
+    def select(self, timeout: float | None = None) -> Any:
+        """What is ready. Without waiting, and with nothing ready, the others have their turn: who asks may ask again and again."""
+        ready = super().select(0)
+        if ready:
+            return ready
+        if timeout is not None and timeout <= 0:
+            _parking.yield_turn()
+            return ready
+        wanted = [
+            (key.fd, events)
+            for key in self.get_map().values()
+            for events in (_parking.READ, _parking.WRITE)
+            if key.events & events
+        ]
+        in_time(timeout, _parking.wait_for_any, wanted, "select")
+        return super().select(0)
