@@ -241,7 +241,7 @@ cdef object read_all_from(Owned owned):
                 size += max(size >> 2, CHUNK)
                 resize_bytes(&data, size)
             iov.iov_base = PyBytes_AS_STRING(<object>data) + total
-            iov.iov_len = <size_t>min(size - total, COOPOS_IO_MAX)
+            iov.iov_len = <size_t>min(size - total, <Py_ssize_t>COOPOS_IO_MAX)
             nread = fill_from(owned, &iov)
             total += nread
         resize_bytes(&data, total)
