@@ -104,3 +104,16 @@ def test_left_out_tests_still_cannot_pass(module, tmp_path, record_property):
     outcome = run_suite(module, "coopos", tmp_path, "--excluded")
     skip_unavailable(outcome, record_property)
     assert outcome["failed"].keys() == (SUITES | PROCESS_SUITES)[module].keys(), "take out of the table what passes or is skipped"
+
+
+#: Suites of gevent's that are programs: they run when they are imported, and raise.
+SCRIPTS = ["gevent.tests.test__subprocess_poll", "gevent.tests.test__subprocess_interrupted"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_runs_to_its_end(script, request):
+    if request.config.getoption("--processes"):
+        pytest.skip("not one of multiprocessing's")
+    patch = "from gevent import monkey; monkey.patch_all(); import coopos; coopos.patch()"
+    done = subprocess.run([sys.executable, "-c", f"{patch}; import {script}"], capture_output=True, text=True, timeout=TIME_LIMIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
