@@ -341,6 +341,15 @@ def test_communicate_timeout_and_again(gate):
     assert process.communicate() == (MUCH, b"late\n")
 
 
+def test_communicate_timeout_after_the_child_has_closed_its_input(gate):
+    """There is nothing left to write then."""
+    process = sh(f"exec <&-; {gate.wait}; echo late", stdin=PIPE, stdout=PIPE)
+    with pytest.raises(stdlib.TimeoutExpired):
+        process.communicate(MUCH, timeout=0.1)
+    gate.open()
+    assert process.communicate() == (b"late\n", None)
+
+
 def test_communicate_killed(gate):
     process = sh(f"echo early; {gate.wait}; echo late", stdout=PIPE, stderr=PIPE)
     parked(process.communicate).kill()
@@ -833,6 +842,12 @@ def test_pty_close_wakes_who_reads():
     process.pty.close()
     assert result_of(reader) == (OSError, errno.EBADF)
     assert process.wait() == -signal.SIGHUP
+
+
+def test_pty_in_an_encoding_that_is_none():
+    """Refused before anything is started."""
+    assert error_of(subprocess.Popen, ["true"], pty=True, encoding="no-such-encoding")[0] is LookupError
+    assert has_no_child()
 
 
 @pytest.mark.parametrize("winsize", [(1,), 1, (1, 2, 3), ("a", 1), (1, 65536), (-1, 1), (1.5, 1)], ids=str)

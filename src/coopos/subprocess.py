@@ -235,6 +235,7 @@ class Popen(_Base[AnyStr]):
     pty: Any = None
     #: AsyncResult of the return code.
     result: AsyncResult[int]
+    _master: int | None = None  # until there is a file of it
     _child: _children.Child | None = None
     _pid: int | None = None
     _links: list[tuple[Any, Any]]
@@ -249,13 +250,15 @@ class Popen(_Base[AnyStr]):
                 super().__init__(*args, **kwargs)
                 return
             arguments = _plain_signature.bind(*args, **kwargs).arguments
-            master, slave = _open_terminal(winsize)
+            self._master, slave = _open_terminal(winsize)
             try:
                 _use_terminal(slave, arguments)
                 super().__init__(**arguments)
-                self.pty = self._file_of(master)
             except BaseException:
-                _parking.close(master)
+                if self.pty is None:
+                    _parking.close(self._master)
+                else:
+                    self.pty.close()
                 raise
             finally:
                 _parking.close(slave)
@@ -305,6 +308,8 @@ class Popen(_Base[AnyStr]):
         return handles
 
     def _execute_child(self, *args: Any) -> None:
+        if self._master is not None:
+            self.pty = self._file_of(self._master)
         for name in _SWITCHES:
             value = getattr(_original, name, None)
             if value is not None:
@@ -342,10 +347,10 @@ class Popen(_Base[AnyStr]):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int | None:
-        if self.poll() is None and self._child is not None:
+        if self._internal_poll() is None and self._child is not None:
             if timeout is None or timeout > 0:
                 in_time(timeout, self._child.join)
-            if self.poll() is None:
+            if self._internal_poll() is None:
                 raise _original.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
 
@@ -391,7 +396,7 @@ class Popen(_Base[AnyStr]):
             self._child.send_signal(sig)
 
     def _communicate(self, data: Any, *args: Any) -> Any:
-        if data is None and self._input and self._input_offset < len(self._input):
+        if data is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
             data = self._input  # the rest of what a call that timed out was given
         return super()._communicate(data, *args)
 
