@@ -290,13 +290,6 @@ class Popen(_Base[AnyStr]):
     def _watch(self, pid: int) -> _children.Child | None:
         return _children.watch_new(pid, _Ended(self), None, True)
 
-    def _file_of(self, master: int) -> Any:
-        raw = _Terminal(master, "r+")
-        if not self.text_mode:
-            return raw
-        # Without a buffer in between: what is written is to be seen at once.
-        return _io.TextIOWrapper(raw, self.encoding, self.errors, write_through=True)
-
     def _get_handles(self, *streams: Any) -> tuple[int, ...]:
         handles: tuple[int, ...] = super()._get_handles(*streams)
         for fd in handles[0], handles[3], handles[5]:
@@ -309,7 +302,10 @@ class Popen(_Base[AnyStr]):
 
     def _execute_child(self, *args: Any) -> None:
         if self._master is not None:
-            self.pty = self._file_of(self._master)
+            self.pty = _Terminal(self._master, "r+")
+            if self.text_mode:
+                # Without a buffer in between: what is written is to be seen at once.
+                self.pty = _io.TextIOWrapper(self.pty, self.encoding, self.errors, write_through=True)
         for name in _SWITCHES:
             value = getattr(_original, name, None)
             if value is not None:
