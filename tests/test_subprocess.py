@@ -22,7 +22,7 @@ import pytest
 import coopos
 from coopos import subprocess
 
-from .children import has_no_child, needs_proc, needs_reaped_status, no_child, until
+from .children import has_no_child, needs_pidfds, needs_proc, needs_reaped_status, no_child, until
 from .support import HubThread, closing, error_of, open_fds, parked, result_of, run_script, turn_loop
 
 PIPE, STDOUT, DEVNULL = stdlib.PIPE, stdlib.STDOUT, stdlib.DEVNULL
@@ -631,6 +631,37 @@ def test_preexec_fn_that_takes_its_time(gate):
         assert result_of(starter).wait() == 7
 
 
+def test_preexec_fn_killed(gate):
+    """No child is left of a greenlet that was killed before it had its Popen."""
+    fifo = os.open(gate.wait.split()[-1], os.O_RDWR)
+    before = open_fds()
+    with closing(fifo):
+        parked(functools.partial(sh, "exec sleep 100", preexec_fn=lambda: os.read(fifo, 1), stdout=PIPE)).kill()
+        until(has_no_child)
+        gc.collect()
+        assert open_fds() == before
+
+
+def test_popen_does_not_switch():
+    """A child is no sooner there than its Popen: nobody can be killed in between."""
+    turns = []
+
+    def turn():
+        while True:
+            turns.append(1)
+            gevent.sleep(0)
+
+    ticker = gevent.spawn(turn)
+    gevent.sleep(0)
+    turns.clear()
+    processes = [sh("exit 0", close_fds=n % 2, stdin=PIPE if n % 3 else None) for n in range(50)]
+    assert not turns
+    ticker.kill()
+    for process in processes:
+        with process:
+            assert process.wait() == 0
+
+
 def test_popen_in_a_forked_child():
     """A child of a fork has subprocesses of its own, and none of its parent's."""
     run_script("""
@@ -695,7 +726,7 @@ def test_signal_to_a_child_that_has_ended(monkeypatch):
         process.terminate()
 
 
-@needs_proc
+@needs_pidfds
 @pytest.mark.skipif(not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK), reason="may not choose pids")
 def test_signal_after_the_pid_is_used_again():
     """The process that has got it lives on."""

@@ -282,8 +282,8 @@ def wait_until_ready(int fd, int events, str call):
 
 
 def wait_for_any(list wanted, str call):
-    """For Python: park until something has happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then tells: it is
-    ready, or was closed.
+    """For Python: park until something has happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then tells: it
+    is ready, or was closed.
     """
     cdef Parking parking = parking_of(get_hub())
     cdef object current = current_greenlet()

@@ -18,6 +18,7 @@ import importlib.util
 import inspect
 import io as _io
 import os
+import signal
 import subprocess as _original
 import termios
 import types
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
         run as run,
     )
 
+_plain_read, _get_ident = get_original("os", "read"), get_original("_thread", "get_ident")
+
 #: What programs, and their tests, set in the stdlib's module.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
 
@@ -61,6 +64,17 @@ _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
 def _overlay(module: types.ModuleType, **ours: object) -> types.SimpleNamespace:
     """A module in which some names are others."""
     return types.SimpleNamespace(**{**vars(module), **ours})
+
+
+#: The threads that are in the middle of starting a program: nothing switches then.
+_starting: set[int] = set()
+
+
+def _read(fd: int, n: int) -> bytes:
+    """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent go
+    on and not closed the child's end yet: no moment for a greenlet to be killed in.
+    """
+    return _plain_read(fd, n) if _get_ident() in _starting else _core.read(fd, n)
 
 
 def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
@@ -79,7 +93,7 @@ def _copy_stdlib() -> Any:
         setattr(copy, name, getattr(_original, name))
     copy.CompletedProcess = get_original("subprocess", "CompletedProcess")
     copy.os = _overlay(
-        os, read=_core.read, write=_core.write, close=_parking.close, waitpid=waitpid, posix_spawn=_spawn_unwatched
+        os, read=_read, write=_core.write, close=_parking.close, waitpid=waitpid, posix_spawn=_spawn_unwatched
     )
     copy.io = _overlay(_io, open=fdopen)
     copy._PopenSelector = CooperativeSelector
@@ -168,7 +182,7 @@ class _Ended:
 
     def __call__(self, child: _children.Child) -> None:
         popen = self._popen()
-        if popen is None:
+        if popen is None or popen._child is None:
             child.claim_status()  # nobody is there to ask
         else:
             popen._tell_end()
@@ -222,9 +236,9 @@ class Popen(_Base[AnyStr]):
         ChildProcessError: ECHILD, from ``wait`` and ``poll``: somebody else has collected the child, and the kernel doesn't tell
             its status.
 
-    Switches greenlets only where said, and, with *preexec_fn*, until that has run in the child. A greenlet killed or timed out in
-    ``wait`` leaves the child running, and watched. Works in any thread's hub and in a forked child, which has no children of its
-    parent's.
+    Switches greenlets only where said, and, with *preexec_fn* and *pty*, until the child has done what they say: a greenlet that is
+    killed or timed out then leaves no child. One that is in ``wait`` leaves the child running, and watched. Works in any thread's
+    hub and in a forked child, which has no children of its parent's.
 
     Source: vfork(2), posix_spawn(3), pidfd_open(2), pidfd_send_signal(2); ``gevent.subprocess.Popen``.
 
@@ -311,7 +325,18 @@ class Popen(_Base[AnyStr]):
             if value is not None:
                 setattr(_stdlib, name, value)
         _stdlib._USE_POSIX_SPAWN &= self._may_posix_spawn
-        super()._execute_child(*args)
+        ident = _get_ident()
+        if args[2] is None:  # preexec_fn, whose Python code takes its time
+            _starting.add(ident)
+        try:
+            super()._execute_child(*args)
+        except BaseException:
+            child, self._child = self._child, None
+            if child is not None:
+                child.send_signal(signal.SIGKILL)  # nobody will ever have it
+            raise
+        finally:
+            _starting.discard(ident)
 
     # ---- its end
 

@@ -132,3 +132,6 @@ STILL_TOLD = {
         "which the kernel tells by the pidfd, is there for whoever asks as after any other who collects children"
     ),
 }
+
+#: Left-out tests that pass where the child is quicker than the hub.
+MAY_PASS = {"POSIXProcessTestCase.test_send_signal_race"}

@@ -103,7 +103,8 @@ def test_left_out_tests_still_cannot_pass(module, tmp_path, record_property):
     """A left-out test that passes over coopos no longer belongs in the table."""
     outcome = run_suite(module, "coopos", tmp_path, "--excluded")
     skip_unavailable(outcome, record_property)
-    assert outcome["failed"].keys() == (SUITES | PROCESS_SUITES)[module].keys(), "take out of the table what passes or is skipped"
+    left_out = (SUITES | PROCESS_SUITES)[module].keys()
+    assert outcome["failed"].keys() | TABLES["MAY_PASS"] & left_out == left_out, "take out of the table what passes or is skipped"
 
 
 #: Suites of gevent's that are programs: they run when they are imported, and raise.

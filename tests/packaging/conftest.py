@@ -66,7 +66,7 @@ def unpacked(sdist, tmp_path_factory):
     """The directory of an unpacked sdist."""
     directory = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(directory)
+        archive.extractall(directory, filter="data")
     [top] = directory.iterdir()
     return top
 
