@@ -71,8 +71,8 @@ _starting: set[int] = set()
 
 
 def _read(fd: int, n: int) -> bytes:
-    """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent go
-    on and not closed the child's end yet: no moment for a greenlet to be killed in.
+    """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent
+    go on and not closed the child's end yet: no moment for a greenlet to be killed in.
     """
     return _plain_read(fd, n) if _get_ident() in _starting else _core.read(fd, n)
 
