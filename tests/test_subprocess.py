@@ -118,6 +118,18 @@ def test_wait_lets_others_run(gate):
     assert result_of(waiter) == 7
 
 
+def test_wait_lets_others_run_that_has_nothing_to_wait_for():
+    """Each has its turn between two programs, also where those have ended by the time they are waited for."""
+    with ticking() as turns:
+        for _ in range(10):
+            turns.clear()
+            process = sh("exit 7")
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            gevent.spawn(turns.append, 1)
+            process.wait()
+            assert turns
+
+
 def test_wait_by_many(gate):
     """Each is told the same."""
     process = sh(f"{gate.wait}; exit 7")

@@ -368,6 +368,8 @@ class Popen(_Base[AnyStr]):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            _parking.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
         if self._internal_poll() is None and self._child is not None:
             if timeout is None or timeout > 0:
                 in_time(timeout, self._child.join)
