@@ -32,7 +32,9 @@ def _clean(_past, request):
     found = leftovers(before)
     if found:
         end_what_runs()
-        gc.freeze()  # what is left is not the next test's
+    # What is left is not the next test's; and the next collection need not go through all that pytest remembers of those before.
+    gc.freeze()
+    if found:
         pytest.fail("left behind: " + "; ".join(found), pytrace=False)
 
 
