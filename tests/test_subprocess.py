@@ -281,6 +281,27 @@ def test_gevent_wait(gate):
     assert first.returncode == 1
 
 
+def test_gevent_wait_in_other_threads(gate):
+    """For a child of this thread in another's hub, and of one whose hub doesn't run here."""
+    with HubThread() as thread:
+        process = sh(f"{gate.wait}; exit 7")
+        there = thread.parked(gevent.wait, [process])
+        here = parked(gevent.wait, [process])
+        waiter = thread.parked(process.wait)
+        gate.open()
+        assert (thread.result_of(there), result_of(here), thread.result_of(waiter)) == ([process], [process], 7)
+    run_script("""
+        import threading, gevent
+        from coopos import subprocess
+        processes = []
+        thread = threading.Thread(target=lambda: processes.append(subprocess.Popen(["sh", "-c", "exit 7"])))
+        thread.start()
+        thread.join()
+        assert gevent.wait(processes, timeout=30) == processes
+        assert processes[0].returncode == processes[0].result.get(timeout=30) == 7
+    """)
+
+
 def test_rawlink_and_unlink():
     """A link is called in the hub with the Popen, also one that comes late, and not one that was taken back."""
     process = sh("exit 7")
@@ -396,6 +417,40 @@ def test_communicate_without_pipes():
     assert same(lambda module: sh("exit 7", module).communicate()) == (None, None)
 
 
+def test_communicate_by_two():
+    """Each ends: with what it has read, or told that the other has closed the pipe."""
+    process = sh("echo out; sleep 0.1; echo more", stdout=PIPE, stderr=PIPE)
+    first, second = gevent.spawn(outcome_of, process.communicate), gevent.spawn(outcome_of, process.communicate)
+    results = [result_of(first), result_of(second)]
+    assert any(isinstance(result[0], bytes) for result in results)
+    assert all(isinstance(result[0], bytes) or result[1] == errno.EBADF or result[0] is ValueError for result in results)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stdin"])
+def test_communicate_while_another_closes(name):
+    process = sh("exec sleep 100", stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    other = parked(error_of, process.communicate, MUCH)
+    getattr(process, name).raw.close()
+    assert result_of(other)[0] in (OSError, ValueError)
+    process.kill()
+    process.__exit__(None, None, None)
+
+
+def test_wait_does_not_rely_on_poll():
+    """Which a subclass may make of wait()."""
+
+    class Polling(subprocess.Popen):
+        def poll(self):
+            try:
+                return self.wait(timeout=0)
+            except stdlib.TimeoutExpired:
+                return None
+
+    process = Polling(["sh", "-c", "exit 7"])
+    until(lambda: process.poll() is not None)
+    assert process.wait() == 7
+
+
 @pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=["read", "select"])
 def test_exit_while_another_communicates(pipes):
     """It closes the pipes; the other is told."""
@@ -474,6 +529,46 @@ def test_stdin_lets_others_run(gate):
         assert result_of(writer) == len(MUCH)
         process.stdin.close()
         assert int(process.stdout.read()) == len(MUCH)
+
+
+def test_exit_while_another_writes():
+    """Its file is closed under it, too: the child has its end-of-file, and ends."""
+    with sh("read line; cat > /dev/null; exit 3", stdin=PIPE) as process:
+        writer = parked(error_of, process.stdin.write, b"x" * 30_000_000)
+    assert process.returncode == 3
+    assert result_of(writer) == (OSError, errno.EBADF)
+
+
+def test_exit_with_a_child_that_does_not_read():
+    """What closing says comes out, when the child was waited for."""
+
+    def leave(module):
+        process = sh("exit 3", module, stdin=PIPE)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        try:
+            with process:
+                process.stdin.write(b"data")
+        finally:
+            assert process.returncode == 3
+
+    assert [error_of(leave, module) for module in (stdlib, subprocess)] == [(BrokenPipeError, errno.EPIPE)] * 2
+
+
+def test_pipe_that_is_the_childs_stays_as_it_is_here():
+    """In non-blocking mode, since others rely on that; the child's is another open file of the same pipe."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with coopos.fdopen(reader, "rb", 0) as file, closing(writer):
+        os.write(writer, b"data")
+        script = "head -c 2; grep flags: /proc/self/fdinfo/0"
+        out = subprocess.run(["sh", "-c", script], stdin=file, stdout=PIPE).stdout
+        assert out[:2] == b"da"
+        assert not int(out.split()[-1], 8) & os.O_NONBLOCK
+        assert not os.get_blocking(reader)
+        assert file.read(10) == b"ta"
+        waiter = parked(file.read, 10)
+        os.write(writer, b"more")
+        assert result_of(waiter) == b"more"
 
 
 def test_standard_streams_are_in_blocking_mode_for_the_child():
@@ -684,6 +779,7 @@ def test_popen_in_a_forked_child():
             pid = coopos.fork_gevent(keep_greenlets=keeps)
             if pid == 0:
                 assert subprocess.check_output(["echo", "out"]) == b"out\\n"
+                theirs.kill()         # is not sent, and no error
                 process = subprocess.Popen(["sh", "-c", "exit 3"])
                 assert gevent.wait([process]) == [process] and process.returncode == 3
                 os._exit(5)
@@ -790,6 +886,42 @@ def test_popen_that_is_dropped_when_it_has_ended():
     assert error_of(coopos.waitpid, -1, os.WNOHANG) == no_child
 
 
+def test_popens_that_are_dropped_in_threads_that_are_gone():
+    """The next Popen collects their children, which the threads' hubs can't."""
+    run_script("""
+        import os, threading, time, warnings
+        from coopos import subprocess
+        warnings.simplefilter("ignore", ResourceWarning)
+        for _ in range(5):
+            thread = threading.Thread(target=lambda: subprocess.Popen(["sleep", "0.01"]) and None)
+            thread.start()
+            thread.join()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            subprocess.run(["true"])
+            try:
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+        else:
+            raise AssertionError("zombies are left")
+    """)
+
+
+def test_child_that_can_not_be_watched(monkeypatch):
+    """The error comes out, and it is as if there had been no process to be had."""
+
+    def refuse(*args):
+        raise BlockingIOError(errno.EAGAIN, "no thread")
+
+    monkeypatch.setattr(subprocess._children, "watch_new", refuse)
+    before = open_fds()
+    assert error_of(subprocess.Popen, ["sleep", "100"], stdout=PIPE) == (BlockingIOError, errno.EAGAIN)
+    assert has_no_child()
+    gc.collect()
+    assert open_fds() == before
+
+
 def test_with_block_closes_and_waits(gate):
     with sh(f"{gate.wait}; exit 7", stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
         gate.open()
@@ -800,6 +932,7 @@ def test_with_block_closes_and_waits(gate):
 def test_failed_start_leaves_nothing():
     before = open_fds()
     for _ in range(3):
+        assert error_of(subprocess.Popen, ["true"], pty=True, encoding="no-such-encoding")[0] is LookupError
         assert error_of(subprocess.Popen, ["/nonexistent"], stdin=PIPE, stdout=PIPE, stderr=PIPE)[1] == errno.ENOENT
         assert error_of(subprocess.Popen, ["/nonexistent"], pty=True)[1] == errno.ENOENT
     gc.collect()
@@ -850,6 +983,28 @@ def test_pty_of_text():
         assert process.pty.read() == "got l\u00efne\n"
 
 
+def test_pty_of_text_that_is_written_in_the_middle_of_a_character():
+    script = r"stty -echo; printf 'x\n\303'; read line; printf '\251z\n'"
+    with sh(script, pty=True, encoding="utf-8") as process:
+        assert process.pty.readline() == "x\n"
+        process.pty.write("go\n")
+        assert process.pty.read() == "\u00e9z\n"
+
+
+def test_pty_with_standard_streams_closed_here():
+    """Its descriptor is not taken for one of the child's."""
+    run_script("""
+        import os
+        from coopos import subprocess
+        os.close(0)
+        os.close(1)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(["sh", "-c", "echo tty > /dev/tty"], pty=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            process.wait()
+            assert process.pty.read() == b"tty\\r\\n"
+    """)
+
+
 def test_pty_beside_pipes():
     """A stream that an argument speaks of is that; the terminal is the controlling one all the same."""
     process = sh("cat; test -t 0 || test -t 1 || echo no >&2; echo tty > /dev/tty", pty=True, stdin=PIPE, stdout=PIPE)
@@ -885,12 +1040,6 @@ def test_pty_close_wakes_who_reads():
     process.pty.close()
     assert result_of(reader) == (OSError, errno.EBADF)
     assert process.wait() == -signal.SIGHUP
-
-
-def test_pty_in_an_encoding_that_is_none():
-    """Refused before anything is started."""
-    assert error_of(subprocess.Popen, ["true"], pty=True, encoding="no-such-encoding")[0] is LookupError
-    assert has_no_child()
 
 
 @pytest.mark.parametrize("winsize", [(1,), 1, (1, 2, 3), ("a", 1), (1, 65536), (-1, 1), (1.5, 1)], ids=str)

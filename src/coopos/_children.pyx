@@ -714,6 +714,10 @@ cdef class Child:
         """kill(2), never to another process that has got its pid. Nothing is sent, and nothing raised, once it has ended."""
         cdef int number = as_int(signum)
         cdef int pidfd, rc
+        cdef Watch watch
+        for watch in self.watches:
+            if watch.born != generation:
+                return         # in a forked child, where it is no child
         self.collect(False)
         if self.state != ALIVE:
             return
@@ -724,6 +728,16 @@ cdef class Child:
             rc = kill(self.pid, number)
         if rc < 0 and errno != ESRCH:
             raise os_error(errno, "kill", self.pid)
+
+    def link(self, callback, bint ref):
+        """Have ``callback(child)`` called in this thread's hub when it has ended; soon, if it has."""
+        self.add_callback(callback, get_hub().loop, ref)
+
+    def collect_for_nobody(self):
+        """Whether it has ended; then nobody will ask for the status."""
+        self.collect(False)
+        self.claim_status()
+        return self.state != ALIVE
 
     def claim_status(self):
         """Take the status, if it is there and nobody has: who waits for the child from now on gets ChildProcessError."""

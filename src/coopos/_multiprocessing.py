@@ -23,13 +23,12 @@ import signal
 import socket
 import sys
 import threading
-import types
 from typing import TYPE_CHECKING, Any
 
 from gevent.monkey import get_original, is_module_patched
 
 from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
-from coopos._selector import CooperativeSelector
+from coopos._standins import CooperativeSelector, over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,13 +141,6 @@ class SemLock(_semaphores.Semaphore):
 # ---- processes ---------------------------------------------------------------------------------------------------------------
 
 
-def _over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
-    """A namespace to take the place of *module* in one of its users: *ours*, and the rest as it is there at the time."""
-    namespace = types.ModuleType(module.__name__, module.__doc__)
-    vars(namespace).update(ours, __getattr__=lambda name: getattr(module, name))
-    return namespace
-
-
 def _fork_process() -> int:
     return _fork.fork(keep_greenlets=False)
 
@@ -205,10 +197,10 @@ def _in_connection(connection: Any) -> list[tuple[Any, str, Any]]:
 
 def _in_forkserver(forkserver: Any) -> list[tuple[Any, str, Any]]:
     return [
-        (forkserver, "os", _over(os, fork=_fork_server_process, read=_core.read, write=_core.write)),
-        (forkserver, "socket", _over(socket, socket=_ServerSocket)),
+        (forkserver, "os", over(os, fork=_fork_server_process, read=_core.read, write=_core.write)),
+        (forkserver, "socket", over(socket, socket=_ServerSocket)),
         # Its wake-up descriptor is told of a SIGCHLD that has a handler of the interpreter's; gevent's signal() sets none.
-        (forkserver, "signal", _over(signal, signal=get_original("signal", "signal"))),
+        (forkserver, "signal", over(signal, signal=get_original("signal", "signal"))),
     ]
 
 
@@ -216,7 +208,7 @@ def _in_resource_sharer(sharer: Any) -> list[tuple[Any, str, Any]]:
     """Its thread blocks all signals. Where that is a greenlet they would be its whole thread's, and every child's."""
     if not is_module_patched("threading"):
         return []
-    return [(sharer, "signal", _over(signal, pthread_sigmask=lambda _how, _signals: set()))]
+    return [(sharer, "signal", over(signal, pthread_sigmask=lambda _how, _signals: set()))]
 
 
 def _in_util(util: Any) -> list[tuple[Any, str, Any]]:
@@ -242,10 +234,10 @@ _WANTED: dict[str, Callable[[Any], list[tuple[Any, str, Any]]]] = {
     "multiprocessing.connection": _in_connection,
     "multiprocessing.forkserver": _in_forkserver,
     "multiprocessing.managers": _in_managers,
-    "multiprocessing.popen_fork": lambda module: [(module, "os", _over(os, fork=_fork_process))],
+    "multiprocessing.popen_fork": lambda module: [(module, "os", over(os, fork=_fork_process))],
     "multiprocessing.popen_forkserver": lambda module: [(module, "open", _open)],
     "multiprocessing.popen_spawn_posix": lambda module: [(module, "open", _open)],
-    "multiprocessing.reduction": lambda module: [(module, "socket", _over(socket, fromfd=_from_fd))],
+    "multiprocessing.reduction": lambda module: [(module, "socket", over(socket, fromfd=_from_fd))],
     "multiprocessing.resource_sharer": _in_resource_sharer,
     "multiprocessing.util": _in_util,
 }

@@ -6,7 +6,7 @@ greenlets run. Ours is what the copy's Popen does about its child: a record of `
 and CompletedProcess are the stdlib's own, and a Popen of ours is an instance of its Popen.
 
 What reads this module's `subprocess`, by the name of `_original`, is the stdlib's. Knows `_children`, `_wait`, `_core`, `_parking`,
-`_selector` and the files of `io`; of gevent AsyncResult.
+`_standins` and the files of `io`; of gevent AsyncResult.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import inspect
 import io as _io
 import os
 import signal
+import stat
 import subprocess as _original
 import termios
-import types
 import warnings
 import weakref
 from array import array
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent.hub import linkproxy, sleep
+from gevent.hub import sleep
 from gevent.monkey import get_original
 
 from coopos import _children, _core, _parking
-from coopos._selector import CooperativeSelector, in_time
+from coopos._standins import CooperativeSelector, in_time, over
 from coopos._wait import waitpid
 from coopos.io import FileIO, fdopen
 
@@ -55,15 +55,11 @@ if TYPE_CHECKING:
         run as run,
     )
 
-_plain_read, _get_ident = get_original("os", "read"), get_original("_thread", "get_ident")
+_plain_read, _plain_waitpid = get_original("os", "read"), get_original("os", "waitpid")
+_get_ident = get_original("_thread", "get_ident")
 
 #: What programs, and their tests, set in the stdlib's module.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
-
-
-def _overlay(module: types.ModuleType, **ours: object) -> types.SimpleNamespace:
-    """A module in which some names are others."""
-    return types.SimpleNamespace(**{**vars(module), **ours})
 
 
 #: The threads that are in the middle of starting a program: nothing switches then.
@@ -92,10 +88,9 @@ def _copy_stdlib() -> Any:
     for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
         setattr(copy, name, getattr(_original, name))
     copy.CompletedProcess = get_original("subprocess", "CompletedProcess")
-    copy.os = _overlay(
-        os, read=_read, write=_core.write, close=_parking.close, waitpid=waitpid, posix_spawn=_spawn_unwatched
-    )
-    copy.io = _overlay(_io, open=fdopen)
+    ours = {"read": _read, "write": _core.write, "close": _parking.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
+    copy.os = over(os, **ours, fsencode=os.fsencode)  # called for each variable of an environment
+    copy.io = over(_io, open=fdopen)
     copy._PopenSelector = CooperativeSelector
     return copy
 
@@ -137,6 +132,29 @@ class _Terminal(FileIO):
             return 0
 
 
+class _TextTerminal(_io.TextIOWrapper):
+    """The same for text. What writes is another wrapper, since to write resets the decoder of one that is in the middle of a
+    character; and nothing is buffered, so that what is written is to be seen at once.
+    """
+
+    def __init__(self, raw: _Terminal, encoding: str | None, errors: str | None) -> None:
+        super().__init__(raw, encoding, errors)
+        self._writer = _io.TextIOWrapper(raw, encoding, errors, write_through=True)
+
+    def write(self, text: str, /) -> int:
+        return self._writer.write(text)
+
+
+def _raise_above_streams(fd: int) -> int:
+    """*fd*, or another for it where it is the number of a standard stream, which would be another file in the child."""
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        _parking.close(fd)
+
+
 def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
     """(master, slave) of a new pseudo-terminal."""
     size = b""
@@ -145,6 +163,7 @@ def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
         size = array("H", [rows, columns, 0, 0]).tobytes()
     master, slave = os.openpty()
     try:
+        slave = _raise_above_streams(slave)
         if size:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
     except BaseException:
@@ -174,6 +193,10 @@ def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
 # ---- Popen -------------------------------------------------------------------------------------------------------------------
 
 
+# The children of collected Popens, that seemed to run.
+_dropped: list[_children.Child] = []
+
+
 class _Ended:
     """Called in the hub, when the child of a Popen has ended. Doesn't keep the Popen."""
 
@@ -186,6 +209,28 @@ class _Ended:
             child.claim_status()  # nobody is there to ask
         else:
             popen._tell_end()
+
+
+def _try_or_close(file: Any, method: Callable[[], object]) -> None:
+    """``method()`` of *file*. A greenlet that is in the stdlib's buffer is made to leave it, with EBADF, and the file is closed."""
+    try:
+        method()
+    except RuntimeError:
+        getattr(file, "buffer", file).raw.close()
+        sleep(0)
+
+
+class _Link:
+    """What :meth:`Popen.rawlink` has been given, as one hub calls it."""
+
+    def __init__(self, popen: Popen[Any], callback: Callable[[Any], object]) -> None:
+        self.popen, self.callback = popen, callback
+        self.is_on = True
+
+    def __call__(self, child: _children.Child) -> None:
+        if self.is_on:
+            self.popen._tell_end()
+            self.callback(self.popen)
 
 
 if TYPE_CHECKING:
@@ -247,23 +292,30 @@ class Popen(_Base[AnyStr]):
 
     #: The other side of the child's terminal, or None.
     pty: Any = None
-    #: AsyncResult of the return code.
-    result: AsyncResult[int]
     _master: int | None = None  # until there is a file of it
     _child: _children.Child | None = None
     _pid: int | None = None
-    _links: list[tuple[Any, Any]]
+    _links: list[_Link]
+    _reopened: list[int]
+    _result: AsyncResult[int] | None = None
     # Whether posix_spawn(3) may be used, which hands on os.environ where execv(3) does the environment that C code sees.
     _may_posix_spawn = True
 
     if not TYPE_CHECKING:
 
         def __init__(self, *args, pty=False, winsize=None, **kwargs):
-            self._links = []
-            if not pty and winsize is None:
-                super().__init__(*args, **kwargs)
-                return
-            arguments = _plain_signature.bind(*args, **kwargs).arguments
+            self._links, self._reopened = [], []
+            _dropped[:] = [child for child in _dropped if not child.collect_for_nobody()]
+            try:
+                if pty or winsize is not None:
+                    self._start_with_terminal(winsize, _plain_signature.bind(*args, **kwargs).arguments)
+                else:
+                    super().__init__(*args, **kwargs)
+            finally:
+                for fd in self._reopened:
+                    _parking.close(fd)
+
+        def _start_with_terminal(self, winsize, arguments):
             self._master, slave = _open_terminal(winsize)
             try:
                 _use_terminal(slave, arguments)
@@ -287,17 +339,23 @@ class Popen(_Base[AnyStr]):
             # The stdlib's code says it when there is the child, before anything else can happen.
             self._pid = pid
             if pid is not None:
-                self.result = AsyncResult()
-                self._child = self._watch(pid)
+                try:
+                    self._child = self._watch(pid)
+                except BaseException:
+                    # Neither a pidfd nor a thread is to be had: it is as if there had been no process to be had.
+                    os.kill(pid, signal.SIGKILL)
+                    _plain_waitpid(pid, 0)
+                    raise
 
         def __del__(self, _warn=warnings.warn):
             child = self._child
             if child is None:
                 return
-            # Nothing is to be kept for the child's sake: it is collected when it ends, and the status was for us.
+            # The status was for us. A child that still runs the hub collects when it ends; or the next Popen, if that was the hub
+            # of a thread which is gone.
             seems_to_run = not child.rpid
-            child.look()
-            child.claim_status()
+            if not child.collect_for_nobody():
+                _dropped.append(child)
             if seems_to_run:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
 
@@ -306,20 +364,32 @@ class Popen(_Base[AnyStr]):
 
     def _get_handles(self, *streams: Any) -> tuple[int, ...]:
         handles: tuple[int, ...] = super()._get_handles(*streams)
-        for fd in handles[0], handles[3], handles[5]:
-            # A file or socket of gevent's is in non-blocking mode, which few programs expect of their standard streams. What is no
-            # descriptor the child says.
-            with contextlib.suppress(OSError):
-                if fd >= 0 and not os.get_blocking(fd):
-                    os.set_blocking(fd, True)
-        return handles
+        return tuple(self._in_blocking_mode(fd) if index in (0, 3, 5) else fd for index, fd in enumerate(handles))
+
+    def _in_blocking_mode(self, fd: int) -> int:
+        """A descriptor for the child of the file *fd*, in the mode that programs expect of their standard streams.
+
+        gevent's files and sockets aren't in it. A pipe is opened once more: the mode is the open file's, and the parent may go on
+        with it. Other files are put into blocking mode, as gevent's Popen does. What is no descriptor the child says.
+        """
+        try:
+            if fd < 0 or os.get_blocking(fd):
+                return fd
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+                with contextlib.suppress(OSError):  # no /proc, or another user's pipe
+                    self._reopened.append(os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC))
+                    return self._reopened[-1]
+            os.set_blocking(fd, True)
+        except OSError:
+            pass
+        return fd
 
     def _execute_child(self, *args: Any) -> None:
         if self._master is not None:
             self.pty = _Terminal(self._master, "r+")
             if self.text_mode:
-                # Without a buffer in between: what is written is to be seen at once.
-                self.pty = _io.TextIOWrapper(self.pty, self.encoding, self.errors, write_through=True)
+                self.pty = _TextTerminal(self.pty, self.encoding, self.errors)
         for name in _SWITCHES:
             value = getattr(_original, name, None)
             if value is not None:
@@ -345,13 +415,8 @@ class Popen(_Base[AnyStr]):
         child = self._child
         if self.returncode is not None or child is None or not child.rpid:
             return
-        try:
-            status = child.rstatus
-        except ChildProcessError as ex:
-            self.result.set_exception(ex)
-        else:
-            self._handle_exitstatus(status)
-            self.result.set(self.returncode)
+        with contextlib.suppress(ChildProcessError):  # lost: poll() says so
+            self._handle_exitstatus(child.rstatus)
 
     def _internal_poll(self, _deadstate: int | None = None) -> int | None:
         child = self._child
@@ -398,25 +463,42 @@ class Popen(_Base[AnyStr]):
             return self.returncode  # gevent's Popen doesn't raise for its own module's functions
 
     def rawlink(self, callback: Callable[[Popen[AnyStr]], object]) -> None:
-        """Have ``callback(popen)`` called in the hub when the child has ended; at once, if it has."""
-        link = linkproxy(callback, self)
-        self._links.append((callback, link))
-        self.result.rawlink(link)
+        """Have ``callback(popen)`` called in this thread's hub when the child has ended; soon, if it has."""
+        if self._child is not None:
+            link = _Link(self, callback)
+            self._links.append(link)
+            self._child.link(link, True)
 
     def unlink(self, callback: Callable[[Popen[AnyStr]], object]) -> None:
         """Undo :meth:`rawlink`."""
-        for index, (linked, link) in enumerate(self._links):
-            if linked == callback:
-                del self._links[index]
-                self.result.unlink(link)
+        for link in self._links:
+            if link.callback == callback:
+                link.is_on = False
+                self._links.remove(link)
                 return
+
+    @property
+    def result(self) -> AsyncResult[int]:
+        """AsyncResult of the return code, as gevent's has it."""
+        if self._result is None:
+            self._result = AsyncResult()
+            self.rawlink(self._tell_result)
+        return self._result
+
+    def _tell_result(self, popen: Popen[AnyStr]) -> None:
+        result: Any = self._result
+        try:
+            result.set(self.poll())
+        except ChildProcessError as ex:
+            result.set_exception(ex)
 
     # ---- what is done to it
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the child, never to another process that has got its pid. Nothing, if it has ended."""
-        if self.poll() is None and self._child is not None:
-            self._child.send_signal(sig)
+        with contextlib.suppress(ChildProcessError):  # it has ended, and the status is lost
+            if self.poll() is None and self._child is not None:
+                self._child.send_signal(sig)
 
     def _communicate(self, data: Any, *args: Any) -> Any:
         if data is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
@@ -425,15 +507,12 @@ class Popen(_Base[AnyStr]):
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
         # Another greenlet may wait for what is to be closed. It is told so, as by close().
-        files: list[Any] = [self.stdout, self.stderr, self.pty]
-        for file in files:
+        if self.stdin is not None and not self.stdin.closed:
+            with contextlib.suppress(OSError, ValueError):  # to close it says the same again, and then waits
+                _try_or_close(self.stdin, self.stdin.flush)
+        for file in self.stdout, self.stderr, self.pty:
             if file is not None:
-                try:
-                    file.close()
-                except RuntimeError:
-                    # It is in the stdlib's buffer, which it leaves with EBADF.
-                    getattr(file, "buffer", file).raw.close()
-                    sleep(0)
+                _try_or_close(file, file.close)
         super().__exit__(exc_type, value, traceback)
 
 

@@ -1,11 +1,13 @@
-"""A selector whose waits let other greenlets run: poll(2), and the hub where nothing is ready. POSIX only.
+"""What stands in for parts of the stdlib where its own code runs over ours: in subprocess and in multiprocessing. POSIX only.
 
-What is ready is the kernel's to say, each time; the hub is only slept in. Knows `_parking` and gevent's Timeout.
+A namespace in the place of a module that the code calls, and a selector whose waits let other greenlets run. Of the selector: what
+is ready is the kernel's to say, each time; the hub is only slept in. Knows `_parking` and gevent's Timeout.
 """
 
 from __future__ import annotations
 
 import selectors
+import types
 from typing import TYPE_CHECKING, Any
 
 from gevent import Timeout
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
 
 #: Seconds: what libuv's timer can measure, and what a loop's timer can hold.
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
+
+
+def over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
+    """A namespace to take the place of *module* in one of its users: *ours*, and the rest as it is there at the time."""
+    namespace = types.ModuleType(module.__name__, module.__doc__)
+    vars(namespace).update(ours, __getattr__=lambda name: getattr(module, name))
+    return namespace
 
 
 def in_time(seconds: float | None, wait: Callable[..., object], *args: object) -> None:
