@@ -487,8 +487,10 @@ class Popen(_Base[AnyStr]):
 
     def _tell_result(self, popen: Popen[AnyStr]) -> None:
         result: Any = self._result
+        child: Any = self._child
         try:
-            result.set(self.poll())
+            child.rstatus  # noqa: B018
+            result.set(self.returncode)
         except ChildProcessError as ex:
             result.set_exception(ex)
 

@@ -24,7 +24,8 @@ runpy.run_module("coopos", run_name="__main__", alter_sys=True)
 def ticks_while(function, *args):
     """What function returns, and how often another greenlet ran meanwhile."""
     ticks = []
-    ticker = gevent.spawn(lambda: [(ticks.append(1), gevent.sleep(0)) for _ in iter(int, 1)])
+    # A hub that never sleeps would leave the pool's threads no GIL for many seconds.
+    ticker = gevent.spawn(lambda: [(ticks.append(1), gevent.sleep(0.001)) for _ in iter(int, 1)])
     try:
         return function(*args), len(ticks)
     finally:
