@@ -115,7 +115,7 @@ import celery
 
 app = celery.Celery("tasks", broker="filesystem://", set_as_current=False)
 app.conf.broker_transport_options = dict(
-    data_folder_in="queue", data_folder_out="queue", control_folder="control", polling_interval=0.05)
+    data_folder_in="queue", data_folder_out="out", control_folder="control", polling_interval=0.05)
 app.conf.broker_connection_retry_on_startup = False
 app.conf.task_ignore_result = True
 
@@ -353,7 +353,7 @@ class Celery(Server):
 
     def __init__(self, directory, *options, **env):
         (directory / "tasks.py").write_text(TASKS)
-        for name in ("queue", "control"):
+        for name in ("queue", "out", "control"):
             (directory / name).mkdir(exist_ok=True)
         (directory / "log").write_text("")
         more = ["-A", "tasks", "worker", "-P", "gevent", "-c", "10", "-l", "INFO"]
@@ -368,9 +368,11 @@ class Celery(Server):
         self.in_log(r"celery@\S+ ready", count)
 
     def send(self, *works):
-        """Put (name, code) of each work into the queue."""
+        """Put (name, code) of each work into the queue, as whole files: the worker's broker takes one that isn't written yet, too."""
         command = [sys.executable, "tasks.py", json.dumps(works)]
         subprocess.run(command, cwd=self.directory, check=True, timeout=DEADLINE_S)
+        for path in sorted((self.directory / "out").iterdir()):
+            path.rename(self.directory / "queue" / path.name)
 
     def wait_done(self, name, code):
         """Who has done such a work with success: [its pid], or more if that was done more than once."""
