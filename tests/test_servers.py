@@ -368,7 +368,7 @@ class Celery(Server):
         self.in_log(r"celery@\S+ ready", count)
 
     def send(self, *works):
-        """Put (name, code) of each work into the queue, as whole files: the worker's broker takes one that isn't written yet, too."""
+        """Put (name, code) of each work into the queue, as whole files: the broker takes one that is not written yet, too."""
         command = [sys.executable, "tasks.py", json.dumps(works)]
         subprocess.run(command, cwd=self.directory, check=True, timeout=DEADLINE_S)
         for path in sorted((self.directory / "out").iterdir()):
