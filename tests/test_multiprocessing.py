@@ -5,6 +5,8 @@ Children that are spawned import the script, and are patched like it; where it s
 """
 
 import multiprocessing
+import subprocess
+import sys
 import textwrap
 
 import gevent
@@ -712,6 +714,53 @@ def test_patch_imports_no_more_of_multiprocessing_than_the_program():
     coopos.patch()
     assert popen_fork.os is not sys.modules["os"] and popen_fork.os.getpid is sys.modules["os"].getpid
     """)
+
+
+def test_manager_call_that_was_timed_out():
+    """Its answer is not taken for the next one's."""
+    run_script(PATCHED + """
+with mp.get_context("fork").Manager() as manager:
+    queue, numbers = manager.Queue(), manager.dict(a=1)
+    with gevent.Timeout(0.05, False):
+        queue.get()
+    gevent.spawn(queue.put, "late").join()
+    assert [numbers["a"], numbers["a"]] == [1, 1]
+    """)
+
+
+def test_ends_are_silent(tmp_path):
+    """Workers of a spawned Pool end, and a program ends with a Pool that is alive: nobody complains."""
+    script = tmp_path / "program.py"
+    script.write_text(PATCHES + """
+import multiprocessing as mp, warnings
+warnings.simplefilter("ignore", ResourceWarning)
+
+if __name__ == "__main__":
+    with mp.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        assert pool.map(abs, range(4), chunksize=1) == [0, 1, 2, 3]
+        pool.close()
+        pool.join()
+    living = mp.get_context("fork").Pool(2)
+    assert living.map(abs, [-1]) == [1]
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_child_whose_start_fails_does_not_go_on_with_the_program():
+    """Of a failure that comes out of the fork in the child; it ends."""
+    out = run_script(PATCHED + """
+def fail():
+    raise ValueError("in the child")
+
+coopos.register_at_fork(after_in_child=fail)
+process = mp.get_context("fork").Process(target=print, args=("never",))
+process.start()
+process.join()
+assert process.exitcode == 1
+print("end", flush=True)
+    """, may_complain=True)
+    assert out == "end\n"
 
 
 def test_multiprocessing_that_was_imported_before_the_patches(tmp_path):

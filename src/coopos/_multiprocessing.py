@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from gevent.monkey import get_original, is_module_patched
@@ -141,13 +142,20 @@ class SemLock(_semaphores.Semaphore):
 # ---- processes ---------------------------------------------------------------------------------------------------------------
 
 
-def _fork_process() -> int:
-    return _fork.fork(keep_greenlets=False)
+def _forking_by(fork: Callable[..., int]) -> Callable[[], int]:
+    """os.fork for a child that is a Process: where it fails in the child, that must not go on with the parent's program."""
 
+    def fork_process() -> int:
+        parent = os.getpid()
+        try:
+            return fork(keep_greenlets=False)
+        except BaseException:
+            if os.getpid() == parent:
+                raise
+            traceback.print_exc()
+            os._exit(1)
 
-def _fork_server_process() -> int:
-    """The fork server collects its children itself, with waitpid(-1)."""
-    return _fork.fork_gevent(keep_greenlets=False)
+    return fork_process
 
 
 class _ServerSocket(socket.socket):
@@ -197,7 +205,8 @@ def _in_connection(connection: Any) -> list[tuple[Any, str, Any]]:
 
 def _in_forkserver(forkserver: Any) -> list[tuple[Any, str, Any]]:
     return [
-        (forkserver, "os", over(os, fork=_fork_server_process, read=_core.read, write=_core.write)),
+        # The server collects its children itself, with waitpid(-1).
+        (forkserver, "os", over(os, fork=_forking_by(_fork.fork_gevent), read=_core.read, write=_core.write)),
         (forkserver, "socket", over(socket, socket=_ServerSocket)),
         # Its wake-up descriptor is told of a SIGCHLD that has a handler of the interpreter's; gevent's signal() sets none.
         (forkserver, "signal", over(signal, signal=get_original("signal", "signal"))),
@@ -219,13 +228,31 @@ def _in_util(util: Any) -> list[tuple[Any, str, Any]]:
     return [(util, "ForkAwareLocal", type("ForkAwareLocal", (threading.local,), {**methods, "__module__": util.__name__}))]
 
 
+def _dropping_the_connection(call_method: Callable[..., Any]) -> Callable[..., Any]:
+    """``BaseProxy._callmethod``. The answer to a call that was killed or timed out comes on a connection that nobody uses."""
+
+    @functools.wraps(call_method)
+    def call(proxy: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call_method(proxy, *args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            if hasattr(proxy._tls, "connection"):
+                proxy._tls.connection.close()
+                del proxy._tls.connection
+            raise
+
+    return call
+
+
 def _in_managers(managers: Any) -> list[tuple[Any, str, Any]]:
-    """Nothing to take back: a name means what the classes that were there mean."""
+    """Of the registry nothing is to be taken back: a name means what the classes that were there mean."""
     registry = managers.SyncManager._registry
     for typeid in ("Event", "Lock", "RLock", "Semaphore", "BoundedSemaphore", "Condition", "Barrier", "Queue", "JoinableQueue"):
         name = "queue:Queue" if "Queue" in typeid else f"threading:{typeid}"
         registry[typeid] = (_ByName(name), *registry[typeid][1:])
-    return []
+    return [(managers.BaseProxy, "_callmethod", _dropping_the_connection(managers.BaseProxy._callmethod))]
 
 
 #: {module: what there is to replace in it}
@@ -234,7 +261,7 @@ _WANTED: dict[str, Callable[[Any], list[tuple[Any, str, Any]]]] = {
     "multiprocessing.connection": _in_connection,
     "multiprocessing.forkserver": _in_forkserver,
     "multiprocessing.managers": _in_managers,
-    "multiprocessing.popen_fork": lambda module: [(module, "os", over(os, fork=_fork_process))],
+    "multiprocessing.popen_fork": lambda module: [(module, "os", over(os, fork=_forking_by(_fork.fork)))],
     "multiprocessing.popen_forkserver": lambda module: [(module, "open", _open)],
     "multiprocessing.popen_spawn_posix": lambda module: [(module, "open", _open)],
     "multiprocessing.reduction": lambda module: [(module, "socket", over(socket, fromfd=_from_fd))],

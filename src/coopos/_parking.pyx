@@ -47,7 +47,10 @@ cdef Switch greenlet_switch = <Switch>greenlet_api[6]
 
 
 cdef object this_greenlet():
-    return current_greenlet()
+    try:
+        return current_greenlet()
+    except RuntimeError:
+        return None                # the interpreter is being taken down, and has no greenlets any more
 
 
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
@@ -632,7 +635,10 @@ cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
     cdef dict elsewhere = None
     cdef int rc, err
-    hub = get_hub_if_exists()
+    try:
+        hub = get_hub_if_exists()
+    except TypeError:
+        hub = None                 # the interpreter is being taken down, and gevent's names with it
     loop = None if hub is None else hub.loop
     if 0 <= fd < KNOWN_SIZE:
         is_known_nonblocking[fd] = False
