@@ -971,3 +971,27 @@ def test_a_child_that_can_not_be_watched_is_told_of(name):
             raise AssertionError("no error")
         """
     )
+
+
+def test_forks_of_several_threads_at_once():
+    """Whatever the others were doing in their loops: each child works, and ends as it is told to."""
+    run_script("""
+        import os, threading, gevent, coopos
+
+        def fork_and_wait():
+            gevent.sleep(0)
+            for n in range(20):
+                pid = coopos.fork_gevent(keep_greenlets=False)
+                if pid == 0:
+                    gevent.sleep(0.001)
+                    os._exit(n)
+                statuses.append(coopos.waitpid(pid, 0)[1] == n << 8)
+
+        statuses = []
+        threads = [threading.Thread(target=fork_and_wait) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [True] * 80, statuses
+    """)

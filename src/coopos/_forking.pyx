@@ -239,16 +239,19 @@ cdef class Leaving:
 
 
 cdef int close_loop(loop) except -1:
-    """The loop of a thread that is not there: what it has open."""
+    """The loop of a thread that is not there: close its epoll descriptor, which holds others' files open.
+
+    Not more. The thread may have been anywhere in its loop's code when it was forked away, and what it has left there isn't to be
+    walked through. Once: a fork of the child doesn't find the loop again, whose number may be another file's by then.
+    """
     if not loop.ptr:
         return 0
+    fd = loop.fileno()
+    coopos_keep_for_good(<PyObject *>loop)
     if hasattr(loop, "_keepaliveset"):
-        # libuv can't take down a loop that is in the middle of its run: its epoll descriptor, which holds others' files open.
-        # Once: a fork of the child finds the loop again, and the number may be another file's.
-        c_close(loop.fileno())
         loop._ptr = None
-    else:
-        loop.destroy()
+    if fd is not None and fd >= 0:
+        c_close(fd)
     return 0
 
 
