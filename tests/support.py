@@ -122,6 +122,23 @@ def parked(function, *args):
     return greenlet
 
 
+@contextlib.contextmanager
+def ticking():
+    """A greenlet that runs whenever it may; a list of its turns."""
+    turns = []
+
+    def turn():
+        while True:
+            turns.append(1)
+            gevent.sleep(0.001)
+
+    ticker = gevent.spawn(turn)
+    try:
+        yield turns
+    finally:
+        ticker.kill()
+
+
 def result_of(greenlet):
     """What a greenlet returned; what it raised is raised."""
     return greenlet.get(timeout=DEADLINE_S)

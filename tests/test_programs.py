@@ -15,7 +15,7 @@ import pytest
 import coopos
 
 from .children import STATUS, TELLS_REAPED_STATUS, children, has_no_child, needs_proc, no_child, until
-from .support import HubThread, error_of, make_pipe, open_fds, parked, result_of, run_script, turn_loop
+from .support import HubThread, error_of, make_pipe, open_fds, parked, result_of, run_script, ticking, turn_loop
 
 
 @pytest.fixture(autouse=True)
@@ -419,25 +419,17 @@ def test_popen_lets_others_run(gate):
 
 def test_popen_much_data(gate, tmp_path):
     """More than a pipe holds, both ways at once, while others run."""
-    turns = []
-
-    def turn():
-        while True:
-            turns.append(1)
-            gevent.sleep(0)
-
-    ticker = gevent.spawn(turn)
     data = "".join(f"{n:09}\n" for n in range(100_000))
-    writer = coopos.popen(f"cat > {tmp_path / 'copy'}", "w")
-    reader = coopos.popen("seq -f %09.0f 0 99999")
-    got = gevent.spawn(reader.read)
-    put = gevent.spawn(writer.write, data)
-    gevent.joinall([got, put])
-    assert (got.value, put.value) == (data, len(data))
-    assert (reader.close(), writer.close()) == (None, None)
-    assert (tmp_path / "copy").read_text() == data
-    ticker.kill()
-    assert turns
+    with ticking() as turns:
+        writer = coopos.popen(f"cat > {tmp_path / 'copy'}", "w")
+        reader = coopos.popen("seq -f %09.0f 0 99999")
+        got = gevent.spawn(reader.read)
+        put = gevent.spawn(writer.write, data)
+        gevent.joinall([got, put])
+        assert (got.value, put.value) == (data, len(data))
+        assert (reader.close(), writer.close()) == (None, None)
+        assert (tmp_path / "copy").read_text() == data
+        assert turns
 
 
 def test_popen_command_that_never_reads(gate):

@@ -23,7 +23,7 @@ import coopos
 from coopos import subprocess
 
 from .children import has_no_child, needs_pidfds, needs_proc, needs_reaped_status, no_child, until
-from .support import HubThread, closing, error_of, open_fds, parked, result_of, run_script, turn_loop
+from .support import HubThread, closing, error_of, open_fds, parked, result_of, run_script, ticking, turn_loop
 
 PIPE, STDOUT, DEVNULL = stdlib.PIPE, stdlib.STDOUT, stdlib.DEVNULL
 is_root = os.geteuid() == 0
@@ -31,23 +31,6 @@ is_root = os.geteuid() == 0
 
 def sh(script, module=subprocess, **kwargs):
     return module.Popen(["sh", "-c", script], **kwargs)
-
-
-@contextlib.contextmanager
-def ticking():
-    """A greenlet that runs whenever it may; a list of its turns."""
-    turns = []
-
-    def turn():
-        while True:
-            turns.append(1)
-            gevent.sleep(0.001)
-
-    ticker = gevent.spawn(turn)
-    try:
-        yield turns
-    finally:
-        ticker.kill()
 
 
 def outcome_of(function, *args, **kwargs):
