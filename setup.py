@@ -63,11 +63,18 @@ if WERROR:
 # forkpty(3), and on Linux timer_create(2): in libc on macOS and from glibc 2.34 on, where both libraries are still there, empty.
 LIBRARIES = {"darwin": [], "linux": ["util", "rt"]}
 
+try:
+    import greenlet
+except ImportError:  # where nothing is compiled: Windows, and whoever only asks for metadata
+    greenlet_header = []
+else:
+    greenlet_header = [os.path.dirname(greenlet.__file__)]
+
 extensions = [
     Extension(
         f"coopos.{name}",
         [f"src/coopos/{name}.pyx"],
-        include_dirs=["src/coopos"],  # _compat.h
+        include_dirs=["src/coopos", *greenlet_header],
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=["-pthread"],

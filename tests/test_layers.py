@@ -28,7 +28,7 @@ LAYERS = [
 GEVENT = {
     "_parking": {"gevent.hub", "gevent.exceptions", "greenlet"},
     "_core": {"gevent.hub", "gevent.exceptions", "greenlet"},
-    "_children": {"gevent.hub", "greenlet"},
+    "_children": {"gevent._hub_local", "gevent.hub", "greenlet"},
     "_copying": {"gevent.hub"},
     "_forking": {
         "gevent._config",
@@ -201,7 +201,7 @@ def test_c_functions_are_declared_without_the_gil(name):
     """But for those of the interpreter itself, and what goes through its objects."""
     blocks = re.findall(r'^cdef extern from "([^"]+)"(.*):$', (SOURCE / name).read_text(), re.MULTILINE)
     assert blocks
-    assert [header for header, tail in blocks if header not in ("Python.h", "_greenlets.h") and "nogil" not in tail] == []
+    assert [header for header, tail in blocks if header not in ("Python.h", "greenlet.h", "_greenlets.h") and "nogil" not in tail] == []
 
 
 def test_only_compat_h_asks_the_preprocessor_for_a_platform():

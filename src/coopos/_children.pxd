@@ -42,7 +42,7 @@ cdef object lost_child(int pid)
 cdef bint is_used_again(int pid) noexcept
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1
 
-cdef Child note_new(int pid)
-cdef int take_note(Child child) except -1
+cdef int note_new(Child child, int pid) except -1
+cdef bint take_note(Child child) except -1
 cdef int forget_parent() except -1
 cdef int forget_parent_loops() except -1

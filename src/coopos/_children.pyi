@@ -40,6 +40,7 @@ def watch_new(
     callback: Callable[[Child], object] | None = None,
     loop: Any = None,
     ref: bool = False,
+    notes: dict[int, Child] | None = None,
 ) -> Child: ...
 def watch_any(
     pid: int,

@@ -37,6 +37,7 @@ import atexit
 import os
 import sys
 
+from gevent._hub_local import get_loop
 from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 from greenlet import getcurrent
 
@@ -960,17 +961,16 @@ cdef Child record(int pid, callback, loop, bint ref, Child child):
     return child
 
 
-def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
+def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict notes=None):
     """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
-    Never switches greenlets. Returns the :class:`Child`.
+    *notes*: what has happened to children in the meantime, as _forking tells it. Never switches greenlets. Returns the
+    :class:`Child`.
     """
-    global _note
     cdef int number = as_int(pid)
     cdef Child before = <Child>children.get(number)
-    cdef Child note = _note
-    _note = None
-    if note is not None and note.pid == number:
+    cdef Child note = <Child>notes.get(number) if notes else None
+    if note is not None:
         return record(number, callback, loop, ref, note)
     if before is not None:
         # The pid is used again. Only a pidfd still knows the child that had it before.
@@ -1019,40 +1019,31 @@ cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------
 
-cdef Child _note = None        # of the last fork, if something has happened to the child before that was over
+cdef int note_new(Child child, int pid) except -1:
+    """Record *child*, which was made before the fork, as child *pid* until the fork is over. Runs no Python code."""
+    child.pid = pid
+    if pid not in children:    # else a child had the pid before: nobody was quick enough to collect that one either
+        child.is_watched = True
+        children[pid] = child
+    return 0
 
 
-cdef Child note_new(int pid):
-    """Record child *pid*, which was forked this moment, until its fork is over. Runs no Python code."""
-    global _note
-    cdef Child child
-    _note = None
-    if pid in children:
-        return None            # of a child that had the pid before: nobody was quick enough to collect that one either
-    child = Child(pid)
-    child.is_watched = True
-    children[pid] = child
-    return child
-
-
-cdef int take_note(Child child) except -1:
-    """Its fork is over. What at-fork hooks have let others do to the child, by a waitpid(-1), is for :func:`watch_new` to know."""
-    global _note
-    if child is None:
-        return 0
+cdef bint take_note(Child child) except -1:
+    """Its fork is over. Whether at-fork hooks have let others do something to the child, as waitpid(-1) does: watch_new() is to know."""
+    if not child.is_watched:
+        return False
     child.is_watched = False
     if child.state != ALIVE or child.watches:
-        _note = child
-    elif children.get(child.pid) is child:
+        return True
+    if children.get(child.pid) is child:
         del children[child.pid]
-    return 0
+    return False
 
 
 cdef int forget_parent() except -1:
     """In a forked child: what was watched and asked is the parent's."""
-    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due, _note
+    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due
     _hook_is_due = False
-    _note = None
     close_all_pidfds()
     _parents.append((children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop))
     children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop = {}, {}, {}, {}, set(), {}, None
@@ -1066,7 +1057,7 @@ cdef int forget_parent_loops() except -1:
     cdef ExitSet exits
     cdef Question question
     hub = get_hub_if_exists()
-    loop = None if hub is None else hub.loop
+    loop = get_loop() if hub is None else hub.loop     # of a hub that was destroyed: the next one has it again
     for _, _, _, _, asked, exit_sets, _ in _parents:
         for question in asked:
             question.shut()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import gevent.os
@@ -23,23 +22,6 @@ if TYPE_CHECKING:
 
 # What gevent.signal puts there runs the SIGCHLD handlers that were set through it.
 _children.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[attr-defined]
-
-#: What fork_policy() says in this context, if anything.
-_policy: ContextVar[bool] = ContextVar("coopos.keep_greenlets")
-#: What holds elsewhere: patch() sets it.
-_default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
-
-
-def set_default(keep_greenlets: bool) -> None:
-    """What a fork does that isn't told, where no policy holds."""
-    global _default_keeps
-    _default_keeps = keep_greenlets
-
-
-def keeps_greenlets(asked: bool | None) -> bool:
-    """Whether a fork that was given *asked* as its ``keep_greenlets`` keeps them."""
-    return bool(_policy.get(_default_keeps) if asked is None else asked)
-
 
 @contextlib.contextmanager
 def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
@@ -65,11 +47,11 @@ def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
 
     .. versionadded:: 0.1.0
     """
-    token = _policy.set(bool(keep_greenlets))
+    token = _forking.policy.set(bool(keep_greenlets))
     try:
         yield
     finally:
-        _policy.reset(token)
+        _forking.policy.reset(token)
 
 
 def register_at_fork(
@@ -138,7 +120,7 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
 
     .. versionadded:: 0.1.0
     """
-    return _forking.fork_process(keeps_greenlets(keep_greenlets))
+    return _forking.fork_process(keep_greenlets)
 
 
 def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -165,7 +147,7 @@ def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, in
 
     .. versionadded:: 0.1.0
     """
-    return _forking.forkpty_process(keeps_greenlets(keep_greenlets), winsize)
+    return _forking.forkpty_process(keep_greenlets, winsize)
 
 
 def read_pty(fd: int, n: int) -> bytes:
@@ -210,9 +192,9 @@ def _policy_of(keep_greenlets: bool | None) -> contextlib.AbstractContextManager
     return contextlib.nullcontext() if keep_greenlets is None else fork_policy(keep_greenlets=keep_greenlets)
 
 
-def _watch_new(pid: int, callback: Callable[[Any], object] | None, loop: Any, ref: bool) -> None:
+def _watch_new(pid: int, callback: Callable[[Any], object] | None, loop: Any, ref: bool, notes: dict[int, Any]) -> None:
     try:
-        _children.watch_new(pid, callback, loop, ref)
+        _children.watch_new(pid, callback, loop, ref, notes)
     except BaseException as ex:
         ex.pid = pid  # type: ignore[attr-defined]  # or nobody would know whom to wait for
         raise
@@ -252,9 +234,9 @@ def fork_and_watch(
     """
     _check(callback, loop)
     with _policy_of(keep_greenlets):
-        pid = fork()
+        pid, notes = _forking.fork_with_note(fork)
     if pid:
-        _watch_new(pid, callback, loop, ref)
+        _watch_new(pid, callback, loop, ref, notes)
     return pid
 
 
@@ -294,10 +276,10 @@ def forkpty_and_watch(
     _check(callback, loop)
     how = {} if winsize is None else {"winsize": winsize}
     with _policy_of(keep_greenlets):
-        pid, master_fd = forkpty(**how)
+        (pid, master_fd), notes = _forking.fork_with_note(forkpty, **how)
     if pid:
         try:
-            _watch_new(pid, callback, loop, ref)
+            _watch_new(pid, callback, loop, ref, notes)
         except BaseException as ex:
             ex.fd = master_fd  # type: ignore[attr-defined]
             raise

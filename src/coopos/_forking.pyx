@@ -1,39 +1,48 @@
 """fork(2) and forkpty(3), and what a forked child keeps of its parent's greenlets.
 
-The order of things, in one place. In the parent: at-fork hooks (which may wait), fork, hooks. In the child: what `leave_greenlets`
-does, the interpreter's own repairs, `revive` as the first of the at-fork hooks, the hooks of everybody else. Rules:
+The order of things, whoever forks. In the parent: the at-fork hooks, which may wait; `prepare`, the last of them; fork. In the child,
+inside fork(2): `coopos_in_child`, by pthread_atfork(3). Then the interpreter's own repairs; `revive`, the first of the hooks there;
+the hooks of everybody else. In the parent, after the fork: `resume`, the first of the hooks; the others. Rules:
 
 1. One fork at a time in a thread: a hook that waits lets other greenlets run, and a fork of theirs waits for this one.
-2. Between fork(2) and the interpreter's own repairs no Python code runs: another thread may have asked for the GIL, and there is no
-   such thread in the child.
-3. A child that keeps no greenlets resumes none and frees none: a greenlet that is freed while parked runs its `finally:` blocks.
+2. Between the last hook before the fork and the interpreter's own repairs in the child no Python code runs: another thread may have
+   asked for the GIL, and there is no such thread in the child.
+3. What may fail comes before the fork, or is told when its hooks are over: the interpreter is whole, and the exception has the pid.
+4. A child that keeps no greenlets resumes none and frees none: a greenlet that is freed while parked runs its `finally:` blocks.
    They and what they refer to stay as the fork has found them.
+5. A child that is going to exec runs no greenlet but its own: it has a new hub, with a loop of its own.
 
-The module knows `_children`, the hub and its loop, and greenlet's object structure.
+Two facts here are private to others. Each is checked when it is needed, and if it isn't what we think ``keep_greenlets=False`` raises
+NotImplementedError and all else works: where a greenlet has its state (`check_greenlet`), and that the interpreter's lists of at-fork
+hooks are Python lists (`put_first`).
+
+The module knows `_children`, the hub and its loop, and greenlet's object structure (greenlet.h).
 """
 
 cimport cython
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport errno
 from libc.stdlib cimport free
 from posix.unistd cimport close as c_close, fork as c_fork
 
-from coopos._children cimport forget_parent_loops, forget_parent, note_new, take_note
-from coopos._parking cimport count_generation, os_error
+from coopos._children cimport Child, forget_parent_loops, forget_parent, note_new, take_note
+from coopos._parking cimport forget_other_threads, os_error
 from coopos._posix cimport (
-    COOPOS_GREENLET_IS_ACTIVE, COOPOS_GREENLET_IS_MAIN, COOPOS_GREENLET_IS_STARTED, SIG_BLOCK, SIG_SETMASK,
-    PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork, PySys_Audit, Py_Exit, coopos_bind_to, coopos_find,
-    coopos_finds, coopos_greenlet, coopos_greenlet_function, coopos_greenlet_is, coopos_keep_for_good, coopos_knows_lists,
-    forkpty as c_forkpty, pthread_sigmask, sigfillset, sigset_t, winsize)
+    DICT_OFFSET, SIG_BLOCK, SIG_SETMASK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
+    PySys_Audit, Py_Exit, coopos_bind_to, coopos_find, coopos_finds, coopos_hear_of_forks, coopos_import_greenlet,
+    coopos_keep_for_good, coopos_leave, coopos_pending as pending, forkpty as c_forkpty, pthread_sigmask, sigfillset, sigset_t,
+    winsize)
 
 import atexit
 import gc
 import os
 import sys
+from contextvars import ContextVar
 
+import greenlet as _greenlet_module
 from gevent._config import config
-from gevent._hub_local import get_loop
+from gevent._hub_local import get_hub_class, get_loop, set_hub, set_loop
 from gevent.greenlet import Greenlet
 from gevent.hub import MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, Waiter, _get_hub as get_hub_if_exists, reinit
 from gevent.lock import RLock
@@ -43,12 +52,52 @@ from greenlet import getcurrent, greenlet
 
 # gevent.monkey, which may have come first, puts a greenlet's where we need a thread's.
 _local, get_ident = get_original("_thread", ["_local", "get_ident"])
-cdef PyTypeObject *_greenlet_type = <PyTypeObject *>greenlet
-cdef coopos_greenlet_is is_main = coopos_greenlet_function(COOPOS_GREENLET_IS_MAIN)
-cdef coopos_greenlet_is is_active = coopos_greenlet_function(COOPOS_GREENLET_IS_ACTIVE)
-cdef coopos_greenlet_is is_started = coopos_greenlet_function(COOPOS_GREENLET_IS_STARTED)
-cdef bint _knows_lists = coopos_knows_lists(len(gc.get_objects()) + gc.get_freeze_count())
-cdef bint _knows_greenlet = greenlet.__basicsize__ == sizeof(coopos_greenlet)
+
+coopos_import_greenlet()
+
+
+# ---- what is private to others -----------------------------------------------------------------------------------------------
+
+cdef bint _knows_greenlet = False
+
+
+def check_greenlet(kind):
+    """Refuse keep_greenlets=False unless *kind*, greenlet's type, has the object structure that greenlet.h had when this was compiled.
+
+    Its parts are told by the type. What is left of it is one pointer, and whether that makes a greenlet dead is tried on two that
+    nobody has seen. https://github.com/python-greenlet/greenlet/blob/master/src/greenlet/greenlet.h
+    """
+    cdef PyGreenlet *a
+    cdef PyGreenlet *b
+    cdef bint is_state = False
+    if (kind.__basicsize__, kind.__weakrefoffset__, kind.__dictoffset__) == (sizeof(PyGreenlet), WEAKREFS_OFFSET, DICT_OFFSET):
+        ended, fresh = kind(int), kind(int)
+        ended.switch()
+        a, b = <PyGreenlet *>ended, <PyGreenlet *>fresh
+        if a.pimpl != NULL and b.pimpl != NULL and a.pimpl != b.pimpl:
+            a.pimpl, b.pimpl = b.pimpl, a.pimpl
+            is_state = fresh.dead and not ended.dead
+            a.pimpl, b.pimpl = b.pimpl, a.pimpl
+    if not is_state:
+        raise NotImplementedError(
+            f"keep_greenlets=False: greenlet {_greenlet_module.__version__} keeps a greenlet's state where this coopos doesn't know it")
+
+
+def put_first(*hooks):
+    """Have the at-fork *hooks*, registered this moment, be the first in the interpreter's lists.
+
+    In a child the first runs before all those that were registered earlier, which may use the hub; before a fork it runs last.
+    There is no call for it, but the lists are objects like others: `before_forkers` and its like in
+    https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c. NotImplementedError, and nothing changed, if not each of the
+    hooks is the last in exactly one list.
+    """
+    referrers = [referrer for referrer in gc.get_referrers(*hooks) if type(referrer) is list]
+    found = [[listed for listed in referrers if any(each is hook for each in listed)] for hook in hooks]
+    if not all(len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook for hook, lists in zip(hooks, found)):
+        raise NotImplementedError(
+            f"keep_greenlets=False: Python {sys.version.split()[0]} keeps its at-fork hooks where this coopos doesn't find them")
+    for lists in found:
+        lists[0].insert(0, lists[0].pop())
 
 
 # ---- leaving the parent's greenlets behind -----------------------------------------------------------------------------------
@@ -107,6 +156,12 @@ cdef int exit_process(int status) except -1:
     os._exit(status)
 
 
+cdef enum:
+    KEEP = 0       # the child goes on with the parent's greenlets
+    LEAVE = 1      # with the one that forks alone
+    EXEC = 2       # it is going to execute a program
+
+
 @cython.final
 @cython.internal
 cdef class Leaving:
@@ -119,36 +174,33 @@ cdef class Leaving:
     cdef coopos_finds finds
 
     def __cinit__(self):
-        """In the parent: what the interpreter is needed for."""
-        if not _knows_greenlet:
-            raise NotImplementedError("keep_greenlets=False: not with this version of greenlet")
+        """In the parent, when the at-fork hooks have run: the thread may have had no hub before, or another."""
+        check_leaving()
         self.current = getcurrent()
-        if get_hub_if_exists() is self.current:
-            raise RuntimeError("keep_greenlets=False: there is no greenlet to keep in a callback of the hub")
         self.main = self.current
         while self.main.parent is not None:
             self.main = self.main.parent
         self.dead = greenlet(int)
         self.dead.switch()
-        self.finds.greenlet = _greenlet_type
-        self.finds.waiter = <PyTypeObject *>Waiter
-        if self.main is not self.current:
-            self.finds.main = <PyObject *>self.main
-
-    cdef int look_for_hub(self) except -1:
-        """In the parent, when the at-fork hooks have run: the thread may have had no hub before, or another."""
         self.hub = get_hub_if_exists()
         if self.hub is not None:
             self.dead.parent = self.hub
             self.loop = self.hub.loop
         else:
             self.loop = get_loop()         # of a hub that was destroyed; the next one has it again
+        self.finds.greenlet = <PyTypeObject *>greenlet
+        self.finds.waiter = <PyTypeObject *>Waiter
+        self.finds.current = <PyGreenlet *>self.current
+        self.finds.hub = <PyGreenlet *>self.hub if self.hub is not None else NULL
+        self.finds.dead = <PyGreenlet *>self.dead
+        if self.main is not self.current:
+            self.finds.main = <PyObject *>self.main
         kind = config.loop if self.loop is None else type(self.loop)
         self.finds.loop = <PyTypeObject *>kind
         if self.loop is not None and not hasattr(self.loop, "_keepaliveset"):
             kind = self.loop.WatcherType
             self.finds.watcher = <PyTypeObject *>kind
-        return 0
+        coopos_find(&self.finds)
 
     def __dealloc__(self):
         cdef Py_ssize_t i
@@ -156,36 +208,13 @@ cdef class Leaving:
             Py_DECREF(<object>self.finds.objects[i])
         free(self.finds.objects)
 
-    cdef int leave(self) except -1:
-        """In the child, first of all: from here on no greenlet of the parent can be resumed.
-
-        Each takes the state of one that has ended: it is dead for whoever looks at it, switches to it or throws into it. What it
-        had, its parked frames above all, is nobody's, and never freed. The garbage collector must not count what the shared state
-        refers to several times.
-        """
-        cdef Py_ssize_t i
-        cdef coopos_greenlet *each
-        coopos_find(&self.finds, _knows_lists)
-        coopos_keep_for_good(<PyObject *>self.dead)
-        for i in range(self.finds.n):
-            each = <coopos_greenlet *>self.finds.objects[i]
-            if PyObject_TypeCheck(<object>self.finds.objects[i], _greenlet_type) and not (
-                    <PyObject *>each == <PyObject *>self.current or <PyObject *>each == <PyObject *>self.hub):
-                if is_active(each):
-                    coopos_keep_for_good(<PyObject *>each)
-                    if not is_main(each):
-                        each.state = (<coopos_greenlet *>self.dead).state
-                elif not is_started(each):
-                    Py_INCREF(<object>each)        # known to the collector: who starts it here has it left behind in a fork
-        return 0
-
     cdef int empty_loops(self) except -1:
         """In the child, whose hub was re-initialised: nothing that the parent has asked a loop for happens here."""
         cdef Py_ssize_t i
         for i in range(self.finds.n):
-            if PyObject_TypeCheck(<object>self.finds.objects[i], _greenlet_type):
-                continue
             each = <object>self.finds.objects[i]
+            if isinstance(each, greenlet):
+                continue
             if self.finds.watcher != NULL and PyObject_TypeCheck(each, self.finds.watcher):
                 self.stop(each)
             elif self.finds.loop != NULL and PyObject_TypeCheck(each, self.finds.loop):
@@ -199,8 +228,6 @@ cdef class Leaving:
         loop = self.loop
         if loop is None or not loop.ptr:
             return 0
-        if self.hub is None:
-            loop.reinit()
         for callback in list(loop._callbacks):
             callback.stop()
         if hasattr(loop, "_keepaliveset"):
@@ -255,79 +282,188 @@ cdef int close_loop(loop) except -1:
     return 0
 
 
-# ---- fork --------------------------------------------------------------------------------------------------------------------
+# ---- hooks of every fork -----------------------------------------------------------------------------------------------------
+
+@cython.final
+@cython.internal
+cdef class Fork:
+    """One call of this module: how it forks, and what has failed while it did."""
+    cdef int mode
+    cdef object failure
+
+
+# The call of this module that is under way in this context.
+_call = ContextVar("coopos.call", default=None)
+#: What :func:`coopos.fork_policy` says in this context, if anything: whether children keep the parent's greenlets.
+policy = ContextVar("coopos.keep_greenlets")
+cdef bint _default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
+# Why no greenlet can be left behind, or None.
+cdef object _disorder = None
+# What is to run last of all before a fork.
+cdef list _last_hooks = []
+
 
 class _Turn(_local):
     """The lock of a thread's forks: a hook that waits lets other greenlets run, whose forks wait for this one."""
 
     def __init__(self):
         self.lock = RLock()
-        self.leaving = []          # what the forks under way leave, the innermost first: a hook may fork
 
 
 _turn = _Turn()
-_hooks = []                    # to run in a child whose hub works
-# In a forked child, until its hub works.
-cdef bint _is_reviving = False
-cdef object _failure = None
-# What fork_now() has blocked in the child, and the signal mask to go back to.
-cdef bint _is_blocking = False
-cdef sigset_t _signals
 
 
-def prepare():
-    """Before a fork, the last of the hooks: what they have done is to be left behind, too."""
-    cdef Leaving leaving = _turn.leaving[0] if _turn.leaving else None      # another's fork, or one that leaves nothing
-    if leaving is not None:
-        leaving.look_for_hub()
+def set_default(bint keep_greenlets):
+    """What a fork does that isn't told, where no policy holds."""
+    global _default_keeps
+    _default_keeps = keep_greenlets
 
 
-cdef int unblock_signals() except -1:
-    global _is_blocking
-    if _is_blocking:
-        _is_blocking = False
-        pthread_sigmask(SIG_SETMASK, &_signals, NULL)
+cdef int check_leaving() except -1:
+    """Refuse what can't be done: a child without the parent's greenlets."""
+    global _knows_greenlet
+    if _disorder is not None:
+        raise NotImplementedError(_disorder)
+    if not _knows_greenlet:
+        check_greenlet(greenlet)
+        _knows_greenlet = True
+    if get_hub_if_exists() is getcurrent():
+        raise RuntimeError("keep_greenlets=False: there is no greenlet to keep in a callback of the hub")
     return 0
 
 
-def revive():
-    """In a forked child, by whoever it was forked: the first of the at-fork hooks."""
-    global _is_reviving, _failure
-    cdef Leaving leaving
-    count_generation()
-    forget_parent()
-    if not _is_reviving:
-        unblock_signals()
-        return
-    _is_reviving = False
+cdef int mode_by_policy() except -1:
+    return KEEP if policy.get(_default_keeps) else LEAVE
+
+
+cdef int mode_of(Fork call) except -1:
+    """How to fork, for the hooks: told by our own call, or by the policy."""
+    if call is not None:
+        return call.mode
     try:
-        reinit()
-        forget_parent_loops()
-        leaving = _turn.leaving[0]
+        caller = sys._getframe().f_code.co_name
+    except ValueError:
+        caller = None              # C code that forks, with no Python around it
+    # Who calls _posixsubprocess.fork_exec(preexec_fn=...):
+    # https://github.com/python/cpython/blob/3.13/Lib/subprocess.py
+    return EXEC if caller == "_execute_child" else mode_by_policy()
+
+
+def prepare():
+    """Before a fork, whoever forks: the last of the at-fork hooks. What the others have done is to be left behind, too."""
+    cdef Fork call = _call.get()
+    cdef Leaving leaving
+    cdef sigset_t all_signals
+    end_pending()
+    try:
+        for hook in _last_hooks:
+            hook()
+        pending.mode = mode_of(call)
+        if pending.mode == LEAVE:
+            leaving = Leaving()
+            Py_INCREF(leaving)
+            pending.leaving = <PyObject *>leaving
+            pending.finds = &leaving.finds
+    except BaseException as ex:
+        if call is None:
+            # Nobody can hold this fork up: the interpreter prints what has failed. No greenlet runs that mustn't.
+            pending.mode = KEEP if get_hub_if_exists() is getcurrent() else EXEC
+            raise
+        call.failure = ex
+    finally:
+        pending.is_prepared = True
+        # A signal to a child whose loop is not re-initialised would be told to the parent's.
+        sigfillset(&all_signals)
+        pending.is_blocking = pthread_sigmask(SIG_BLOCK, &all_signals, &pending.signals) == 0
+
+
+cdef int end_pending() except -1:
+    cdef PyObject *leaving = pending.leaving
+    pending.is_prepared = False
+    pending.leaving = NULL
+    pending.finds = NULL
+    if pending.is_blocking:
+        pending.is_blocking = False
+        pthread_sigmask(SIG_SETMASK, &pending.signals, NULL)
+    Py_XDECREF(leaving)
+    return 0
+
+
+def resume():
+    """In the parent, after a fork: the first of the at-fork hooks."""
+    end_pending()
+
+
+def revive():
+    """In a forked child, whoever forked it: the first of the at-fork hooks."""
+    cdef Fork call = _call.get()
+    cdef Leaving leaving = None
+    cdef int mode
+    try:
+        forget_other_threads()
+        forget_parent()
+        if pending.is_prepared:
+            mode = pending.mode
+            if pending.leaving != NULL:
+                leaving = <Leaving>pending.leaving
+        else:
+            # C code that calls PyOS_AfterFork_Child() alone, as uWSGI does.
+            mode = mode_of(call)
+            if mode == LEAVE:
+                leaving = Leaving()
+                coopos_leave(&leaving.finds)
+        if mode == EXEC:
+            take_new_hub()
+        else:
+            reinit_loop()
+            forget_parent_loops()
         if leaving is not None:
             leaving.empty_loops()
             leaving.replace_main()
+        if call is None:
+            _turn.lock = RLock()       # whoever has it is in the parent
     except BaseException as ex:
-        _failure = ex          # the interpreter would print it and go on
+        if call is None:
+            raise                      # the interpreter prints it
+        call.failure = ex
     finally:
-        unblock_signals()      # the hooks start threads and programs, and set masks of their own
+        end_pending()                  # the hooks start threads and programs, and set masks of their own
 
 
-def put_first(hook):
-    """Have the at-fork hook *hook*, registered this moment, be the first in the list.
-
-    In a child it runs before all those that were registered earlier: they may use the hub. Before a fork it runs after them. The
-    interpreter has no call for it, but its list of hooks is an object like others.
-    """
-    for hooks in gc.get_referrers(hook):
-        if type(hooks) is list and hook in hooks:
-            hooks.remove(hook)
-            hooks.insert(0, hook)
+cdef int reinit_loop() except -1:
+    reinit()
+    if get_hub_if_exists() is None:
+        loop = get_loop()              # of a hub that was destroyed
+        if loop is not None and loop.ptr:
+            loop.reinit()
+    return 0
 
 
-os.register_at_fork(before=prepare, after_in_child=revive)
-put_first(prepare)
-put_first(revive)
+cdef int take_new_hub() except -1:
+    """In a child that is going to exec. What its parent's loop would do isn't done here, in no hook that waits."""
+    if get_hub_if_exists() is not None or get_loop() is not None:
+        set_loop(None)
+        set_hub(get_hub_class()(default=False))
+    return 0
+
+
+os.register_at_fork(before=prepare, after_in_child=revive, after_in_parent=resume)
+try:
+    put_first(prepare, revive, resume)
+except NotImplementedError as ex:
+    _disorder = str(ex)
+if coopos_hear_of_forks():
+    raise MemoryError
+
+
+def call_last(hook):
+    """Have *hook* called last of all before a fork, before its child's greenlets are looked for. It may wait."""
+    _last_hooks.append(hook)
+
+
+# ---- fork --------------------------------------------------------------------------------------------------------------------
+
+_hooks = []                    # to run in a child whose hub works
 
 
 def register_hook(hook):
@@ -335,74 +471,99 @@ def register_hook(hook):
     _hooks.append(hook)
 
 
-def fork_process(bint keep_greenlets=True, bint is_plain=False):
-    """fork(2) with the interpreter's at-fork hooks; the pid in the parent, 0 in the child."""
-    return fork_any(b"os.fork", keep_greenlets, is_plain, False, None)[0]
+def fork_process(keep_greenlets=None, bint is_exec=False):
+    """fork(2) with the interpreter's at-fork hooks; the pid in the parent, 0 in the child.
+
+    *keep_greenlets*: by default as the policy says. *is_exec*: the child is going to exec, and has a hub of its own until then.
+    """
+    return fork_any(b"os.fork", keep_greenlets, is_exec, False, None)[0]
 
 
-def forkpty_process(bint keep_greenlets=True, size=None):
+def forkpty_process(keep_greenlets=None, size=None):
     """forkpty(3) likewise, with a window of (rows, columns); (pid, the master's descriptor), in the child (0, -1)."""
     return fork_any(b"os.forkpty", keep_greenlets, False, True, size)
 
 
-cdef tuple fork_any(const char *event, bint keep_greenlets, bint is_plain, bint has_pty, size):
-    """*is_plain*: the child's hub is not looked at; it is going to exec."""
+cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pty, size):
     cdef winsize window
+    cdef Fork call = Fork()
     if size is not None:
         window.ws_row, window.ws_col = size
         window.ws_xpixel = window.ws_ypixel = 0
-    leaving = None if keep_greenlets else Leaving()
+    if is_exec:
+        call.mode = EXEC
+    else:
+        call.mode = mode_by_policy() if keep_greenlets is None else KEEP if keep_greenlets else LEAVE
+    if call.mode == LEAVE:
+        check_leaving()
     PySys_Audit(event, NULL)
     if sys.version_info >= (3, 12) and sys.is_finalizing():
         raise RuntimeError("can't fork at interpreter shutdown")
     lock = _turn.lock
     lock.acquire()
+    token = None
     try:
-        return fork_now(is_plain, leaving, has_pty, NULL if size is None else &window)
+        token = _call.set(call)
+        return fork_now(call, has_pty, NULL if size is None else &window)
     finally:
+        if token is not None:
+            _call.reset(token)
         lock.release()
 
 
-cdef tuple fork_now(bint is_plain, Leaving leaving, bint has_pty, winsize *window):
-    global _is_reviving, _failure, _is_blocking, _signals
-    cdef int pid, err
+cdef tuple fork_now(Fork call, bint has_pty, winsize *window):
+    cdef Child child = Child(0)
+    cdef int pid = -1
+    cdef int err = 0
     cdef int master = -1
-    cdef sigset_t all_signals, signals
-    sigfillset(&all_signals)
-    _turn.leaving.insert(0, leaving)
     PyOS_BeforeFork()
     # From here to AfterFork there is no way back into the interpreter's main loop: a starting thread that got the GIL in between
     # would wait for the forker's locks, and the forker for the GIL.
-    #
-    # A signal to a child whose loop is not re-initialised would be told to the parent's.
-    pthread_sigmask(SIG_BLOCK, &all_signals, &signals)
-    pid = c_forkpty(&master, NULL, NULL, window) if has_pty else c_fork()
-    err = errno
-    if pid != 0:
-        pthread_sigmask(SIG_SETMASK, &signals, NULL)
+    if call.failure is None:
+        pid = c_forkpty(&master, NULL, NULL, window) if has_pty else c_fork()
+        err = errno
+    if pid == 0:
+        PyOS_AfterFork_Child()
+        if call.failure is not None:
+            raise call.failure
+        if call.mode != EXEC:
+            for hook in _hooks:
+                hook()
+        return 0, -1
+    if pid > 0:
         # A hook that waits lets others collect any child that has ended.
-        note = note_new(pid) if pid > 0 else None
-        PyOS_AfterFork_Parent()
-        _turn.leaving.pop(0)
-        take_note(note)
+        try:
+            note_new(child, pid)
+        except BaseException as ex:
+            call.failure = ex
+    PyOS_AfterFork_Parent()
+    try:
+        if call.failure is not None:
+            raise call.failure
         if pid < 0:
             raise os_error(err, "forkpty" if has_pty else "fork", "")
+        if take_note(child):
+            notes = _notes.get()
+            if notes is not None:
+                notes[pid] = child
         return pid, master
-    try:
-        if leaving is not None:
-            leaving.leave()
     except BaseException as ex:
-        _failure = ex
-    _is_reviving = not is_plain
-    _is_blocking = True
-    _signals = signals
-    PyOS_AfterFork_Child()
-    unblock_signals()
-    _turn.leaving.pop(0)
-    failure, _failure = _failure, None
-    if failure is not None:
-        raise failure
-    if not is_plain:
-        for hook in _hooks:
-            hook()
-    return 0, -1
+        if pid > 0:
+            ex.pid = pid           # or nobody would know whom to wait for
+        if master >= 0:
+            c_close(master)
+        raise
+
+
+# {pid: Child} of the children to which something has happened before their fork was over, for who forks to watch them.
+_notes = ContextVar("coopos.notes", default=None)
+
+
+def fork_with_note(fork, *args, **kwargs):
+    """(what ``fork(*args)`` returns, {pid: its Child}): the dict is for watch_new(), and nearly always empty."""
+    cdef dict notes = {}
+    token = _notes.set(notes)
+    try:
+        return fork(*args, **kwargs), notes
+    finally:
+        _notes.reset(token)

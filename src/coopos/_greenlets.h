@@ -1,27 +1,19 @@
-/* What a forked child does to its parent's greenlets. C alone: the interpreter has not repaired itself yet when this runs. */
+/* The parent's greenlets: found in the parent, left behind in the child. The child's part is C alone, as it runs inside fork(2). */
 #ifndef COOPOS_GREENLETS_H
 #define COOPOS_GREENLETS_H
 
 #include <Python.h>
+#include <greenlet.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stddef.h>
 #include <stdlib.h>
 
-/* The object structure of greenlet's public header, as it has been since 2.0. */
-struct coopos_greenlet {
-    PyObject_HEAD
-    PyObject *weakreflist;
-    PyObject *dict;
-    void *state;               /* everything else: the parked frames, the parent */
-};
-
-typedef int (*coopos_greenlet_is)(struct coopos_greenlet *);
-
-/* The numbers that greenlet's public header gives these functions in the capsule greenlet._C_API. */
-enum { COOPOS_GREENLET_IS_MAIN = 8, COOPOS_GREENLET_IS_STARTED = 9, COOPOS_GREENLET_IS_ACTIVE = 10 };
-
-static inline coopos_greenlet_is coopos_greenlet_function(int number)
+/* PyGreenlet_Import() as a function that says how it went. */
+static inline int coopos_import_greenlet(void)
 {
-    void **functions = (void **)PyCapsule_Import("greenlet._C_API", 0);
-    return functions == NULL ? NULL : (coopos_greenlet_is)functions[number];
+    PyGreenlet_Import();
+    return _PyGreenlet_API == NULL ? -1 : 0;
 }
 
 struct coopos_finds {
@@ -30,6 +22,9 @@ struct coopos_finds {
     PyTypeObject *loop;        /* or NULL: there is none */
     PyTypeObject *waiter;
     PyObject *main;            /* who waits by a waiter, or by its bound method, is looked for; or NULL */
+    PyGreenlet *current;       /* the two that go on in the child; the hub may be NULL */
+    PyGreenlet *hub;
+    PyGreenlet *dead;          /* has ended: the others take its state */
     PyObject **objects;        /* owned */
     Py_ssize_t n;
     Py_ssize_t room;
@@ -65,91 +60,39 @@ static int coopos_look_at(PyObject *op, void *arg)
     return 1;
 }
 
-/* The garbage collector's lists, by which it finds its objects.
+/* Look at every object that the garbage collector knows. -1 with an exception set.
  *
- * To go along them by its own PyUnstable_GC_VisitObjects() counts a reference to each object and takes it back: in a forked child
- * that copies every page that has one, of a large parent a gigabyte. Reading copies nothing. The structures are those of CPython
- * 3.10 to 3.14; who calls has compared (coopos_knows_lists) what they lead to with what the collector itself tells.
+ * In the parent: to visit an object counts a reference to it, and in a child that would copy every page that has one.
  */
-struct coopos_gc_link { uintptr_t next, prev; };                          /* before each object; flags in the low bits */
-struct coopos_gc_generation { struct coopos_gc_link head; int threshold, count; };
-
-static inline struct coopos_gc_link *coopos_gc_linked(uintptr_t link)
+static int coopos_find(struct coopos_finds *finds)
 {
-    return (struct coopos_gc_link *)(link & ~(uintptr_t)7);
-}
-
-static inline int coopos_is_gc_list(struct coopos_gc_link *head)
-{
-    return coopos_gc_linked(head->next) != NULL && coopos_gc_linked(head->prev) != NULL
-        && coopos_gc_linked(coopos_gc_linked(head->next)->prev) == head
-        && coopos_gc_linked(coopos_gc_linked(head->prev)->next) == head;
-}
-
-/* Call *look* with each object until it returns 0; the number of objects it was called with, or -1 if the lists aren't there. */
-static Py_ssize_t coopos_walk(int (*look)(PyObject *, void *), void *arg)
-{
-    struct coopos_gc_generation *young;
-    struct coopos_gc_link *heads[4];
-    Py_ssize_t n = 0;
-    int i;
-    PyObject *newest = PyList_New(0);      /* the last of the young: its next is their head */
-    if (newest == NULL) {
-        PyErr_Clear();
-        return -1;
-    }
-    young = (struct coopos_gc_generation *)coopos_gc_linked(((struct coopos_gc_link *)newest - 1)->next);
-    Py_DECREF(newest);
-    for (i = 0; i < 4; i++) {
-        heads[i] = &young[i].head;
-        if (i == 3 && *(void **)heads[i] == young)       /* up to 3.13 a pointer stands before the permanent ones */
-            heads[i] = (struct coopos_gc_link *)((void **)heads[i] + 1);
-        if (!coopos_is_gc_list(heads[i]))
-            return -1;
-    }
-    for (i = 0; i < 4; i++) {
-        struct coopos_gc_link *link = coopos_gc_linked(heads[i]->next);
-        for (; link != heads[i]; link = coopos_gc_linked(link->next), n++)
-            if (!look((PyObject *)(link + 1), arg))
-                return n + 1;
-    }
-    return n;
-}
-
-static int coopos_go_on(PyObject *op, void *arg)
-{
-    (void)op; (void)arg;
-    return 1;
-}
-
-/* Whether the lists lead to as many objects as the collector knows. */
-static inline int coopos_knows_lists(Py_ssize_t known)
-{
-    Py_ssize_t n = coopos_walk(coopos_go_on, NULL);
-    return n >= 0 && n >= known - 8 && n <= known + 8;
-}
-
-/* Look at every object that the garbage collector knows, greenlets among them. -1 with an exception set. */
-static inline int coopos_find(struct coopos_finds *finds, int knows_lists)
-{
-    /* Up to Python 3.11 an allocation may start a collection, which frees greenlets. */
+#if PY_VERSION_HEX >= 0x030C0000
+    /* https://docs.python.org/3/c-api/gcsupport.html#c.PyUnstable_GC_VisitObjects */
+    PyUnstable_GC_VisitObjects(coopos_look_at, finds);
+#else
+    Py_ssize_t i;
+    PyObject *all = NULL;
+    PyObject *gc = PyImport_ImportModule("gc");
+    /* An allocation may start a collection here, which frees greenlets. */
     int is_enabled = PyGC_Disable();
-    Py_ssize_t n = knows_lists ? coopos_walk(coopos_look_at, finds) : -1;
-    if (is_enabled)
-        PyGC_Enable();
-    if (n < 0) {
-        Py_ssize_t i;
-        PyObject *all = NULL;
-        PyObject *gc = PyImport_ImportModule("gc");
-        if (gc != NULL)
+    if (gc != NULL) {
+        /* get_objects() doesn't tell what gc.freeze() has set aside: https://docs.python.org/3/library/gc.html#gc.freeze */
+        PyObject *done = PyObject_CallMethod(gc, "unfreeze", NULL);
+        if (done != NULL)
             all = PyObject_CallMethod(gc, "get_objects", NULL);
-        Py_XDECREF(gc);
-        if (all == NULL)
-            return -1;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(gc);
+    if (all != NULL) {
         for (i = 0; i < PyList_GET_SIZE(all) && coopos_look_at(PyList_GET_ITEM(all, i), finds); i++)
             ;
         Py_DECREF(all);
     }
+    if (is_enabled)
+        PyGC_Enable();
+    if (all == NULL)
+        return -1;
+#endif
     if (finds->is_short_of_memory) {
         PyErr_NoMemory();
         return -1;
@@ -164,6 +107,30 @@ static inline void coopos_keep_for_good(PyObject *op)
     PyObject_GC_UnTrack(op);
 }
 
+/* In the child: from here on no greenlet of the parent can be resumed.
+ *
+ * Each takes the state of one that has ended: it looks finished, and to switch to it or to throw into it leads to the hub. What it
+ * had, its parked frames above all, belongs to nobody and is never freed. The garbage collector must not count what the shared
+ * state refers to several times.
+ */
+static void coopos_leave(const struct coopos_finds *finds)
+{
+    Py_ssize_t i;
+    coopos_keep_for_good((PyObject *)finds->dead);
+    for (i = 0; i < finds->n; i++) {
+        PyGreenlet *each = (PyGreenlet *)finds->objects[i];
+        if (!PyObject_TypeCheck(finds->objects[i], finds->greenlet) || each == finds->current || each == finds->hub)
+            continue;
+        if (PyGreenlet_ACTIVE(each)) {
+            coopos_keep_for_good((PyObject *)each);
+            if (!PyGreenlet_MAIN(each))
+                each->pimpl = finds->dead->pimpl;
+        } else if (!PyGreenlet_STARTED(each)) {
+            Py_INCREF(each);       /* known to the collector: whoever starts it here has it left behind in a fork */
+        }
+    }
+}
+
 /* A builtin method of the main greenlet becomes that of *other*. */
 static inline void coopos_bind_to(PyObject *method, PyObject *other)
 {
@@ -172,6 +139,30 @@ static inline void coopos_bind_to(PyObject *method, PyObject *other)
     Py_INCREF(other);
     function->m_self = other;
     Py_DECREF(before);
+}
+
+/* A fork of this thread, from the last of the hooks before it to the first after it. The thread holds the GIL throughout. */
+struct coopos_pending {
+    int is_prepared;
+    int mode;
+    int is_blocking;           /* signals; *signals* is the mask to go back to */
+    sigset_t signals;
+    PyObject *leaving;         /* owned, or NULL */
+    const struct coopos_finds *finds;
+};
+
+static __thread struct coopos_pending coopos_pending;
+
+/* Inside fork(2), in the child. The interpreter's own repairs, which come next, free what other threads had. */
+static void coopos_in_child(void)
+{
+    if (coopos_pending.is_prepared && coopos_pending.finds != NULL)
+        coopos_leave(coopos_pending.finds);
+}
+
+static inline int coopos_hear_of_forks(void)
+{
+    return pthread_atfork(NULL, NULL, coopos_in_child);
 }
 
 #endif

@@ -8,7 +8,6 @@ place of its own, which note who has it. They are no lock between greenlets: an 
 from __future__ import annotations
 
 import _imp
-import os
 from typing import Any
 
 from gevent.hub import _get_hub as get_hub_if_exists, sleep  # type: ignore[attr-defined]
@@ -54,5 +53,4 @@ def wait_before_fork() -> None:
         sleep(POLL_S)
 
 
-os.register_at_fork(before=wait_before_fork)
-_forking.put_first(wait_before_fork)  # the interpreter calls the first last
+_forking.call_last(wait_before_fork)

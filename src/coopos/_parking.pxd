@@ -7,7 +7,7 @@ cdef enum:
     WRITE = 2
 
 cdef int generation
-cdef int count_generation() except -1
+cdef int forget_other_threads() except -1
 
 # By descriptor, whether it was last seen in non-blocking mode. Higher numbers are asked for each time.
 cdef enum:

@@ -19,7 +19,7 @@ from libc.string cimport memset, strerror
 from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
-from coopos._posix cimport POLLIN, POLLOUT, dev_t, fstat, ino_t, poll, pollfd, stat_t
+from coopos._posix cimport POLLIN, POLLOUT, dev_t, fstat, ino_t, poll, pollfd, pthread_atfork, stat_t
 
 import os
 import sys
@@ -84,11 +84,19 @@ cdef object wrong_switch(object came_back, str what):
 generation = 0
 
 
-cdef int count_generation() except -1:
-    """In a forked child, first of all."""
+cdef void count_generation() noexcept nogil:
+    """Inside fork(2), in every child, also of C code that runs no at-fork hooks of the interpreter."""
     global generation
-    cdef PutOffClose later
     generation += 1
+
+
+if pthread_atfork(NULL, NULL, count_generation):
+    raise MemoryError
+
+
+cdef int forget_other_threads() except -1:
+    """In a forked child, which has none."""
+    cdef PutOffClose later
     for later in list(_put_off.values()):
         later.forget_other_threads()
     _pool_calls.clear()

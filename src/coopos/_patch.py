@@ -85,9 +85,9 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
         else:
             on_child(child)
 
-    pid = _forking.fork_process(is_plain=True)
+    pid, notes = _forking.fork_with_note(_forking.fork_process, is_exec=True)
     if pid:
-        popen._coopos_child = _children.watch_new(pid, ended, loop._watched_loop, ref)
+        popen._coopos_child = _children.watch_new(pid, ended, loop._watched_loop, ref, notes)
     return pid
 
 
@@ -221,9 +221,9 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
             _patch_multiprocessing()
         _gevents_popen()._loop = _LoopOfPopen()
         if keep_greenlets is not None:
-            from coopos import _fork
+            from coopos import _forking
 
-            _fork.set_default(keep_greenlets)
+            _forking.set_default(keep_greenlets)
 
 
 def unpatch() -> None:

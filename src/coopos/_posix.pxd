@@ -97,6 +97,7 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
         pass
     int PTHREAD_CANCEL_DISABLE
+    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
     int pthread_cancel(pthread_t thread)
     int pthread_join(pthread_t thread, void **value)
     int pthread_setcancelstate(int state, int *old)
@@ -153,24 +154,37 @@ cdef extern from "_compat.h" nogil:
     int coopos_sem_value(sem_t *semaphore, int *value)
 
 
-cdef extern from "_greenlets.h":
-    ctypedef struct coopos_greenlet "struct coopos_greenlet":
-        void *state
-    ctypedef bint (*coopos_greenlet_is)(coopos_greenlet *)
+cdef extern from "greenlet.h":
+    ctypedef struct PyGreenlet:
+        void *pimpl            # everything else: the parked frames, the parent
     enum:
-        COOPOS_GREENLET_IS_MAIN
-        COOPOS_GREENLET_IS_STARTED
-        COOPOS_GREENLET_IS_ACTIVE
-    coopos_greenlet_is coopos_greenlet_function(int number) except NULL
+        WEAKREFS_OFFSET "offsetof(PyGreenlet, weakreflist)"
+        DICT_OFFSET "offsetof(PyGreenlet, dict)"
+
+
+cdef extern from "_greenlets.h":
+    int coopos_import_greenlet() except -1
     ctypedef struct coopos_finds "struct coopos_finds":
         PyTypeObject *greenlet
         PyTypeObject *watcher
         PyTypeObject *loop
         PyTypeObject *waiter
         PyObject *main
+        PyGreenlet *current
+        PyGreenlet *hub
+        PyGreenlet *dead
         PyObject **objects
         Py_ssize_t n
-    bint coopos_knows_lists(Py_ssize_t known)
-    int coopos_find(coopos_finds *finds, bint knows_lists) except -1
+    int coopos_find(coopos_finds *finds) except -1
+    void coopos_leave(const coopos_finds *finds)
     void coopos_keep_for_good(PyObject *op)
     void coopos_bind_to(PyObject *method, PyObject *other)
+    ctypedef struct coopos_pending_t "struct coopos_pending":
+        bint is_prepared
+        int mode
+        bint is_blocking
+        sigset_t signals
+        PyObject *leaving
+        const coopos_finds *finds
+    coopos_pending_t coopos_pending
+    int coopos_hear_of_forks()

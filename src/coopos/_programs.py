@@ -70,13 +70,13 @@ def _spawn(mode: int, execute: Callable[..., object], file: StrOrBytesPath, args
         raise TypeError("argv must be a tuple or a list")
     if not args or not args[0]:
         raise ValueError("argv first element cannot be empty")
-    pid = _forking.fork_process(is_plain=True)
+    pid, notes = _forking.fork_with_note(_forking.fork_process, is_exec=True)
     if not pid:
         try:
             execute(file, args, *env)
         finally:
             os._exit(127)
-    _children.watch_new(pid)
+    _children.watch_new(pid, notes=notes)
     if mode == os.P_NOWAIT:
         return pid
     return os.waitstatus_to_exitcode(waitpid(pid, 0)[1])

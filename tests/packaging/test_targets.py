@@ -4,11 +4,13 @@ zig is a C compiler with the headers and C libraries of other systems. It proves
 machine's kind, how old a glibc it needs; nothing is run for another system.
 """
 
+import os
 import stat
 import sys
 import sysconfig
 import zipfile
 
+import greenlet
 import pytest
 
 from .conftest import ROOT, build, run, smoke
@@ -62,7 +64,7 @@ def test_wheel_for_an_old_glibc(zig, unpacked, wheel, tmp_path):
 def test_core_compiles_for_another_machine(zig, generated, target, tmp_path):
     """Every module becomes an object file, without a warning."""
     (tmp_path / "util.h").write_text(UTIL_H)
-    headers = [sysconfig.get_path("include"), ROOT / "src" / "coopos", tmp_path]
+    headers = [sysconfig.get_path("include"), os.path.dirname(greenlet.__file__), ROOT / "src" / "coopos", tmp_path]
     includes = [option for directory in headers for option in ("-I", directory)]
     for source in generated:
         run(zig, "cc", "-target", target, *PLAIN, *WARNINGS, *includes, "-c", source, "-o", tmp_path / f"{source.stem}.o")
