@@ -201,7 +201,8 @@ def test_c_functions_are_declared_without_the_gil(name):
     """But for those of the interpreter itself, and what goes through its objects."""
     blocks = re.findall(r'^cdef extern from "([^"]+)"(.*):$', (SOURCE / name).read_text(), re.MULTILINE)
     assert blocks
-    assert [header for header, tail in blocks if header not in ("Python.h", "greenlet.h", "_greenlets.h") and "nogil" not in tail] == []
+    interpreters = ("Python.h", "greenlet.h", "_greenlets.h")
+    assert [header for header, tail in blocks if header not in interpreters and "nogil" not in tail] == []
 
 
 def test_only_compat_h_asks_the_preprocessor_for_a_platform():

@@ -1029,7 +1029,7 @@ cdef int note_new(Child child, int pid) except -1:
 
 
 cdef bint take_note(Child child) except -1:
-    """Its fork is over. Whether at-fork hooks have let others do something to the child, as waitpid(-1) does: watch_new() is to know."""
+    """Its fork is over. True if at-fork hooks have let others do something to the child, as waitpid(-1) does."""
     if not child.is_watched:
         return False
     child.is_watched = False

@@ -27,9 +27,9 @@ _children.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[att
 def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
     """Say for a ``with`` block whether the children that are forked in it go on with the parent's greenlets.
 
-    Holds for the greenlet and the thread that enter it, and for forks that aren't told otherwise by an argument: those of this
-    module, and after :func:`patch` those of :func:`os.fork` and of what calls it. (Not those of :mod:`multiprocessing`, whose
-    processes never go on with their parent's greenlets.) Blocks may be nested.
+    Holds for the greenlet and the thread that enter it, and for all forks there that aren't told otherwise by an argument, also
+    those that others make. (Not those of :mod:`multiprocessing`, whose processes never go on with their parent's greenlets.)
+    Blocks may be nested.
 
     Args:
         keep_greenlets: True, the child goes on with all of the parent's greenlets; False, with the one that forks alone. See
@@ -112,6 +112,8 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
     Raises:
         OSError: EAGAIN or ENOMEM as fork(2).
         RuntimeError: *keep_greenlets* is False, and the caller is a callback of the hub.
+        NotImplementedError: *keep_greenlets* is False, and this version of greenlet or of CPython is not as coopos knows it.
+        MemoryError: if the child is there, the exception has its ``pid``, and it can be waited for.
 
     Switches greenlets only if another fork of this thread is in the middle of its at-fork hooks, or a hook of its own waits.
     In the child the hooks run when the hub works. Works in any thread's hub.
@@ -188,10 +190,6 @@ def _check(callback: object, loop: object) -> None:
         _children.check_loop(loop)
 
 
-def _policy_of(keep_greenlets: bool | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if keep_greenlets is None else fork_policy(keep_greenlets=keep_greenlets)
-
-
 def _watch_new(pid: int, callback: Callable[[Any], object] | None, loop: Any, ref: bool, notes: dict[int, Any]) -> None:
     try:
         _children.watch_new(pid, callback, loop, ref, notes)
@@ -233,8 +231,8 @@ def fork_and_watch(
     .. versionadded:: 0.1.0
     """
     _check(callback, loop)
-    with _policy_of(keep_greenlets):
-        pid, notes = _forking.fork_with_note(fork)
+    notes: dict[int, Any] = {}
+    pid = _forking.fork_to_watch(fork, notes, keep_greenlets)
     if pid:
         _watch_new(pid, callback, loop, ref, notes)
     return pid
@@ -263,8 +261,7 @@ def forkpty_and_watch(
     Raises:
         TypeError, ValueError, OverflowError: *callback* is not callable, *loop* not a loop, or destroyed, *winsize* no such pair;
             before anything is forked.
-        OSError: as forkpty(3). If the child is there and can't be watched, the exception has its ``pid`` and the master's
-            descriptor, ``fd``.
+        OSError: as forkpty(3). If the child is there and can't be watched, the exception has its ``pid``, and the master is closed.
         RuntimeError: as :func:`fork_gevent`.
 
     Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
@@ -275,13 +272,13 @@ def forkpty_and_watch(
     """
     _check(callback, loop)
     how = {} if winsize is None else {"winsize": winsize}
-    with _policy_of(keep_greenlets):
-        (pid, master_fd), notes = _forking.fork_with_note(forkpty, **how)
+    notes: dict[int, Any] = {}
+    pid, master_fd = _forking.fork_to_watch(forkpty, notes, keep_greenlets, **how)
     if pid:
         try:
             _watch_new(pid, callback, loop, ref, notes)
-        except BaseException as ex:
-            ex.fd = master_fd  # type: ignore[attr-defined]
+        except BaseException:
+            os.close(master_fd)
             raise
     return pid, master_fd
 

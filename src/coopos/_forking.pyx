@@ -1,8 +1,13 @@
 """fork(2) and forkpty(3), and what a forked child keeps of its parent's greenlets.
 
-The order of things, whoever forks. In the parent: the at-fork hooks, which may wait; `prepare`, the last of them; fork. In the child,
-inside fork(2): `coopos_in_child`, by pthread_atfork(3). Then the interpreter's own repairs; `revive`, the first of the hooks there;
-the hooks of everybody else. In the parent, after the fork: `resume`, the first of the hooks; the others. Rules:
+The order of things, whoever forks:
+
+    parent      the at-fork hooks, which may wait; `prepare`, the last of them
+    fork(2)     in the child `coopos_in_child`, in the parent `coopos_in_parent`, both by pthread_atfork(3)
+    child       the interpreter's own repairs; `revive`, the first of the hooks; the hooks of everybody else
+    parent      `resume`, the first of the hooks; the hooks of everybody else
+
+Rules:
 
 1. One fork at a time in a thread: a hook that waits lets other greenlets run, and a fork of theirs waits for this one.
 2. Between the last hook before the fork and the interpreter's own repairs in the child no Python code runs: another thread may have
@@ -12,9 +17,9 @@ the hooks of everybody else. In the parent, after the fork: `resume`, the first 
    They and what they refer to stay as the fork has found them.
 5. A child that is going to exec runs no greenlet but its own: it has a new hub, with a loop of its own.
 
-Two facts here are private to others. Each is checked when it is needed, and if it isn't what we think ``keep_greenlets=False`` raises
-NotImplementedError and all else works: where a greenlet has its state (`check_greenlet`), and that the interpreter's lists of at-fork
-hooks are Python lists (`put_first`).
+Two facts here are private to others: where a greenlet has its state (`check_greenlet`), and that the interpreter's lists of at-fork
+hooks are Python lists (`put_first`). Each is checked before it is relied on. If one is not as we think, ``keep_greenlets=False``
+raises NotImplementedError, and all else works.
 
 The module knows `_children`, the hub and its loop, and greenlet's object structure (greenlet.h).
 """
@@ -29,10 +34,10 @@ from posix.unistd cimport close as c_close, fork as c_fork
 from coopos._children cimport Child, forget_parent_loops, forget_parent, note_new, take_note
 from coopos._parking cimport forget_other_threads, os_error
 from coopos._posix cimport (
-    DICT_OFFSET, SIG_BLOCK, SIG_SETMASK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
+    DICT_OFFSET, SIG_BLOCK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
     PySys_Audit, Py_Exit, coopos_bind_to, coopos_find, coopos_finds, coopos_hear_of_forks, coopos_import_greenlet,
-    coopos_keep_for_good, coopos_leave, coopos_pending as pending, forkpty as c_forkpty, pthread_sigmask, sigfillset, sigset_t,
-    winsize)
+    coopos_keep_for_good, coopos_leave, coopos_pending as pending, coopos_unblock_signals,
+    forkpty as c_forkpty, pthread_sigmask, sigfillset, sigset_t, winsize)
 
 import atexit
 import gc
@@ -62,10 +67,10 @@ cdef bint _knows_greenlet = False
 
 
 def check_greenlet(kind):
-    """Refuse keep_greenlets=False unless *kind*, greenlet's type, has the object structure that greenlet.h had when this was compiled.
+    """Refuse keep_greenlets=False unless *kind*, greenlet's type, has the object structure of the greenlet.h we were compiled with.
 
-    Its parts are told by the type. What is left of it is one pointer, and whether that makes a greenlet dead is tried on two that
-    nobody has seen. https://github.com/python-greenlet/greenlet/blob/master/src/greenlet/greenlet.h
+    The type tells the offsets of all parts but one, a pointer. Whether that pointer makes a greenlet dead is tried on two new
+    greenlets. https://github.com/python-greenlet/greenlet/blob/master/src/greenlet/greenlet.h
     """
     cdef PyGreenlet *a
     cdef PyGreenlet *b
@@ -80,7 +85,7 @@ def check_greenlet(kind):
             a.pimpl, b.pimpl = b.pimpl, a.pimpl
     if not is_state:
         raise NotImplementedError(
-            f"keep_greenlets=False: greenlet {_greenlet_module.__version__} keeps a greenlet's state where this coopos doesn't know it")
+            f"keep_greenlets=False: this coopos doesn't know where greenlet {_greenlet_module.__version__} keeps a greenlet's state")
 
 
 def put_first(*hooks):
@@ -95,7 +100,7 @@ def put_first(*hooks):
     found = [[listed for listed in referrers if any(each is hook for each in listed)] for hook in hooks]
     if not all(len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook for hook, lists in zip(hooks, found)):
         raise NotImplementedError(
-            f"keep_greenlets=False: Python {sys.version.split()[0]} keeps its at-fork hooks where this coopos doesn't find them")
+            f"keep_greenlets=False: this coopos doesn't find where Python {sys.version.split()[0]} keeps at-fork hooks")
     for lists in found:
         lists[0].insert(0, lists[0].pop())
 
@@ -171,6 +176,7 @@ cdef class Leaving:
     cdef object loop           # the thread's
     cdef object main           # the thread's
     cdef object dead           # a greenlet that has ended
+    cdef bint was_frozen
     cdef coopos_finds finds
 
     def __cinit__(self):
@@ -200,6 +206,10 @@ cdef class Leaving:
         if self.loop is not None and not hasattr(self.loop, "_keepaliveset"):
             kind = self.loop.WatcherType
             self.finds.watcher = <PyTypeObject *>kind
+        # What gc.freeze() has set aside the collector doesn't tell of: https://docs.python.org/3/library/gc.html#gc.freeze
+        self.was_frozen = gc.get_freeze_count() > 0
+        if self.was_frozen:
+            gc.unfreeze()
         coopos_find(&self.finds)
 
     def __dealloc__(self):
@@ -292,8 +302,18 @@ cdef class Fork:
     cdef object failure
 
 
-# The call of this module that is under way in this context.
-_call = ContextVar("coopos.call", default=None)
+@cython.final
+@cython.internal
+cdef class Watching:
+    """A call of something that forks, whose child is to be watched."""
+    cdef object keeps          # the greenlets; or None, by the policy
+    cdef dict notes            # {pid: Child}, the children to which something has happened before their fork was over
+
+
+# {greenlet: the call of this module that it is in}
+cdef dict _calls = {}
+# {greenlet: how it watches what it forks}
+cdef dict _watching = {}
 #: What :func:`coopos.fork_policy` says in this context, if anything: whether children keep the parent's greenlets.
 policy = ContextVar("coopos.keep_greenlets")
 cdef bint _default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
@@ -333,6 +353,9 @@ cdef int check_leaving() except -1:
 
 
 cdef int mode_by_policy() except -1:
+    cdef Watching watching = <Watching>_watching.get(getcurrent())
+    if watching is not None and watching.keeps is not None:
+        return KEEP if watching.keeps else LEAVE
     return KEEP if policy.get(_default_keeps) else LEAVE
 
 
@@ -351,7 +374,7 @@ cdef int mode_of(Fork call) except -1:
 
 def prepare():
     """Before a fork, whoever forks: the last of the at-fork hooks. What the others have done is to be left behind, too."""
-    cdef Fork call = _call.get()
+    cdef Fork call = <Fork>_calls.get(getcurrent())
     cdef Leaving leaving
     cdef sigset_t all_signals
     end_pending()
@@ -382,21 +405,23 @@ cdef int end_pending() except -1:
     pending.is_prepared = False
     pending.leaving = NULL
     pending.finds = NULL
-    if pending.is_blocking:
-        pending.is_blocking = False
-        pthread_sigmask(SIG_SETMASK, &pending.signals, NULL)
+    coopos_unblock_signals()
     Py_XDECREF(leaving)
     return 0
 
 
 def resume():
-    """In the parent, after a fork: the first of the at-fork hooks."""
+    """In the parent, after a fork: the first of the at-fork hooks. What a child was to leave behind is not ours any more."""
     end_pending()
 
 
 def revive():
     """In a forked child, whoever forked it: the first of the at-fork hooks."""
-    cdef Fork call = _call.get()
+    revive_child()
+
+
+cdef int revive_child() except -1:
+    cdef Fork call = <Fork>_calls.get(getcurrent())
     cdef Leaving leaving = None
     cdef int mode
     try:
@@ -420,6 +445,8 @@ def revive():
         if leaving is not None:
             leaving.empty_loops()
             leaving.replace_main()
+            if leaving.was_frozen:
+                gc.freeze()
         if call is None:
             _turn.lock = RLock()       # whoever has it is in the parent
     except BaseException as ex:
@@ -428,6 +455,7 @@ def revive():
         call.failure = ex
     finally:
         end_pending()                  # the hooks start threads and programs, and set masks of their own
+    return 0
 
 
 cdef int reinit_loop() except -1:
@@ -499,71 +527,92 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
     PySys_Audit(event, NULL)
     if sys.version_info >= (3, 12) and sys.is_finalizing():
         raise RuntimeError("can't fork at interpreter shutdown")
-    lock = _turn.lock
-    lock.acquire()
-    token = None
-    try:
-        token = _call.set(call)
-        return fork_now(call, has_pty, NULL if size is None else &window)
-    finally:
-        if token is not None:
-            _call.reset(token)
-        lock.release()
-
-
-cdef tuple fork_now(Fork call, bint has_pty, winsize *window):
-    cdef Child child = Child(0)
     cdef int pid = -1
-    cdef int err = 0
     cdef int master = -1
+    current = getcurrent()
+    before = _calls.get(current)       # a hook may fork
+    lock = _turn.lock
+    try:
+        lock.acquire()
+        try:
+            _calls[current] = call
+            fork_now(call, has_pty, NULL if size is None else &window, &pid, &master)
+        finally:
+            put_back(_calls, current, before)
+            lock.release()
+        return pid, master
+    except BaseException as ex:
+        if master >= 0:
+            c_close(master)
+        if pid > 0:
+            ex.pid = pid               # or nobody would know whom to wait for
+        raise
+
+
+cdef int put_back(dict table, current, before) except -1:
+    if before is None:
+        if current in table:
+            del table[current]
+    else:
+        table[current] = before
+    return 0
+
+
+cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *master) except -1:
+    cdef Child child = Child(0)
+    cdef Watching watching
+    cdef bint was_prepared
+    cdef int err = 0
     PyOS_BeforeFork()
     # From here to AfterFork there is no way back into the interpreter's main loop: a starting thread that got the GIL in between
     # would wait for the forker's locks, and the forker for the GIL.
-    if call.failure is None:
-        pid = c_forkpty(&master, NULL, NULL, window) if has_pty else c_fork()
+    was_prepared = pending.is_prepared
+    if call.failure is None and was_prepared:
+        pid[0] = c_forkpty(master, NULL, NULL, window) if has_pty else c_fork()
         err = errno
-    if pid == 0:
+    if pid[0] == 0:
         PyOS_AfterFork_Child()
+        if pending.is_prepared:
+            revive_child()             # the hooks were skipped
         if call.failure is not None:
             raise call.failure
         if call.mode != EXEC:
             for hook in _hooks:
                 hook()
-        return 0, -1
-    if pid > 0:
+        return 0
+    if pid[0] > 0:
         # A hook that waits lets others collect any child that has ended.
         try:
-            note_new(child, pid)
+            note_new(child, pid[0])
         except BaseException as ex:
             call.failure = ex
     PyOS_AfterFork_Parent()
+    end_pending()                      # the hooks may have been skipped
+    if call.failure is not None:
+        raise call.failure
+    if not was_prepared:
+        raise MemoryError
+    if pid[0] < 0:
+        raise os_error(err, "forkpty" if has_pty else "fork", "")
+    if take_note(child):
+        watching = <Watching>_watching.get(getcurrent())
+        if watching is not None:
+            watching.notes[pid[0]] = child
+    return 0
+
+
+def fork_to_watch(fork, dict notes, keep_greenlets=None, **kwargs):
+    """``fork(**kwargs)``. Into *notes* comes what watch_new() has to know, if anything: {pid: its Child}.
+
+    *keep_greenlets*: the policy meanwhile, unless it is None.
+    """
+    cdef Watching watching = Watching()
+    watching.keeps = keep_greenlets
+    watching.notes = notes
+    current = getcurrent()
+    before = _watching.get(current)
     try:
-        if call.failure is not None:
-            raise call.failure
-        if pid < 0:
-            raise os_error(err, "forkpty" if has_pty else "fork", "")
-        if take_note(child):
-            notes = _notes.get()
-            if notes is not None:
-                notes[pid] = child
-        return pid, master
-    except BaseException as ex:
-        if pid > 0:
-            ex.pid = pid           # or nobody would know whom to wait for
-        if master >= 0:
-            c_close(master)
-        raise
-
-
-# {pid: Child} of the children to which something has happened before their fork was over, for who forks to watch them.
-_notes = ContextVar("coopos.notes", default=None)
-
-
-def fork_with_note(fork, *args, **kwargs):
-    """(what ``fork(*args)`` returns, {pid: its Child}): the dict is for watch_new(), and nearly always empty."""
-    cdef dict notes = {}
-    token = _notes.set(notes)
-    try:
-        return fork(*args, **kwargs), notes
+        _watching[current] = watching
+        return fork(**kwargs)
     finally:
-        _notes.reset(token)
+        put_back(_watching, current, before)

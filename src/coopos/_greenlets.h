@@ -32,7 +32,7 @@ struct coopos_finds {
 };
 
 /* Take *op* if it is a greenlet or may resume one. 1: go on. */
-static int coopos_look_at(PyObject *op, void *arg)
+static inline int coopos_look_at(PyObject *op, void *arg)
 {
     struct coopos_finds *finds = arg;
     /* Nearly everything is one of these. */
@@ -64,7 +64,7 @@ static int coopos_look_at(PyObject *op, void *arg)
  *
  * In the parent: to visit an object counts a reference to it, and in a child that would copy every page that has one.
  */
-static int coopos_find(struct coopos_finds *finds)
+static inline int coopos_find(struct coopos_finds *finds)
 {
 #if PY_VERSION_HEX >= 0x030C0000
     /* https://docs.python.org/3/c-api/gcsupport.html#c.PyUnstable_GC_VisitObjects */
@@ -75,13 +75,8 @@ static int coopos_find(struct coopos_finds *finds)
     PyObject *gc = PyImport_ImportModule("gc");
     /* An allocation may start a collection here, which frees greenlets. */
     int is_enabled = PyGC_Disable();
-    if (gc != NULL) {
-        /* get_objects() doesn't tell what gc.freeze() has set aside: https://docs.python.org/3/library/gc.html#gc.freeze */
-        PyObject *done = PyObject_CallMethod(gc, "unfreeze", NULL);
-        if (done != NULL)
-            all = PyObject_CallMethod(gc, "get_objects", NULL);
-        Py_XDECREF(done);
-    }
+    if (gc != NULL)
+        all = PyObject_CallMethod(gc, "get_objects", NULL);
     Py_XDECREF(gc);
     if (all != NULL) {
         for (i = 0; i < PyList_GET_SIZE(all) && coopos_look_at(PyList_GET_ITEM(all, i), finds); i++)
@@ -113,7 +108,7 @@ static inline void coopos_keep_for_good(PyObject *op)
  * had, its parked frames above all, belongs to nobody and is never freed. The garbage collector must not count what the shared
  * state refers to several times.
  */
-static void coopos_leave(const struct coopos_finds *finds)
+static inline void coopos_leave(const struct coopos_finds *finds)
 {
     Py_ssize_t i;
     coopos_keep_for_good((PyObject *)finds->dead);
@@ -141,7 +136,9 @@ static inline void coopos_bind_to(PyObject *method, PyObject *other)
     Py_DECREF(before);
 }
 
-/* A fork of this thread, from the last of the hooks before it to the first after it. The thread holds the GIL throughout. */
+/* A fork of this thread, from the last of the hooks before it until the child is revived, or fork(2) is over in the parent. The
+ * thread holds the GIL throughout. The hooks themselves may be skipped: without memory the interpreter can't copy their list.
+ */
 struct coopos_pending {
     int is_prepared;
     int mode;
@@ -153,16 +150,30 @@ struct coopos_pending {
 
 static __thread struct coopos_pending coopos_pending;
 
+static inline void coopos_unblock_signals(void)
+{
+    if (coopos_pending.is_blocking)
+        pthread_sigmask(SIG_SETMASK, &coopos_pending.signals, NULL);
+    coopos_pending.is_blocking = 0;
+}
+
 /* Inside fork(2), in the child. The interpreter's own repairs, which come next, free what other threads had. */
-static void coopos_in_child(void)
+static inline void coopos_in_child(void)
 {
     if (coopos_pending.is_prepared && coopos_pending.finds != NULL)
         coopos_leave(coopos_pending.finds);
 }
 
+/* Inside fork(2), in the parent, also if it has failed. */
+static inline void coopos_in_parent(void)
+{
+    coopos_pending.is_prepared = 0;
+    coopos_unblock_signals();
+}
+
 static inline int coopos_hear_of_forks(void)
 {
-    return pthread_atfork(NULL, NULL, coopos_in_child);
+    return pthread_atfork(NULL, coopos_in_parent, coopos_in_child);
 }
 
 #endif

@@ -85,7 +85,8 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
         else:
             on_child(child)
 
-    pid, notes = _forking.fork_with_note(_forking.fork_process, is_exec=True)
+    notes: dict[int, Any] = {}
+    pid = _forking.fork_to_watch(_forking.fork_process, notes, is_exec=True)
     if pid:
         popen._coopos_child = _children.watch_new(pid, ended, loop._watched_loop, ref, notes)
     return pid

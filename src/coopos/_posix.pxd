@@ -187,4 +187,5 @@ cdef extern from "_greenlets.h":
         PyObject *leaving
         const coopos_finds *finds
     coopos_pending_t coopos_pending
+    void coopos_unblock_signals()
     int coopos_hear_of_forks()

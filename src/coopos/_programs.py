@@ -70,7 +70,8 @@ def _spawn(mode: int, execute: Callable[..., object], file: StrOrBytesPath, args
         raise TypeError("argv must be a tuple or a list")
     if not args or not args[0]:
         raise ValueError("argv first element cannot be empty")
-    pid, notes = _forking.fork_with_note(_forking.fork_process, is_exec=True)
+    notes: dict[int, Any] = {}
+    pid = _forking.fork_to_watch(_forking.fork_process, notes, is_exec=True)
     if not pid:
         try:
             execute(file, args, *env)
