@@ -85,7 +85,7 @@ def check_greenlet(kind):
             a.pimpl, b.pimpl = b.pimpl, a.pimpl
     if not is_state:
         raise NotImplementedError(
-            f"keep_greenlets=False: this coopos doesn't know where greenlet {_greenlet_module.__version__} keeps a greenlet's state")
+            f"keep_greenlets=False: coopos doesn't know where greenlet {_greenlet_module.__version__} keeps a greenlet's state")
 
 
 def put_first(*hooks):
