@@ -102,6 +102,8 @@ APT::Sandbox::User "root";
 APT::Install-Recommends "false";
 Acquire::Languages "none";
 Acquire::Retries "3";
+// No success with old lists where the mirror gives none.
+APT::Update::Error-Mode "any";
 // A mirror may stand still for weeks.
 Acquire::Check-Valid-Until "false";
 // The kind of checksum that --print-uris shows.
