@@ -31,8 +31,6 @@ from .support import (
     turn_loop,
 )
 
-pytestmark = pytest.mark.smoke
-
 each_reader = pytest.mark.parametrize("read", [coopos.nb_read, coopos.tp_read], ids=["nb_read", "tp_read"])
 each_writer = pytest.mark.parametrize("write", [coopos.nb_write, coopos.tp_write], ids=["nb_write", "tp_write"])
 
@@ -46,6 +44,7 @@ def is_open(fd):
 # ---- nobody waits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_close_frees_the_number_at_once():
     with make_pipe() as (reader, writer):
         coopos.close(reader)
@@ -122,6 +121,7 @@ def test_close_works_in_a_hub_callback():
         assert not is_open(reader)
 
 
+@pytest.mark.smoke
 def test_close_of_every_kind_of_file(tmp_path):
     ours, theirs = socket.socketpair()
     master, slave = os.openpty()
@@ -135,6 +135,7 @@ def test_close_of_every_kind_of_file(tmp_path):
 # ---- our own greenlets wait --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @each_reader
 def test_close_wakes_a_reader_with_ebadf(read):
     with make_pipe() as (reader, _writer):
@@ -144,6 +145,7 @@ def test_close_wakes_a_reader_with_ebadf(read):
         assert result_of(greenlet) == BAD_FD
 
 
+@pytest.mark.smoke
 @each_writer
 def test_close_wakes_a_writer_with_ebadf(write):
     with make_clogged_pipe() as (_reader, writer, _size):
@@ -253,6 +255,7 @@ def test_close_and_use_of_the_number_again_before_the_waiter_ran():
             assert coopos.nb_read(again, 10) == b"def"
 
 
+@pytest.mark.smoke
 def test_close_and_use_of_the_number_again_misses_no_wake():
     for turn in range(200):
         with make_pipe() as (reader, writer):
@@ -291,6 +294,7 @@ def test_close_wakes_another_threads_sleeping_hub():
         assert not is_open(reader)
 
 
+@pytest.mark.smoke
 @each_reader
 def test_close_wakes_a_reader_in_another_thread_with_ebadf(read):
     with make_pipe() as (reader, _writer), HubThread() as thread:
@@ -568,6 +572,7 @@ print("alive")
     assert out == "alive\n"
 
 
+@pytest.mark.smoke
 def test_close_under_gevents_select_and_poll_does_not_abort():
     out = run_script(
         SOCKETS
@@ -667,6 +672,7 @@ def test_close_under_anothers_watcher_is_put_off_to_the_next_turn(watched):
     assert error_of(coopos.close, fd) == BAD_FD
 
 
+@pytest.mark.smoke
 def test_close_put_off_then_dup2_keeps_the_new_file(watched):
     fd, _theirs, _watcher = watched
     with make_pipe() as (reader, writer):

@@ -15,8 +15,6 @@ import coopos
 
 from .support import run_script
 
-pytestmark = pytest.mark.smoke
-
 #: What stands in for functions of os under its own name here, and in os not even after patch().
 FORMS = set(coopos.__cooperative__) - set(coopos.__implements__) - set(coopos.__extensions__)
 FUNCTIONS = sorted({*coopos.__implements__, *coopos.__extensions__, *FORMS})
@@ -44,6 +42,7 @@ def shape(function):
 # ---- against gevent.os -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("table", ["__implements__", "__extensions__"])
 def test_names_of_gevent_os_are_in_the_same_table(table):
     gevents, ours = getattr(gevent.os, table), getattr(coopos, table)
@@ -63,6 +62,7 @@ def test_imports_are_those_of_gevent_os():
     assert not set(coopos.__imports__) & set(coopos.__all__)
 
 
+@pytest.mark.smoke
 def test_every_other_name_of_os_is_that_of_os():
     ours = set(coopos.__all__)
     public = {name for name in vars(os) if not name.startswith("__")}
@@ -75,6 +75,7 @@ def test_implements_are_names_of_os_and_extensions_are_not():
     assert [name for name in coopos.__extensions__ if hasattr(os, name) and not name.startswith("wait")] == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(gevent.os.__all__))
 def test_signature_is_that_of_gevent_os(name):
     """Names, order, kinds and defaults; where ours is a superset, SUPERSETS says by what."""
@@ -191,6 +192,7 @@ coopos.unpatch()
     )
 
 
+@pytest.mark.smoke
 def test_import_makes_no_hub_and_no_signal_handler():
     run_script(
         """
@@ -287,6 +289,7 @@ def installed():
     return {path.name for path in importlib.resources.files("coopos").iterdir()}
 
 
+@pytest.mark.smoke
 def test_types_are_installed():
     assert "py.typed" in installed()
     compiled = [name.partition(".")[0] for name in installed() if name.endswith(".so")]
@@ -294,10 +297,12 @@ def test_types_are_installed():
     assert [name for name in compiled if f"{name}.pyi" not in installed()] == []
 
 
+@pytest.mark.smoke
 def test_sources_of_the_compiled_modules_are_not_installed():
     assert [name for name in installed() if pathlib.PurePath(name).suffix in (".pyx", ".pxd", ".c", ".h")] == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("module", ["_parking", "_blocking", "_core", "_owned", "_children", "_wait"])
 def test_stub_has_the_names_and_parameters_of_the_compiled_module(module):
     """In short; stubtest says the rest."""

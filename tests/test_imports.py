@@ -46,6 +46,7 @@ def run(source, keep_greenlets=False):
     return run_script(PRELUDE.format(keep_greenlets=keep_greenlets) + textwrap.dedent(source))
 
 
+@pytest.mark.smoke
 @both_settings
 def test_fork_waits_for_the_import_lock_of_another_greenlet(keep_greenlets):
     """The child finds done what the other was half-way through with, and the lock free."""

@@ -184,6 +184,7 @@ MODES = ["r", "w", "a", "r+", "w+", "a+", "rb", "wb", "b+r", "+a", "bbr"]
 each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", MODES)
 @each_operation
 def test_fileio_regular_file(tmp_path, mode, operation):
@@ -563,6 +564,7 @@ READS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
 def test_read_waits_in_the_hub(ends, read):
     """On every kind of file, again and again, after short reads too."""

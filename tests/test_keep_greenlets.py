@@ -130,6 +130,7 @@ mains = Busy()
 """
 
 
+@pytest.mark.smoke
 @each_place
 def test_no_greenlet_of_the_parent_runs_in_the_child(place):
     """Whatever it waits for, whoever tells it to go on or to end, and when nobody refers to it any more; nor while a hook waits."""
@@ -792,6 +793,7 @@ def test_a_fork_waits_for_the_other_whose_hooks_wait(keep):
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("keep", [True, False])
 def test_hooks_in_the_child_may_use_the_hub_and_its_threadpool(keep):
     """Those that were registered before coopos was imported, too."""

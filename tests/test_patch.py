@@ -99,6 +99,7 @@ def run_names(source, **kwargs):
     return run_script(NAMES + textwrap.dedent(source), **kwargs)
 
 
+@pytest.mark.smoke
 def test_patch_under_monkey():
     """It replaces what gevent.os and gevent.subprocess have and what gevent.monkey has put into os and subprocess; nothing else."""
     run_names("""
@@ -488,6 +489,7 @@ def test_os_popen_and_system():
     """)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method):
     """A process of multiprocessing is started and joined, and its exit code comes back."""

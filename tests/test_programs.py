@@ -90,6 +90,7 @@ def test_system_audit():
     assert output == "True\n"
 
 
+@pytest.mark.smoke
 def test_system_lets_others_run(gate):
     """Another greenlet goes on turning until the command has ended."""
     turns = []
@@ -689,6 +690,7 @@ def test_spawn_missing_arguments(name, arguments):
     assert has_no_child()
 
 
+@pytest.mark.smoke
 def test_spawn_lets_others_run():
     """Under P_WAIT other greenlets run until the program has ended; several are waited for at once, in any thread."""
     run_script(

@@ -92,6 +92,7 @@ def test_wait_returncode(script, returncode):
     assert process.wait() == process.returncode == process.poll() == process.wait(timeout=1) == returncode
 
 
+@pytest.mark.smoke
 def test_wait_lets_others_run(gate):
     process = sh(f"{gate.wait}; exit 7")
     waiter = parked(process.wait)
@@ -329,6 +330,7 @@ def test_popen_in_several_threads_at_once():
 MUCH = b"".join(b"%09d\n" % n for n in range(200_000))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pipes", [{}, {"stderr": PIPE}, {"stderr": STDOUT}], ids=["out", "out, err", "one for both"])
 def test_communicate_much(pipes):
     """More than pipes hold, in and out at once, while others run."""
@@ -712,6 +714,7 @@ def test_wrong_arguments(wrong):
     assert not isinstance(result, int)
 
 
+@pytest.mark.smoke
 def test_preexec_fn_that_takes_its_time(gate):
     """It runs in a fork, for which others need not wait."""
     fifo = os.open(gate.wait.split()[-1], os.O_RDWR)
@@ -930,6 +933,7 @@ def read_terminal(process):
     return process.pty.read().replace(b"\r\n", b"\n")
 
 
+@pytest.mark.smoke
 def test_pty_is_the_childs_terminal():
     """Its standard streams are one terminal, which is its controlling one; it leads a session and a foreground group."""
     script = "test -t 0 && test -t 1 && test -t 2 && echo ctty > /dev/tty; stty size; ps -o sid=,tpgid= -p $$"

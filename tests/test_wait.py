@@ -393,6 +393,7 @@ every_wait = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.smoke
 @both_spawns
 @every_wait
 def test_wait_family_living_child(wait, spawn):
