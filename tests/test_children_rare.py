@@ -66,6 +66,7 @@ def run_here(source, **kwargs):
 # ---- no memory ---------------------------------------------------------------------------------------------------------------
 
 
+@needs_libev  # gevent's libuv loop is Python, which has faults of its own there
 @both_paths
 @pytest.mark.parametrize("call", ["coopos.waitpid(pid, 0)", "coopos.waitid(os.P_ALL, 0, os.WEXITED)", "coopos.watch(pid)"])
 def test_wait_undoes_itself_without_memory(call, children):

@@ -95,7 +95,7 @@ cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
 
 # ---- SIGCHLD, where libev has it ---------------------------------------------------------------------------------------------
 
-# The loop that was looked at last, and the default loop; kept, so that no other is taken for it.
+# The loop that was looked at last, and libev's default loop; kept, so that no other is taken for it.
 cdef object _seen_loop = None
 cdef object _default_loop = None
 
@@ -110,11 +110,9 @@ cdef int keep_sigchld(loop) except -1:
     if loop is _seen_loop:
         return 0
     _seen_loop = loop
-    if loop.default:
+    if loop.default and type(loop).__module__ == "gevent.libev.corecext":
         _default_loop = loop
-        if type(loop).__module__ == "gevent.libev.corecext":
-            path = os.fsencode(sys.modules["gevent.libev.corecext"].__file__)
-            coopos_libev_begin(path, <void *><size_t>loop.ptr)
+        coopos_libev_begin(os.fsencode(sys.modules["gevent.libev.corecext"].__file__), <void *><size_t>loop.ptr)
     return 0
 
 
