@@ -9,7 +9,7 @@ import pytest
 
 from .children import needs_p_pidfd
 from .support import needs_libev, run_script
-from .test_children import may_choose_pids, run_seccomp, run_used_pid
+from .test_children import may_choose_pids, run_used_pid
 
 SETUP = """
 import ctypes, gc, os, signal, subprocess, sys, threading
@@ -29,7 +29,7 @@ def living(spawn=os.posix_spawn, script="read line; exit 7"):
 def turns_until(done):
     '''How often the loop goes round until greenlet *done* is ready.'''
     turns = []
-    counter = gevent.get_hub().loop.prepare(ref=False)
+    counter = gevent.get_hub().loop.check(ref=False)
     counter.start(lambda: turns.append(1))
     done.join()
     counter.stop()
@@ -177,7 +177,8 @@ def test_programs_in_threads_without_hubs(children):
 import coopos.subprocess
 gevent.get_hub()
 def run():
-    child = coopos._children.watch_new(os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], os.environ), print, None, True, needs_hub=False)
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], os.environ)
+    child = coopos._children.watch_new(pid, print, None, True, needs_hub=False)
     child.join()
     assert child.rstatus == 7 << 8
     pid = coopos.posix_spawn("/bin/true", ["true"], {})

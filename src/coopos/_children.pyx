@@ -550,9 +550,7 @@ cdef dict _exit_sets = {}
 
 cdef ExitSet exit_set_of(loop):
     cdef ExitSet exits = <ExitSet>_exit_sets.get(loop)
-    if exits is None:
-        exits = ExitSet(loop)
-    return exits
+    return ExitSet(loop) if exits is None else exits
 
 
 @cython.final
@@ -1215,8 +1213,8 @@ cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub
 def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, *, bint needs_hub=True):
     """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
-    Never switches greenlets. Returns the :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has
-    no hub.
+    Never switches greenlets. Returns the :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that
+    has no hub.
     """
     global _note
     cdef int number = as_int(pid)

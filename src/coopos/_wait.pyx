@@ -15,9 +15,9 @@ from coopos._children cimport (
     ALIVE, CLAIMED, ENDED, LOST, Child, ask_now, children, ended, is_used_again, lost_child, wait_for_news)
 from coopos._parking cimport READ, as_int, os_error, park_until_ready
 from coopos._posix cimport (
-    COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, COOPOS_WCLONE, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report, WCONTINUED, WEXITED,
-    WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_pid,
-    coopos_si_status, coopos_wants_clones, idtype_t, ino_t, timeval)
+    COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, COOPOS_WCLONE, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report,
+    WCONTINUED, WEXITED, WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open,
+    coopos_pidfd_pid, coopos_si_status, coopos_wants_clones, idtype_t, ino_t, timeval)
 
 import os
 import signal
