@@ -26,7 +26,8 @@ cdef class Child:
     cdef ino_t pidfd_inode(self) except? 0
     cdef int pidfd(self) except -2
     cdef int forget(self, watch) except -1
-    cdef int collect(self, bint claims) except -1
+    cdef int ask(self, int options, Report *report) except -2
+    cdef bint collect(self, bint claims, Report *stop, bint is_dead=*) except -1
     cdef int collected(self, const Report *report) except -1
     cdef int tell_others(self) except -1
     cdef int lose(self) except -1
@@ -39,7 +40,8 @@ cdef dict children
 cdef dict ended
 
 cdef object lost_child(int pid)
-cdef bint is_used_again(int pid) noexcept
+cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -2
+cdef bint is_used_again(int pid) except -1
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1
 
 cdef int note_new(Child child, int pid) except -1

@@ -17,8 +17,11 @@ child in one loop, by either; a Child is the record of one child, with a Watch i
 
 cimport cython
 from cpython.object cimport PyObject
+from cpython.pythread cimport (
+    PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_get_thread_ident, PyThread_release_lock,
+    PyThread_type_lock)
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport ECHILD, EINTR, EINVAL, ENOSYS, ESRCH, errno
+from libc.errno cimport ECHILD, EINTR, ENOSYS, EPERM, ESRCH, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
 from posix.signal cimport kill
@@ -27,19 +30,100 @@ from posix.unistd cimport close as c_close, getpgid, getuid
 
 from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, set_ref, wrong_switch
 from coopos._posix cimport (
-    COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, PTHREAD_CANCEL_DISABLE, Report, WEXITED, WNOWAIT, coopos_bell_close,
-    coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_collect_pidfd, coopos_peek, coopos_pidfd_inode,
-    coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_set_add, coopos_set_new, coopos_set_ready, coopos_set_rearm,
-    coopos_thread_start, coopos_wait, idtype_t, pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t,
-    waitid)
+    COOPOS_P_PIDFD, COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals,
+    Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_has_ended,
+    coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_set_add, coopos_set_new,
+    coopos_set_ready, coopos_thread_start, coopos_wait, idtype_t, poll, pollfd, pthread_cancel, pthread_join,
+    pthread_setcancelstate, pthread_t, siginfo_t, waitid)
 
 import atexit
 import os
 import sys
 
 from gevent._hub_local import get_loop
-from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
+from gevent.hub import MAIN_THREAD_IDENT, _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 from greenlet import getcurrent
+
+
+cdef extern from "pythread.h" nogil:
+    int PY_LOCK_INTR
+    int PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int is_interruptible)
+
+
+cdef extern from "_libev.h":
+    void coopos_libev_begin(const char *path, void *loop)
+    void coopos_libev_tell(void *loop)
+
+
+# ---- asking the kernel -------------------------------------------------------------------------------------------------------
+
+cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -2:
+    """waitid(2), without waiting: 0, also where there is nothing to say, or -1 with errno. A signal's handler has its turn."""
+    while coopos_wait(idtype, id, options, report) < 0:
+        if errno != EINTR:
+            return -1
+        PyErr_CheckSignals()
+    return 0
+
+
+cdef object hub_to_wait_in():
+    """This thread's hub, or None where nothing can be switched to: the thread has none, or it is the hub that asks, in a callback
+    or in the handler of a signal that came while it slept.
+    """
+    hub = get_hub_if_exists()
+    return None if getcurrent() is hub else hub
+
+
+cdef object this_loop():
+    """This thread's, or None."""
+    hub = get_hub_if_exists()
+    return None if hub is None else hub.loop
+
+
+cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
+    """Stand still, with the GIL released, until waitid(2) may have an answer. Nothing is collected."""
+    cdef siginfo_t info
+    cdef int err = 0
+    with nogil:
+        if waitid(idtype, id, &info, options | WNOWAIT) < 0:
+            err = errno
+    if err == EINTR:
+        PyErr_CheckSignals()
+    elif err and err != ECHILD:
+        raise os_error(err, "waitid", id)
+    return 0
+
+
+# ---- SIGCHLD, where libev has it ---------------------------------------------------------------------------------------------
+
+# The loop that was looked at last, and libev's default loop; kept, so that no other is taken for it.
+cdef object _seen_loop = None
+cdef object _default_loop = None
+
+
+cdef int keep_sigchld(loop) except -1:
+    """In the loop's thread: see that libev collects nobody's children, which its default loop does when it gets SIGCHLD.
+
+    gevent takes SIGCHLD back from the first default loop, and not from those that come after hub.destroy(destroy_loop=True):
+    https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h
+    """
+    global _seen_loop, _default_loop
+    if loop is _seen_loop:
+        return 0
+    _seen_loop = loop
+    if loop.default and type(loop).__module__ == "gevent.libev.corecext":
+        _default_loop = loop
+        coopos_libev_begin(os.fsencode(sys.modules["gevent.libev.corecext"].__file__), <void *><size_t>loop.ptr)
+    return 0
+
+
+def tell_sigchld_watchers():
+    """In the default loop's thread: the loop's signal watchers for SIGCHLD hear that a watched child has ended.
+
+    On libev no signal tells them, because there the signal would make libev collect every child. libuv's have it of the kernel.
+    """
+    if _default_loop is not None and is_alive(_default_loop):
+        coopos_libev_tell(<void *><size_t>_default_loop.ptr)
 
 
 # ---- asking the kernel from a thread -----------------------------------------------------------------------------------------
@@ -88,7 +172,7 @@ cdef class Question:
     cdef tuple key                 # (idtype, id, options)
     cdef dict table                # _questions or _exit_questions
     cdef Asker *asker
-    cdef list listeners            # [loop, watcher] of each who asked
+    cdef list listeners            # the Listener of each who asked
     cdef int bell[2]
     cdef bint has_bell
     cdef bint is_rung
@@ -106,46 +190,34 @@ cdef class Question:
         if asker == NULL:
             raise MemoryError
         self.has_bell = coopos_bell_new(self.bell) == 0
-        asker.idtype, asker.id, asker.options = self.key
-        asker.options |= WNOWAIT
+        self.asker = asker
         asker.has_bell = self.has_bell
         asker.bell[0], asker.bell[1] = self.bell[0], self.bell[1]
         asker.question = <PyObject *>self
-        err = coopos_thread_start(&asker.thread, ask_kernel, asker)
-        if err:
-            free(asker)
-            if self.has_bell:
-                coopos_bell_close(self.bell)
-            raise os_error(err, "pthread_create", self.key)
+        try:
+            asker.idtype, asker.id, asker.options = self.key
+            asker.options |= WNOWAIT
+            _asked.add(self)
+            self.table[self.key] = self
+            err = coopos_thread_start(&asker.thread, ask_kernel, asker)
+            if err:
+                raise os_error(err, "pthread_create", self.key)
+        except:
+            self.let_go()
+            raise
         Py_INCREF(self)
-        self.asker = asker
-        _asked.add(self)
         return 0
 
-    cdef list tell(self, loop, bint ref, callback, tuple args):
-        """Have ``callback(*args)`` run in *loop*'s hub when there is news. Returns what to :meth:`leave` with."""
-        cdef list listener = [loop, None]      # libuv's io watchers don't tell their loop
-        # First of all: to make a watcher may let another thread run, who would end a question that nobody waits for.
-        self.listeners.append(listener)
-        try:
-            watcher = loop.io(self.bell[0], READ, ref=ref) if self.has_bell else loop.async_(ref=ref)
-            listener[1] = watcher
-            watcher.start(self.hear, callback, args)
-            set_ref(watcher, ref)
-            if self.is_rung and not self.has_bell:
-                watcher.send()
-        except:
-            self.leave(listener)
-            raise
-        return listener
-
-    def hear(self, callback, args):
-        """In the hub: there is news."""
-        if self.born != generation:
-            self.shut()            # it is the parent's
-            return
+    cdef int let_go(self) except -1:
+        """The thread is gone, or was never there."""
         self.close_to_others()
-        callback(*args)
+        _asked.discard(self)
+        free(self.asker)
+        self.asker = NULL
+        if self.has_bell:
+            self.has_bell = False
+            coopos_bell_close(self.bell)
+        return 0
 
     cdef int close_to_others(self) noexcept:
         """Who asks from now on asks anew."""
@@ -155,36 +227,21 @@ cdef class Question:
 
     cdef int ring(self) noexcept:
         """Wake all who asked, from any thread."""
+        cdef Listener listener
         self.is_rung = True
         self.close_to_others()
         if self.has_bell:
             coopos_bell_ring(self.bell)
             return 0
-        for _, watcher in list(self.listeners):
-            try:
-                watcher.send()
-            except Exception:
-                pass           # closed, or its loop destroyed, while we were at the others; or not made yet
-        return 0
-
-    cdef int leave(self, list listener) except -1:
-        """The listener waits no longer; the last to leave ends the thread."""
-        loop, watcher = listener
-        for index in range(len(self.listeners)):
-            if self.listeners[index] is listener:
-                del self.listeners[index]
-                break
-        if watcher is not None and is_alive(loop):
-            watcher.stop()
-            watcher.close()
-        if not self.is_wanted():
-            self.end()
+        for listener in list(self.listeners):
+            listener.send()
         return 0
 
     cdef bint is_wanted(self) except -1:
         """Whether anybody waits whose loop was not destroyed."""
-        for loop, _ in self.listeners:
-            if is_alive(loop):
+        cdef Listener listener
+        for listener in self.listeners:
+            if listener.loop is None or is_alive(listener.loop):
                 return True
         return False
 
@@ -192,30 +249,112 @@ cdef class Question:
         cdef Asker *asker = self.asker
         if asker == NULL or self.born != generation:
             return 0
-        self.asker = NULL
+        # Before the GIL is released: nobody is to find a question whose thread is being ended.
         self.close_to_others()
-        _asked.discard(self)
+        self.asker = NULL
         with nogil:
             pthread_cancel(asker.thread)
             pthread_join(asker.thread, NULL)
-        free(asker)
-        if self.has_bell:
-            coopos_bell_close(self.bell)
+        self.asker = asker
+        self.let_go()
         Py_DECREF(self)
         return 0
 
     cdef int shut(self) except -1:
         """In a forked child: nobody here has asked. There is no thread either."""
-        hub = get_hub_if_exists()
-        loop = None if hub is None else hub.loop
-        for listening_loop, watcher in self.listeners:
-            if watcher is not None and listening_loop is loop:
-                watcher.stop()
-                watcher.close()
+        cdef Listener listener
+        loop = this_loop()
+        for listener in self.listeners:
+            if listener.watcher is not None and listener.loop is loop:
+                listener.watcher.stop()
+                listener.watcher.close()
         self.listeners.clear()
         if self.has_bell:
             self.has_bell = False
             coopos_bell_close(self.bell)
+        return 0
+
+
+@cython.final
+@cython.internal
+cdef class Listener:
+    """One of those who wait for the answer to a Question: in a loop by a watcher, or plainly, where *loop* is None."""
+    cdef Question question
+    cdef object loop               # libuv's io watchers don't tell their loop
+    cdef object watcher
+    cdef PyThread_type_lock lock   # to stand at, where there is neither a loop nor a bell
+
+    def __dealloc__(self):
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
+
+    cdef int start(self, bint ref, callback, tuple args) except -1:
+        """Have ``callback(*args)`` run in the loop's hub when there is news."""
+        cdef Question question = self.question
+        keep_sigchld(self.loop)
+        self.watcher = self.loop.io(question.bell[0], READ, ref=ref) if question.has_bell else self.loop.async_(ref=ref)
+        self.watcher.start(self.hear, callback, args)
+        set_ref(self.watcher, ref)
+        if question.is_rung:
+            self.send()
+        return 0
+
+    def hear(self, callback, args):
+        """In the hub: there is news."""
+        cdef Question question = self.question
+        if question.born != generation:
+            question.shut()        # it is the parent's
+            return
+        question.close_to_others()
+        callback(*args)
+
+    cdef int stand(self) except -1:
+        """Stand still, with the GIL released, until there is news."""
+        cdef Question question = self.question
+        cdef pollfd rung
+        cdef int err = 0
+        if question.has_bell:
+            rung.fd = question.bell[0]
+            rung.events = POLLIN
+            with nogil:
+                if poll(&rung, 1, -1) < 0:
+                    err = errno
+        elif not question.is_rung:
+            with nogil:
+                if PyThread_acquire_lock_timed(self.lock, -1, 1) == PY_LOCK_INTR:
+                    err = EINTR
+        if err == EINTR:
+            PyErr_CheckSignals()
+        elif err:
+            raise os_error(err, "poll", question.key)
+        else:
+            question.close_to_others()
+        return 0
+
+    cdef int send(self) noexcept:
+        """Wake it, where there is no bell, from any thread."""
+        if self.lock != NULL:
+            PyThread_release_lock(self.lock)
+        elif self.watcher is not None and not self.question.has_bell:
+            try:
+                self.watcher.send()
+            except Exception:
+                pass           # closed, or its loop destroyed, while we were at the others
+        return 0
+
+    cdef int leave(self) except -1:
+        """Wait no longer; the last to leave ends the thread."""
+        cdef Question question = self.question
+        cdef Py_ssize_t index
+        for index in range(len(question.listeners)):
+            if question.listeners[index] is self:
+                del question.listeners[index]
+                break
+        if self.watcher is not None and is_alive(self.loop):
+            self.watcher.stop()
+            self.watcher.close()
+        if not question.is_wanted():
+            question.end()
         return 0
 
 
@@ -226,18 +365,33 @@ cdef dict _questions = {}
 cdef set _asked = set()
 
 
-cdef Question ask(idtype_t idtype, id_t id, int options):
-    """The question whether the kernel has news, asked once however many ask it. Whoever gets it calls its tell() at once."""
+cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False, callback=None, tuple args=()):
+    """Put a question, or join those who wait for the answer to the same one. Whoever gets the Listener must leave() by it."""
     # The thread takes nothing anyway, and has no children of its own that it could confine itself to.
     cdef int asked = options & ~(WNOWAIT | COOPOS_WNOTHREAD)
     cdef tuple key = (idtype, id, asked)
     cdef dict table = _exit_questions if idtype == P_PID and asked == WEXITED else _questions
     cdef Question question = <Question>table.get(key)
+    cdef Listener listener = Listener()
     if question is None:
         question = Question(key, table)
         question.start()
-        table[key] = question
-    return question
+    listener.loop = loop
+    listener.question = question
+    try:
+        # Before anything else: to make a watcher may let another thread run, who would end a question that nobody waits for.
+        question.listeners.append(listener)
+        if loop is not None:
+            listener.start(ref, callback, args)
+        elif not question.has_bell:
+            listener.lock = PyThread_allocate_lock()
+            if listener.lock == NULL:
+                raise MemoryError
+            PyThread_acquire_lock(listener.lock, 1)
+    except:
+        listener.leave()
+        raise
+    return listener
 
 
 def end_deaf_questions():
@@ -323,26 +477,28 @@ cdef class ExitSet:
             self.watcher = loop.io(self.fd, READ, ref=False)
             self.watcher.start(self.look)
             set_ref(self.watcher, False)
+            _exit_sets[loop] = self
         except:
-            c_close(self.fd)
+            self.shut()
             raise
 
     cdef int add(self, Watch watch) except -1:
+        cdef int err
         if coopos_set_add(self.fd, watch.pidfd) < 0:
-            raise os_error(errno, "epoll_ctl", watch.pidfd)
-        Py_INCREF(watch)
-        _watch_of[watch.pidfd] = <PyObject *>watch
+            err = errno
+            if not self.members:
+                self.dissolve()
+            raise os_error(err, "epoll_ctl", watch.pidfd)
+        watch.exits = self
         self.members += 1
         return 0
 
-    cdef int remove(self, Watch watch) except -1:
-        """Forget a member that is about to be closed, and with the last one the set.
+    cdef int remove(self) except -1:
+        """Forget a member whose pidfd was closed, and with the last one the set.
 
-        Closing takes it out of the kernel's set, unless another process has a copy; then it may tell once more, of a number that
-        is not a member any more or is another one's, who finds his child alive.
+        Closing takes it out of the kernel's set. If another process holds a copy of the pidfd, epoll may report it once more.
+        look() then finds no Watch, or a newer one whose child is alive. Both are harmless.
         """
-        _watch_of[watch.pidfd] = NULL
-        Py_DECREF(watch)
         self.members -= 1
         if not self.members:
             self.dissolve()
@@ -357,7 +513,7 @@ cdef class ExitSet:
         cdef int fd = self.fd
         self.fd = -1
         if fd >= 0:
-            if is_alive(self.loop):
+            if self.watcher is not None and is_alive(self.loop):
                 self.watcher.stop()
                 self.watcher.close()
             c_close(fd)
@@ -384,9 +540,7 @@ cdef class ExitSet:
             if _watch_of[fds[i]] != NULL:
                 watch = <Watch>_watch_of[fds[i]]
                 if watch.exits is self:
-                    watch.fire()
-                    if watch.pidfd >= 0:
-                        coopos_set_rearm(self.fd, watch.pidfd)
+                    watch.fire(True)
         # Once for all of them, as one SIGCHLD stands for several.
         call_hook(self.loop)
 
@@ -397,10 +551,7 @@ cdef dict _exit_sets = {}
 
 cdef ExitSet exit_set_of(loop):
     cdef ExitSet exits = <ExitSet>_exit_sets.get(loop)
-    if exits is None:
-        exits = ExitSet(loop)
-        _exit_sets[loop] = exits
-    return exits
+    return ExitSet(loop) if exits is None else exits
 
 
 @cython.final
@@ -410,10 +561,9 @@ cdef class Watch:
     cdef Child child
     cdef object loop
     cdef ExitSet exits             # while the pidfd is in it
-    cdef Question question         # while a thread asks for us
-    cdef list news                 # by which it tells us
+    cdef Listener news             # while a thread asks for us
     cdef list waiters              # of the greenlets parked here, their switch
-    cdef list callbacks            # to be told, or None
+    cdef list callbacks            # to be told: (callback, whether it wants the loop kept alive); or None
     cdef int pidfd
     cdef int holds
     cdef int born                  # generation
@@ -422,37 +572,50 @@ cdef class Watch:
 
     def __cinit__(self, Child child, loop):
         self.child = child
-        self.loop = loop
+        self.loop = loop           # None: of a thread without a hub
         self.waiters = []
         self.pidfd = -1
         self.born = generation
 
-    cdef int start(self) except -1:
-        """Begin to watch. ESRCH if there is no such process any more."""
+    cdef bint start(self) except -1:
+        """Begin to watch. False if there is no such process any more."""
         cdef int err
+        keep_sigchld(self.loop)
         if _use_pidfds:
-            self.pidfd = open_pidfd(self.child.pid)
-            err = errno
-            if self.pidfd >= 0:
+            err = self.open_pidfd()
+            if not err:
                 try:
-                    self.exits = exit_set_of(self.loop)
-                    self.exits.add(self)
+                    exit_set_of(self.loop).add(self)
                     self.child.told_by = "pidfd"
-                    return 0
+                    return True
                 except BaseException as ex:
-                    if self.exits is not None and not self.exits.members:
-                        self.exits.dissolve()
-                    self.exits = None
                     self.drop_pidfd()
                     if not isinstance(ex, OSError):
                         raise
                     # Out of descriptors for the set: a thread needs none.
                     err = ex.errno
             if err == ESRCH:
-                raise os_error(err, "pidfd_open", self.child.pid)
+                return False
             _refusals[err] = _refusals.get(err, 0) + 1
         self.ask_thread()
         self.child.told_by = "thread"
+        return True
+
+    cdef int start_plainly(self) except -1:
+        """Begin to watch in a thread without a hub: keep a pidfd, by which the child is known whatever becomes of its pid."""
+        if _use_pidfds:
+            if self.open_pidfd() == ESRCH:
+                self.child.lose()
+        return 0
+
+    cdef int open_pidfd(self) except -1:
+        """0, or errno."""
+        cdef int pidfd = open_pidfd(self.child.pid)
+        if pidfd < 0:
+            return errno
+        self.pidfd = pidfd
+        Py_INCREF(self)
+        _watch_of[pidfd] = <PyObject *>self
         return 0
 
     def start_there(self, bint ref):
@@ -473,28 +636,25 @@ cdef class Watch:
         """Begin to watch our own child. If it is there no more, somebody else has collected it, or, because SIGCHLD is ignored, the
         kernel.
         """
-        try:
-            self.start()
-        except OSError as ex:
-            if ex.errno != ESRCH:
-                raise
+        if not self.start():
             self.child.lose()
-        else:
-            if ref:
-                self.hold(1)
+        elif ref:
+            self.hold(1)
         return 0
 
     cdef int drop_pidfd(self) except -1:
         cdef int pidfd = self.pidfd
         cdef ExitSet exits = self.exits
+        self.pidfd = -1
         if pidfd >= 0 and self.born == generation:
             self.exits = None
+            _watch_of[pidfd] = NULL
+            c_close(pidfd)
             if exits is not None:
                 if self.holds:
                     exits.hold(-1)
-                exits.remove(self)
-            c_close(pidfd)
-        self.pidfd = -1
+                exits.remove()
+            Py_DECREF(self)
         return 0
 
     cdef int hold(self, int change) except -1:
@@ -505,8 +665,12 @@ cdef class Watch:
             if self.exits is not None:
                 self.exits.hold(change)
             elif self.news is not None and is_alive(self.loop):
-                set_ref(self.news[1], self.holds > 0)
+                set_ref(self.news.watcher, self.holds > 0)
         return 0
+
+    def release(self):
+        """In the loop's thread: one that wanted the loop kept alive was unlinked."""
+        self.hold(-1)
 
     cdef int shut(self) except -1:
         """Watch no longer. In the loop's thread, unless the loop is gone."""
@@ -518,36 +682,41 @@ cdef class Watch:
 
     cdef int ask_thread(self) except -1:
         """Have a thread look for us."""
-        cdef Question question = ask(P_PID, self.child.pid, WEXITED)
-        self.news = question.tell(self.loop, self.holds > 0, self.fire_from_thread, ())
-        self.question = question
+        self.news = listen(self.loop, P_PID, self.child.pid, WEXITED, self.exits is None and self.holds > 0, self.fire_from_thread)
         return 0
 
     cdef int leave_thread(self) except -1:
-        cdef Question question = self.question
-        cdef list news = self.news
-        self.question = self.news = None
-        if question is not None and self.born == generation:
-            question.leave(news)
+        cdef Listener news = self.news
+        self.news = None
+        if news is not None and self.born == generation:
+            news.leave()
         return 0
 
     def fire_from_thread(self):
-        self.fire()
+        self.fire(False)
         call_hook(self.loop)
 
-    cdef int fire(self) except -1:
-        """In the hub: the child has ended, or is said to have."""
+    cdef int fire(self, bint is_dead) except -1:
+        """In the hub: the child has ended, or is said to have. One of several: what it raises the hub reports."""
         if self.born != generation:
             return 0
-        # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
-        if self.child.is_watched or self.waiters:
-            self.child.collect(self.waiters and not self.callbacks)
-        if self.child.state != ALIVE:
+        try:
+            # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
+            if (self.child.is_watched or self.waiters) and self.child.collect(self.waiters and not self.callbacks, NULL, is_dead):
+                self.leave_thread()
+                self.wake_waiters()    # a traced child has stopped: a matter for them
+            elif self.child.state != ALIVE:
+                self.shut()
+                self.tell_all()
+            else:
+                # The thread's look has come to nothing; or a tracer holds the end back: then the pidfd stays readable, and only
+                # a thread that waits as the parent does is told when the tracer lets go.
+                self.leave_thread()
+                self.ask_thread()
+        except:
+            self.loop.handle_error(self.child, *sys.exc_info())
             self.shut()
-            self.tell_all()
-        elif self.pidfd < 0:
-            self.leave_thread()    # its look has come to nothing: again
-            self.ask_thread()
+            self.wake_waiters()        # they begin anew, and meet the same, or not
         return 0
 
     def finish(self):
@@ -571,11 +740,17 @@ cdef class Watch:
         """In the hub: run the callbacks, once, and keep nothing alive that they refer to; then wake those who wait."""
         callbacks, self.callbacks = self.callbacks, None
         if callbacks:
-            for callback in callbacks:
+            for callback, _ in callbacks:
                 try:
                     callback(self.child)
                 except:
                     self.loop.handle_error(self.child, *sys.exc_info())
+        if self.waiters:
+            call_hook(self.loop)       # a signal would come before them
+            self.wake_waiters()
+        return 0
+
+    cdef int wake_waiters(self) except -1:
         while self.waiters:
             switch = self.waiters.pop(0)
             try:
@@ -584,23 +759,26 @@ cdef class Watch:
                 self.loop.handle_error(switch, *sys.exc_info())
         return 0
 
-    cdef int wait(self) except -1:
+    cdef int wait(self, hub) except -1:
         """Park until the child may have ended."""
         cdef object current = getcurrent()
         cdef object switch = current.switch      # a new object each time: it also proves who has woken us
         self.waiters.append(switch)
         self.hold(1)
         try:
-            came_back = give_way(get_hub(), current)
+            came_back = give_way(hub, current)
             if came_back is not switch:
                 raise wrong_switch(came_back, f"child {self.child.pid}")
         finally:
             self.hold(-1)
             if self.waiters and switch in self.waiters:
                 self.waiters.remove(switch)
-            if not self.waiters and not self.is_lasting:
-                self.shut()
-                self.child.forget(self)
+        return 0
+
+    cdef int end_unless_wanted(self) except -1:
+        if not self.waiters and not self.is_lasting:
+            self.shut()
+            self.child.forget(self)
         return 0
 
 
@@ -626,6 +804,10 @@ cdef int call_hook(loop) except -1:
     global _hook_is_due
     if _hook_is_due:
         _hook_is_due = False
+        if loop is _default_loop:
+            tell_sigchld_watchers()
+        elif _default_loop is not None:
+            post(_default_loop, tell_sigchld_watchers)
         if _child_hook is not None:
             try:
                 _child_hook()
@@ -679,7 +861,7 @@ cdef class Child:
     @property
     def callback(self):
         cdef list callbacks = None if self.home is None else (<Watch>self.home).callbacks
-        return callbacks[0] if callbacks else None
+        return callbacks[0][0] if callbacks else None
 
     @property
     def mechanism(self):
@@ -702,14 +884,14 @@ cdef class Child:
 
     def look(self):
         """Ask the kernel, without waiting, whether it has ended; so :attr:`rpid` tells it before the hub has seen it."""
-        self.collect(False)
+        self.collect(False, NULL)
 
     def join(self):
         """Park in this thread's hub until it has ended. Nobody's status is taken: any number of greenlets and threads may wait."""
-        self.collect(False)
+        self.collect(False, NULL)
         while self.state == ALIVE:
             self.wait()
-            self.collect(False)
+            self.collect(False, NULL)
 
     def send_signal(self, signum):
         """kill(2), never to another process that has got its pid. Nothing is sent, and nothing raised, once it has ended."""
@@ -719,13 +901,13 @@ cdef class Child:
         for watch in self.watches:
             if watch.born != generation:
                 return         # in a forked child, where it is no child
-        self.collect(False)
+        self.collect(False, NULL)
         if self.state != ALIVE:
             return
         pidfd = self.pidfd()
         rc = coopos_pidfd_signal(pidfd, number) if pidfd >= 0 else -1
-        # A child that was not collected keeps its pid.
-        if pidfd < 0 or (rc < 0 and errno == ENOSYS):
+        # A child that was not collected keeps its pid. Sandboxes refuse the newer call.
+        if pidfd < 0 or (rc < 0 and (errno == ENOSYS or errno == EPERM)):
             rc = kill(self.pid, number)
         if rc < 0 and errno != ESRCH:
             raise os_error(errno, "kill", self.pid)
@@ -734,9 +916,22 @@ cdef class Child:
         """Have ``callback(child)`` called in this thread's hub when it has ended; soon, if it has."""
         self.add_callback(callback, get_hub().loop, ref)
 
+    def unlink(self, callback):
+        """Undo :meth:`link`, and keep *callback* no longer."""
+        cdef Watch watch
+        cdef Py_ssize_t index
+        for watch in self.watches:
+            for index in range(len(watch.callbacks or ())):
+                each, ref = watch.callbacks[index]
+                if each == callback:
+                    del watch.callbacks[index]
+                    if ref:
+                        watch.release() if watch.loop is this_loop() else post(watch.loop, watch.release)
+                    return
+
     def collect_for_nobody(self):
         """Whether it has ended; then nobody will ask for the status."""
-        self.collect(False)
+        self.collect(False, NULL)
         self.claim_status()
         return self.state != ALIVE
 
@@ -750,24 +945,30 @@ cdef class Child:
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
     cdef bint wait(self) except -1:
-        """Park in this thread's hub until the child may have ended. False, at once, if there is no such process any more."""
+        """Wait, in this thread's hub if there is one that can run, until the child may have ended. False, at once, if there is no
+        such process any more.
+        """
         cdef Watch watch
         cdef Watch found = None
-        loop = get_hub().loop
-        for watch in self.watches:
-            if watch.loop is loop and not watch.is_closed:
-                found = watch
+        hub = hub_to_wait_in()
+        loop = None if hub is None else hub.loop
+        if hub is not None:
+            for watch in self.watches:
+                if watch.loop is loop and not watch.is_closed:
+                    found = watch
         if found is None:
             found = Watch(self, loop)
-            try:
-                found.start()
-            except BaseException as ex:
-                self.forget(found)
-                if isinstance(ex, ProcessLookupError):
+        try:
+            if found not in self.watches:
+                self.watches.append(found)
+                if hub is not None and not found.start():
                     return False
-                raise
-            self.watches.append(found)
-        found.wait()
+            if hub is None:
+                wait_plainly(P_PID, self.pid, WEXITED)
+            else:
+                found.wait(hub)
+        finally:
+            found.end_unless_wanted()
         return True
 
     cdef ino_t pidfd_inode(self) except? 0:
@@ -792,30 +993,55 @@ cdef class Child:
             del children[self.pid]
         return 0
 
-    cdef int collect(self, bint claims) except -1:
-        """Ask the kernel for the status, without waiting. Whether somebody *claims* it before anybody else can ask."""
+    cdef int ask(self, int options, Report *report) except -2:
+        """waitid(2) of this child, without waiting: 0, also where there is nothing to say, or -1 if somebody else collected it."""
+        cdef int pidfd = self.pidfd()
+        cdef int rc = -1
+        if pidfd >= 0:
+            # By pidfd, since the pid may be another process by now.
+            rc = ask_now(COOPOS_P_PIDFD, pidfd, options, report)
+        # Linux before 5.4 doesn't know P_PIDFD, and sandboxes refuse it.
+        if pidfd < 0 or (rc < 0 and errno != ECHILD):
+            rc = ask_now(P_PID, self.pid, options, report)
+        if rc < 0 and errno != ECHILD:
+            raise os_error(errno, "waitid", self.pid)
+        return rc
+
+    cdef bint collect(self, bint claims, Report *stop, bint is_dead=False) except -1:
+        """Ask the kernel for the status, without waiting. Whether somebody *claims* it before anybody else can ask.
+
+        True if it is a child that we trace, and has stopped, which every wait tells: it is taken into *stop*, or, if that is NULL,
+        left there. What *is_dead* needn't be looked at first.
+        """
+        cdef Report report
         cdef int pidfd, rc
         if self.state != ALIVE:
-            return 0
-        pidfd = self.pidfd()
+            return False
         # A zombie still has its group, a collected child hasn't: ask before.
         if not claims:
             self.group = getpgid(self.pid)
-        rc = -1
-        if pidfd >= 0:
-            # By pidfd, since the pid may be another process by now.
-            rc = coopos_collect_pidfd(pidfd, &self.report)
-        if pidfd < 0 or (rc < 0 and errno == EINVAL):
-            rc = coopos_wait(P_PID, self.pid, WEXITED, &self.report)
+        rc = 0
+        if stop == NULL and not is_dead:
+            rc = self.ask(WEXITED | WNOWAIT, &report)
+            if rc == 0 and not coopos_has_ended(&report):
+                return report.pid > 0
+        if rc == 0:
+            rc = self.ask(WEXITED, &report)
+        if rc == 0 and report.pid > 0 and not coopos_has_ended(&report):
+            if stop != NULL:
+                stop[0] = report
+            return True
+        pidfd = self.pidfd()
         if rc < 0 and pidfd >= 0:
             self.is_stolen = True
-            rc = coopos_pidfd_reaped(pidfd, &self.report)
-            self.report.pid = self.pid
-            self.report.uid = getuid()
+            rc = coopos_pidfd_reaped(pidfd, &report)
+            report.pid = self.pid
+            report.uid = getuid()
         if rc < 0:
             self.is_stolen = True
             self.lose()
-        elif self.report.pid > 0:
+        elif report.pid > 0:
+            self.report = report
             self.state = ENDED
             if self.is_watched:
                 if not claims:
@@ -823,7 +1049,7 @@ cdef class Child:
                 if children.get(self.pid) is self:
                     ended[self.pid] = self
             self.tell_others()
-        return 0
+        return False
 
     cdef int collected(self, const Report *report) except -1:
         """The caller has asked the kernel itself, and keeps what it got."""
@@ -880,17 +1106,20 @@ cdef class Child:
                 still_open.append(watch)
         if still_open is None:
             return 0
-        hub = get_hub_if_exists()
-        loop = None if hub is None else hub.loop
+        loop = this_loop()
         for watch in still_open:
-            if watch.loop is loop:
+            if watch.loop is None:
+                watch.shut()
+            elif watch.loop is loop:
                 watch.finish()
             elif not post(watch.loop, watch.finish):
                 watch.shut()       # its thread has ended, and its hub with it
         return 0
 
     cdef int add_callback(self, callback, loop, bint ref) except -1:
-        """Watch in *loop* from now on; where the child has ended already, the callback is called in the loop's next turn."""
+        """Watch in *loop* from now on; where the child has ended already, the callback is called in the loop's next turn. Without
+        a loop, only know it.
+        """
         cdef Watch watch
         cdef Watch found = None
         cdef bint is_new
@@ -901,18 +1130,29 @@ cdef class Child:
         if is_new:
             found = Watch(self, loop)
             self.watches.append(found)
+        try:
+            if callback is not None:
+                if found.callbacks is None:
+                    found.callbacks = []
+                found.callbacks.append((callback, ref))
+            if loop is None:
+                if is_new:
+                    found.start_plainly()
+            else:
+                begin = found.start_there if is_new else found.tell_again
+                if loop is this_loop():
+                    begin(ref)
+                else:
+                    post(loop, begin, (ref,))
+        except:
+            if is_new:
+                self.watches.remove(found)
+            elif found.callbacks and found.callbacks[len(found.callbacks) - 1][0] is callback:
+                found.callbacks.pop()
+            raise
         found.is_lasting = True
         if self.home is None:
             self.home = found
-        if callback is not None:
-            if found.callbacks is None:
-                found.callbacks = []
-            found.callbacks.append(callback)
-        begin = found.start_there if is_new else found.tell_again
-        if loop is get_hub().loop:
-            begin(ref)
-        else:
-            post(loop, begin, (ref,))
         return 0
 
 
@@ -930,9 +1170,10 @@ cdef object lost_child(int pid):
                            f"whoever calls waitpid(-1), and ignoring SIGCHLD")
 
 
-cdef bint is_used_again(int pid) noexcept:
+cdef bint is_used_again(int pid) except -1:
     """Whether the pid of a child that was collected belongs to another child of ours by now."""
-    return coopos_peek(pid) == 0
+    cdef Report report
+    return ask_now(P_PID, pid, WEXITED | WNOWAIT, &report) == 0
 
 
 def check_loop(loop):
@@ -943,11 +1184,20 @@ def check_loop(loop):
         raise ValueError("operation on destroyed loop")
 
 
-cdef Child record(int pid, callback, loop, bint ref, Child child):
-    """Watch *child*, or *pid* as a child that there is no record of."""
+cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub=True):
+    """Watch *child*, or *pid* as a child that there is no record of.
+
+    Of threads without a hub, the main one gets one, and others if the callback needs it: nobody would destroy it, nor run it. There
+    the child is only known, and a callback that needs no hub is not called.
+    """
     cdef bint is_new = child is None
     if loop is None:
-        loop = get_hub().loop
+        loop = this_loop()
+        if loop is None:
+            if PyThread_get_thread_ident() == MAIN_THREAD_IDENT or (callback is not None and needs_hub):
+                loop = get_hub().loop
+            else:
+                callback = None
     if is_new:
         child = Child(pid)
         children[pid] = child
@@ -961,26 +1211,26 @@ cdef Child record(int pid, callback, loop, bint ref, Child child):
     return child
 
 
-def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict notes=None):
+def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict notes=None, *, bint needs_hub=True):
     """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
     *notes*: what has happened to children in the meantime, as _forking tells it. Never switches greenlets. Returns the
-    :class:`Child`.
+    :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has no hub.
     """
     cdef int number = as_int(pid)
     cdef Child before = <Child>children.get(number)
     cdef Child note = <Child>notes.get(number) if notes else None
     if note is not None:
-        return record(number, callback, loop, ref, note)
+        return record(number, callback, loop, ref, note, needs_hub)
     if before is not None:
         # The pid is used again. Only a pidfd still knows the child that had it before.
         if before.state == ALIVE:
             if before.pidfd() >= 0:
-                before.collect(False)
+                before.collect(False, NULL)
             else:
                 before.lose()
         before.drop()
-    return record(number, callback, loop, ref, None)
+    return record(number, callback, loop, ref, None, needs_hub)
 
 
 def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
@@ -990,7 +1240,8 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
     """
     cdef int number = as_int(pid)
     cdef Child child = <Child>children.get(number)
-    cdef bint is_there = coopos_peek(number) == 0
+    cdef Report report
+    cdef bint is_there = ask_now(P_PID, number, WEXITED | WNOWAIT, &report) == 0
     if child is not None and child.state == ENDED and is_there:
         child.drop()       # the pid is used again
         child = None
@@ -1002,18 +1253,29 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
 # ---- waiting for the kernel's news -------------------------------------------------------------------------------------------
 
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
-    """Park until the kernel may have an answer to this waitid(2)."""
-    cdef object hub = get_hub()
+    """Wait until the kernel may have an answer to this waitid(2)."""
+    cdef object hub = hub_to_wait_in()
+    cdef object loop = None if hub is None else hub.loop
     cdef object current = getcurrent()
     cdef object switch = current.switch
-    cdef Question question = ask(idtype, id, options)
-    cdef list news = question.tell(hub.loop, True, switch, (switch,))
+    cdef Report report
+    cdef Listener news
+    if options & COOPOS_WNOTHREAD and ask_now(idtype, id, options & ~COOPOS_WNOTHREAD | WNOWAIT, &report) == 0 and report.pid > 0:
+        # It is another thread's, and no other thread can ask for this one's alone.
+        return wait_plainly(idtype, id, options)
+    if hub is None and idtype == P_PID:
+        return wait_plainly(idtype, id, options)
+    # For any child also where nothing can be switched to: the hub of another thread may collect it and ring.
+    news = listen(loop, idtype, id, options, True, switch, (switch,))
     try:
-        came_back = give_way(hub, current)
-        if came_back is not switch:
-            raise wrong_switch(came_back, "children")
+        if hub is None:
+            news.stand()
+        else:
+            came_back = give_way(hub, current)
+            if came_back is not switch:
+                raise wrong_switch(came_back, "children")
     finally:
-        question.leave(news)
+        news.leave()
     return 0
 
 

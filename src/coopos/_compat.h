@@ -72,11 +72,13 @@ enum { HAVE_PIDFD = 0 };
 /* waitid(2)'s: the same, WUNTRACED being WSTOPPED there, and two more. */
 #define COOPOS_WAITID_OPTIONS ((COOPOS_WAIT_OPTIONS & ~WUNTRACED) | WSTOPPED | WEXITED | WNOWAIT)
 
-/* The one that leaves out other threads' children. */
+/* The one that leaves out other threads' children, and the one that leaves out those made with SIGCHLD. */
 #if defined(__linux__)
 #  define COOPOS_WNOTHREAD 0x20000000
+#  define COOPOS_WCLONE ((int)0x80000000u)
 #else
 #  define COOPOS_WNOTHREAD 0
+#  define COOPOS_WCLONE 0
 #endif
 
 /* Whether such options ask for no ordinary child at all, but for those that Linux's clone(2) made without SIGCHLD. */
@@ -197,13 +199,6 @@ static inline int coopos_si_status(const struct coopos_report *report)
     }
 }
 
-/* Whether the kernel has something to say of a child, without taking it. 0, or -1 with errno ECHILD if it isn't ours to wait for. */
-static inline int coopos_peek(pid_t pid)
-{
-    siginfo_t info;
-    return waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT);
-}
-
 /* ---- pidfds: Linux 5.3 (pidfd_open(2)), 5.4 (waitid(2) with P_PIDFD) ---- */
 
 static inline int coopos_pidfd_open(pid_t pid)
@@ -224,17 +219,6 @@ static inline int coopos_pidfd_signal(int pidfd, int signum)
 #else
     (void)pidfd;
     (void)signum;
-    return coopos_unsupported();
-#endif
-}
-
-/* Collect the ended child behind a pidfd, without waiting. */
-static inline int coopos_collect_pidfd(int pidfd, struct coopos_report *report)
-{
-#if defined(__linux__)
-    return coopos_wait(COOPOS_P_PIDFD, (id_t)pidfd, WEXITED, report);
-#else
-    (void)pidfd; (void)report;
     return coopos_unsupported();
 #endif
 }
@@ -287,7 +271,8 @@ static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
         /* Between the moment another thread takes the zombie and the moment the kernel lets go of it there is neither a child
          * nor an exit record; POLLHUP marks the end of that moment. */
         if (attempt == 0)
-            (void)poll(&reaped, 1, 50);
+            while (poll(&reaped, 1, 50) < 0 && errno == EINTR)
+                ;
     }
     errno = ECHILD;
     return -1;
@@ -331,33 +316,19 @@ static inline int coopos_set_new(void)
 #endif
 }
 
-/* A member tells once that it is readable, and again when it is re-armed. */
-static inline int coopos_set_change(int set, int op, int fd)
+/* A member tells once that it is readable. */
+static inline int coopos_set_add(int set, int fd)
 {
 #if defined(__linux__)
     struct epoll_event event;
     memset(&event, 0, sizeof event);
     event.events = EPOLLIN | EPOLLONESHOT;
     event.data.fd = fd;
-    return epoll_ctl(set, op, fd, &event);
+    return epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);
 #else
-    (void)set; (void)op; (void)fd;
+    (void)set; (void)fd;
     return coopos_unsupported();
 #endif
-}
-
-#if !defined(__linux__)
-enum { EPOLL_CTL_ADD, EPOLL_CTL_MOD };
-#endif
-
-static inline int coopos_set_add(int set, int fd)
-{
-    return coopos_set_change(set, EPOLL_CTL_ADD, fd);
-}
-
-static inline int coopos_set_rearm(int set, int fd)
-{
-    return coopos_set_change(set, EPOLL_CTL_MOD, fd);
 }
 
 enum { COOPOS_SET_BATCH = 256 };
@@ -435,9 +406,11 @@ static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), v
     if ((err = pthread_attr_init(&attr)) != 0)
         return err;
     (void)pthread_attr_setstacksize(&attr, STACK_BYTES);
-    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
-    err = pthread_create(thread, &attr, run, arg);
-    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    err = pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (err == 0) {
+        err = pthread_create(thread, &attr, run, arg);
+        (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
     (void)pthread_attr_destroy(&attr);
     return err;
 }

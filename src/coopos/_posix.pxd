@@ -105,7 +105,7 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from "_compat.h" nogil:
     int HAVE_PIDFD
-    int COOPOS_WNOTHREAD, COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS
+    int COOPOS_WNOTHREAD, COOPOS_WCLONE, COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS
     idtype_t COOPOS_P_PIDFD
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH
@@ -119,17 +119,14 @@ cdef extern from "_compat.h" nogil:
     bint coopos_has_ended(const Report *report)
     int coopos_si_status(const Report *report)
     int coopos_wait(idtype_t idtype, id_t id, int options, Report *report)
-    int coopos_peek(pid_t pid)
     int coopos_pidfd_open(pid_t pid)
     int coopos_pidfd_signal(int pidfd, int signum)
-    int coopos_collect_pidfd(int pidfd, Report *report)
     int coopos_pidfd_reaped(int pidfd, Report *report)
     pid_t coopos_pidfd_pid(int pidfd)
     ino_t coopos_pidfd_inode(int pidfd)
     bint coopos_wants_clones(int options)
     int coopos_set_new()
     int coopos_set_add(int set, int fd)
-    int coopos_set_rearm(int set, int fd)
     int coopos_set_ready(int set, int *fds)
     void coopos_close_run(int first, int last)
     int coopos_bell_new(int *bell)

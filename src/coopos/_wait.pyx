@@ -12,12 +12,12 @@ from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgrp
 
 from coopos._children cimport (
-    ALIVE, CLAIMED, ENDED, LOST, Child, children, ended, is_used_again, lost_child, wait_for_news)
+    ALIVE, CLAIMED, ENDED, LOST, Child, ask_now, children, ended, is_used_again, lost_child, wait_for_news)
 from coopos._parking cimport READ, as_int, os_error, park_until_ready
 from coopos._posix cimport (
-    COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report, WCONTINUED, WEXITED,
-    WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_pid,
-    coopos_si_status, coopos_wait, coopos_wants_clones, idtype_t, ino_t, timeval)
+    COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, COOPOS_WCLONE, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report,
+    WCONTINUED, WEXITED, WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open,
+    coopos_pidfd_pid, coopos_si_status, coopos_wants_clones, idtype_t, ino_t, timeval)
 
 import os
 import signal
@@ -40,10 +40,11 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
     # Whether only the kernel can answer: of stops and continues, of a look that takes nothing, of Linux's __WALL and its like.
     cdef bint is_special = (options & ~WNOHANG) != WEXITED
     cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
+    cdef bint takes = not options & WNOWAIT
     if child is not None:
         # Is it the process of this pid that we have a record of? Who collected another behind our back may have freed its pid.
-        if child.is_watched and asks_records:
-            child.collect(not options & WNOWAIT)
+        if child.is_watched and asks_records and child.collect(takes, report if takes else NULL) and takes:
+            return 0
         if (child.state == ENDED or child.is_stolen) and is_used_again(pid):
             child.drop()
             child = None
@@ -52,8 +53,8 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             child = <Child>children.get(pid)
         if child is not None and asks_records:
             # To collect a child that nobody watches is to take it from who waits for it.
-            if child.is_watched or not options & WNOWAIT:
-                child.collect(not options & WNOWAIT)
+            if (child.is_watched or takes) and child.collect(takes, report if takes else NULL) and takes:
+                return 0
             if child.state == ENDED:
                 return take(child, options, report)
             if child.state == CLAIMED:
@@ -61,15 +62,15 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             if child.state == LOST:
                 raise lost_child(pid)
         if child is None or is_special:
-            if coopos_wait(P_PID, pid, options, report) < 0:
+            if ask_now(P_PID, pid, options, report) < 0:
                 raise os_error(errno, call, pid)
             if report.pid > 0:
-                if child is not None and coopos_has_ended(report) and not options & WNOWAIT:
+                if child is not None and coopos_has_ended(report) and takes:
                     child.collected(report)
                 return 0
         if options & WNOHANG:
             return 0
-        if is_special:
+        if is_special or is_traced(pid):
             wait_for_news(P_PID, pid, options)
             continue
         if child is None:
@@ -77,6 +78,15 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             children[pid] = child
         if not child.wait() and not child.is_watched:
             child = None       # collected by another thread this moment: the kernel says so next time round
+
+
+cdef bint is_traced(int pid) except -1:
+    """Whether we trace the child, whose stops every wait tells, and no pidfd: https://man7.org/linux/man-pages/man2/ptrace.2.html
+
+    __WCLONE leaves out ordinary children, but not those that are traced (eligible_child() in the kernel's exit.c).
+    """
+    cdef Report report
+    return COOPOS_WCLONE and ask_now(P_PID, pid, WEXITED | WNOWAIT | COOPOS_WCLONE, &report) == 0
 
 
 cdef Child find_ended(idtype_t idtype, id_t id):
@@ -94,7 +104,7 @@ cdef bint find_stolen() except -1:
     cdef bint found = False
     for child in list(children.values()):
         if child.is_watched and child.state == ALIVE:
-            child.collect(False)
+            child.collect(False, NULL)
             found = found or child.state == ENDED
     return found
 
@@ -112,7 +122,7 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
             if not is_used_again(child.pid):
                 return take(child, options, report)
             child.drop()
-        if coopos_wait(idtype, id, options, report) < 0:
+        if ask_now(idtype, id, options, report) < 0:
             err = errno
             if err == ECHILD and asks_records and find_stolen():
                 continue
@@ -132,7 +142,7 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
     cdef Child child
     cdef ino_t inode
     cdef int flags, err
-    if coopos_wait(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
+    if ask_now(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
         if report.pid > 0:
             return wait_one(call, report.pid, options, report)
         if options & WNOHANG:
@@ -142,14 +152,19 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
             raise os_error(EAGAIN, call, fd)
         pid = pid_of(fd)
         # To read it may have let another thread run: it is that child's pid only while it can be waited for.
-        if coopos_wait(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
+        if ask_now(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
             return wait_one(call, pid, options, report)
     err = errno
     if err == ECHILD and options & WEXITED:
         inode = coopos_pidfd_inode(fd)
         for child in list(children.values()) if inode else ():
             if child.pidfd_inode() == inode:
-                return wait_one(call, child.pid, options, report)
+                # Not by its pid, which may be another child's by now.
+                child.collect(not options & WNOWAIT, NULL)
+                if child.state == ENDED:
+                    return take(child, options, report)
+                if child.state == LOST:
+                    raise lost_child(child.pid)
     raise os_error(err, call, fd)
 
 

@@ -225,10 +225,10 @@ class _Link:
 
     def __init__(self, popen: Popen[Any], callback: Callable[[Any], object]) -> None:
         self.popen, self.callback = popen, callback
-        self.is_on = True
 
     def __call__(self, child: _children.Child) -> None:
-        if self.is_on:
+        if self in self.popen._links:
+            self.popen._links.remove(self)
             self.popen._tell_end()
             self.callback(self.popen)
 
@@ -360,7 +360,7 @@ class Popen(_Base[AnyStr]):
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
 
     def _watch(self, pid: int) -> _children.Child | None:
-        return _children.watch_new(pid, _Ended(self), None, True)
+        return _children.watch_new(pid, _Ended(self), None, True, needs_hub=False)
 
     def _get_handles(self, *streams: Any) -> tuple[int, ...]:
         handles: tuple[int, ...] = super()._get_handles(*streams)
@@ -473,8 +473,9 @@ class Popen(_Base[AnyStr]):
         """Undo :meth:`rawlink`."""
         for link in self._links:
             if link.callback == callback:
-                link.is_on = False
                 self._links.remove(link)
+                if self._child is not None:
+                    self._child.unlink(link)
                 return
 
     @property
