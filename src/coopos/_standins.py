@@ -1,7 +1,8 @@
 """What stands in for parts of the stdlib where its own code runs over ours: in subprocess and in multiprocessing. POSIX only.
 
 A namespace in the place of a module that the code calls, and a selector whose waits let other greenlets run. Of the selector: what
-is ready is the kernel's to say, each time; the hub is only slept in. Knows `_parking` and gevent's Timeout.
+is ready is the kernel's to say, each time; the hub is only slept in, and in the hub itself the wait is poll(2)'s. Knows `_parking`
+and gevent's Timeout.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from gevent import Timeout
+from gevent.hub import _get_hub as get_hub_if_exists  # type: ignore[attr-defined]
 from gevent.monkey import get_original
+from greenlet import getcurrent
 
 from coopos import _parking
 
@@ -27,6 +30,11 @@ def over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
     namespace = types.ModuleType(module.__name__, module.__doc__)
     vars(namespace).update(ours, __getattr__=lambda name: getattr(module, name))
     return namespace
+
+
+def is_in_hub() -> bool:
+    """Whether this runs in the hub, where nothing can switch: a callback, or a signal's handler."""
+    return getcurrent() is get_hub_if_exists()
 
 
 def in_time(seconds: float | None, wait: Callable[..., object], *args: object) -> None:
@@ -51,6 +59,8 @@ class CooperativeSelector(selectors.PollSelector):
         if timeout is not None and timeout <= 0:
             _parking.yield_turn()
             return ready
+        if is_in_hub():
+            return super().select(timeout)
         wanted = [
             (key.fd, events)
             for key in self.get_map().values()
