@@ -29,7 +29,9 @@ import struct
 import sys
 import threading
 import traceback
+from contextlib import nullcontext
 from errno import ECHILD
+from queue import Full
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gevent import spawn
@@ -264,6 +266,29 @@ def _notify_condition(condition: Any, n: int = 1) -> None:
                 pass
             for _ in range(notified):
                 sleeping.release()
+
+
+# ---- queues ------------------------------------------------------------------------------------------------------------------
+
+
+def _put(queue: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+    """``Queue.put`` and ``JoinableQueue.put``: the stdlib's, but what is not put takes no place."""
+    if queue._closed:
+        raise ValueError(f"Queue {queue!r} is closed")
+    if not queue._sem.acquire(block, timeout):
+        raise Full
+    is_joinable = hasattr(queue, "_unfinished_tasks")
+    try:
+        with queue._notempty, queue._cond if is_joinable else nullcontext():
+            if queue._thread is None:
+                queue._start_thread()
+            queue._buffer.append(obj)
+            if is_joinable:
+                queue._unfinished_tasks.release()
+            queue._notempty.notify()
+    except BaseException:
+        queue._sem.release()
+        raise
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------------------
@@ -552,6 +577,13 @@ _WANTED = {
     "multiprocessing.popen_spawn_posix": _Wanted(
         ("Popen._launch(self, process_obj): open",),
         lambda module: [(module, "open", _open)],
+    ),
+    "multiprocessing.queues": _Wanted(
+        (
+            "Queue.put(self, obj, block, timeout): _closed, _sem, Full, _notempty, _thread, _start_thread, _buffer",
+            "JoinableQueue.put(self, obj, block, timeout): _closed, _sem, Full, _notempty, _cond, _buffer, _unfinished_tasks",
+        ),
+        lambda module: [(module.Queue, "put", _put), (module.JoinableQueue, "put", _put)],
     ),
     "multiprocessing.reduction": _Wanted(
         (
