@@ -1050,25 +1050,22 @@ def test_signal_handler_in_a_child_calls_a_manager():
     from gevent.hub import get_hub
     ctx = mp.get_context("fork")
     with ctx.Manager() as manager:
-        started, handled = manager.Event(), manager.Event()
+        handled = manager.Event()
 
         def handle(*_):
-            if gevent.getcurrent() is get_hub():
-                handled.set()
-                sys.exit(7)
+            assert gevent.getcurrent() is get_hub()
+            handled.set()
+            sys.exit(7)
 
         def sleep():
             signal.signal(signal.SIGTERM, handle)
-            started.set()
+            get_hub().loop.run_callback(os.kill, os.getpid(), signal.SIGTERM)
             while True:
                 time.sleep(1)
 
         process = ctx.Process(target=sleep)
         process.start()
-        started.wait()
-        while process.exitcode is None:
-            os.kill(process.pid, signal.SIGTERM)
-            process.join(0.01)
+        process.join()
         assert process.exitcode == 7 and handled.is_set()
     """)
 
