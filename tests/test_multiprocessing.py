@@ -680,6 +680,11 @@ def throw(error, greenlet):
     '''Throw *error* into a greenlet that waits in raises(error, ...), where it comes out.'''
     greenlet.kill(error, block=False)
     assert type(greenlet.get()) is error
+
+
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    coopos.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 """
 
 
@@ -776,7 +781,6 @@ def test_pool_and_manager_let_out_whatever_is_thrown_in():
     """While they end, too; the manager's process ends all the same."""
     run_throwing("""
     ctx = mp.get_context("fork")
-    stop, go_on = (lambda pid, number=number: os.kill(pid, number) for number in (signal.SIGSTOP, signal.SIGCONT))
     for error in THROWN:
         pool = ctx.Pool(1)
         pid = pool.apply(os.getpid)
@@ -791,7 +795,7 @@ def test_pool_and_manager_let_out_whatever_is_thrown_in():
         stop(process.pid)
         throw(error, parked(raises, error, manager.list))
         throw(error, parked(raises, error, manager.shutdown))
-        go_on(process.pid)
+        os.kill(process.pid, signal.SIGCONT)
         process.join()
         assert process.exitcode == 0
     """)
@@ -801,22 +805,26 @@ def test_manager_call_that_is_broken_off_does_not_answer_the_next():
     """Neither while its answer is waited for nor while it is sent."""
     run_throwing("""
     with mp.get_context("fork").Manager() as manager:
-        queue, numbers = manager.Queue(), manager.dict(a=1)
-        pid = manager._process.pid
+        numbers, pid = manager.dict(a=1), manager._process.pid
         for error in THROWN:
+            queue = manager.Queue()
             throw(error, parked(raises, error, queue.get))
             gevent.spawn(queue.put, "late").join()
             assert [numbers["a"], numbers["a"]] == [1, 1]
 
             def call():
                 assert numbers["a"] == 1
-                os.kill(pid, signal.SIGSTOP)
+                stop(pid)
+                stopped.append(pid)
                 raised = raises(error, numbers.update, {"b": b"x" * 3_000_000})
                 os.kill(pid, signal.SIGCONT)
                 assert numbers.copy() == {"a": 1}
                 return raised
 
-            throw(error, parked(call))
+            stopped, calling = [], gevent.spawn(call)
+            while not stopped:
+                gevent.sleep(0.001)
+            throw(error, calling)
     """)
 
 
@@ -965,8 +973,7 @@ def test_notify_that_is_broken_off_has_notified_nobody_who_had_not_woken():
         process.start()
         here.recv()
         with condition:       # it waits now
-            os.kill(process.pid, signal.SIGSTOP)
-            coopos.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            stop(process.pid)
         throw(error, parked(raises, error, notify))
         with condition:
             assert not condition.wait(0.001)      # it was not meant for this one

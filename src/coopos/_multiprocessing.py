@@ -22,7 +22,6 @@ import functools
 import importlib
 import io
 import os
-import platform
 import signal
 import socket
 import struct
@@ -39,7 +38,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original, is_module_patched
 
 from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
-from coopos._standins import CooperativeSelector, is_in_hub, over
+from coopos._standins import CooperativeSelector, over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -53,86 +52,100 @@ importlib.import_module("_multiprocessing")  # ImportError: a system without the
 # A message is its length in 4 bytes, or -1 and the length in 8, and then the bytes:
 # https://github.com/python/cpython/blob/v3.13.0/Lib/multiprocessing/connection.py#L406-L436
 _SHORT, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
-_LONG_FOLLOWS = _SHORT.pack(-1)
 #: Up to here a copy is cheaper than a second system call.
 MAX_JOINED = 16_384
-MAX_READ = 262_144
 
 
-def _parse_head(head: bytes) -> tuple[int | None, int]:
-    """(the length of a message, or None while its head is not complete; how much of the head is missing)."""
-    layout = _LONG if head.startswith(_LONG_FOLLOWS) else _SHORT
-    missing = layout.size - len(head)
-    return (None, missing) if missing else (layout.unpack(head)[-1], 0)
-
-
-def _read(fd: int, n: int) -> bytes:
-    try:
-        return _core.read(fd, n)
-    except BlockingSwitchOutError:
-        return os.read(fd, n)
+def _read_part(fd: int, parts: list[bytes], index: int, size: int) -> bytes:
+    """Read what is missing of one part of a message. What was read stays in *parts*, whatever comes out; at the end of the file
+    nothing does.
+    """
+    while len(parts[index]) < size:
+        try:
+            parts[index] += _core.read_exactly(fd, size - len(parts[index]))
+        except BaseException as ex:
+            parts[index] += getattr(ex, "partial", b"")
+            data = b""
+            if isinstance(ex, BlockingSwitchOutError):
+                data = os.read(fd, size - len(parts[index]))
+            elif not hasattr(ex, "is_at_end"):
+                raise
+            if not data:
+                has_begun = bool(parts[index])
+                parts.clear()
+                raise (OSError("got end of file during message") if has_begun else EOFError()) from None
+            parts[index] += data
+    return parts[index]
 
 
 def _receive_bytes(connection: Any, maxsize: int | None = None) -> io.BytesIO | None:
     """``Connection._recv_bytes``. If anything is thrown in, what was read of the message stays for the next call."""
     fd = connection._handle
-    head, body = vars(connection).pop("_coopos_begun", None) or (b"", io.BytesIO())
-    while True:
-        size, missing = _parse_head(head)
-        if size is not None:
-            if maxsize is not None and size > maxsize:
-                return None
-            missing = min(size - body.tell(), MAX_READ)
-            if missing <= 0:
-                return body
-        try:
-            data = _read(fd, missing)
-        except BaseException:
-            if head:
-                connection._coopos_begun = head, body
-            raise
-        if not data:
-            raise OSError("got end of file during message") if head else EOFError
-        if size is None:
-            head += data
-        else:
-            body.write(data)
-
-
-def _write_all(fd: int, data: Any) -> None:
-    """Whatever comes out says in ``characters_written`` how much was written."""
+    parts = connection.__dict__.pop("_coopos_begun", None) or [b"", b"", b""]
     try:
-        _core.write_all(fd, data)
-    except BlockingSwitchOutError as ex:
-        done = getattr(ex, "characters_written", 0)
+        size = int.from_bytes(_read_part(fd, parts, 0, 4), "big", signed=True)
+        if size == -1:
+            size = int.from_bytes(_read_part(fd, parts, 1, 8), "big")
+        if maxsize is not None and size > maxsize:
+            return None
+        message = io.BytesIO(_read_part(fd, parts, 2, size))
+        message.seek(0, io.SEEK_END)
+        return message
+    except BaseException:
+        if any(parts):
+            connection._coopos_begun = parts
+        raise
+
+
+def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseException) -> None:
+    """The first of *parts* was being sent when *ex* came out. In the hub, send them plainly. Otherwise raise it, and if the message
+    *has_begun* keep the rest: the reader would take what follows for it.
+    """
+    done = getattr(ex, "characters_written", 0)
+    try:
+        while True:
+            has_begun = has_begun or done > 0
+            parts[0] = memoryview(parts[0])[done:]
+            if not parts[0]:
+                del parts[0]
+            if not isinstance(ex, BlockingSwitchOutError):
+                raise ex
+            if not parts:
+                return
+            done = os.write(connection._handle, parts[0])
+    except BaseException:
+        if has_begun and parts:
+            connection._coopos_rest = b"".join(parts)
+        parts.clear()
+        raise
+
+
+def _send_parts(connection: Any, parts: list[Any], has_begun: bool = False) -> None:
+    while parts:
         try:
-            while done < len(data):
-                done += os.write(fd, data[done:])
-        except BaseException as other:
-            other.characters_written = done  # type: ignore[attr-defined]
-            raise
+            _core.write_all(connection._handle, parts[0])
+        except BaseException as ex:
+            _send_on(connection, parts, has_begun, ex)
+        else:
+            del parts[0]
+            has_begun = True
 
 
 def _send_bytes(connection: Any, buf: Any) -> None:
-    """``Connection._send_bytes``. If anything is thrown in after a part of a message was sent, the next call sends the rest first:
-    the reader would otherwise take what follows for that rest.
-    """
+    """``Connection._send_bytes``. If anything is thrown in after a part was sent, the next call sends the rest first."""
     size = len(buf)
-    head = _SHORT.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
-    parts = [vars(connection).pop("_coopos_rest", b""), head, buf]
-    if size <= MAX_JOINED:
-        parts[1:] = [head + buf]
-    sent = 0
     try:
-        while sent < len(parts):
-            if parts[sent]:
-                _write_all(connection._handle, parts[sent])
-            sent += 1
-    except BaseException as ex:
-        done = getattr(ex, "characters_written", 0)
-        if sent != 1 or done:
-            following = parts[sent + 1 :] if sent else []
-            connection._coopos_rest = b"".join([memoryview(parts[sent])[done:], *following])
+        if "_coopos_rest" in connection.__dict__:
+            _send_parts(connection, [connection.__dict__.pop("_coopos_rest")], has_begun=True)
+        if size <= MAX_JOINED:
+            message = _SHORT.pack(size) + buf
+            try:
+                _core.write_all(connection._handle, message)
+            except BaseException as ex:
+                _send_on(connection, [message], False, ex)
+        else:
+            _send_parts(connection, [_SHORT.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size), buf])
+    except BaseException:
         if isinstance(buf, memoryview):
             buf.release()  # in a traceback it would outlive its BytesIO, which complains
         raise
@@ -161,7 +174,7 @@ def _in_hub_plainly(make_client: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make_client)
     def connect(address: Any) -> Any:
-        if not is_in_hub():
+        if not _parking.is_in_hub():
             return make_client(address)
         from multiprocessing import connection
 
@@ -177,7 +190,7 @@ class _DuplicatedSocket(get_original("socket", "socket")):  # type: ignore[misc]
     """A Connection's socket, to send and receive descriptors with: gevent's would leave it in non-blocking mode for everybody."""
 
     def _wait(self, events: int, call: str) -> None:
-        if not is_in_hub():
+        if not _parking.is_in_hub():
             _parking.wait_until_ready(self.fileno(), events, call)
 
     def sendmsg(self, *args: Any) -> int:
@@ -374,7 +387,7 @@ def _in_another_greenlet(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wait(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if is_in_hub() else spawn(function, *args, **kwargs).get()
+        return function(*args, **kwargs) if _parking.is_in_hub() else spawn(function, *args, **kwargs).get()
 
     return wait
 
@@ -661,7 +674,7 @@ def _require(module: Any, wanted: Iterable[str]) -> None:
     missing = [one for one in wanted if not _has(module, one)]
     if missing:
         raise NotImplementedError(
-            f"coopos can't patch {module.__name__} of Python {platform.python_version()}, which doesn't have: {'; '.join(missing)}"
+            f"coopos can't patch {module.__name__} of Python {sys.version.split()[0]}, which doesn't have: {'; '.join(missing)}"
         )
 
 

@@ -12,9 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from gevent import Timeout
-from gevent.hub import _get_hub as get_hub_if_exists  # type: ignore[attr-defined]
 from gevent.monkey import get_original
-from greenlet import getcurrent
 
 from coopos import _parking
 
@@ -30,11 +28,6 @@ def over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
     namespace = types.ModuleType(module.__name__, module.__doc__)
     vars(namespace).update(ours, __getattr__=lambda name: getattr(module, name))
     return namespace
-
-
-def is_in_hub() -> bool:
-    """Whether this runs in the hub, where nothing can switch: a callback, or a signal's handler."""
-    return getcurrent() is get_hub_if_exists()
 
 
 def in_time(seconds: float | None, wait: Callable[..., object], *args: object) -> None:
@@ -59,7 +52,7 @@ class CooperativeSelector(selectors.PollSelector):
         if timeout is not None and timeout <= 0:
             _parking.yield_turn()
             return ready
-        if is_in_hub():
+        if _parking.is_in_hub():
             return super().select(timeout)
         wanted = [
             (key.fd, events)
