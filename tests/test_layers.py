@@ -40,7 +40,7 @@ GEVENT = {
         "greenlet",
     },
     "_imports": {"gevent.hub", "greenlet"},
-    "_multiprocessing": {"gevent.monkey"},
+    "_multiprocessing": {"gevent", "gevent.exceptions", "gevent.monkey"},
     "_standins": {"gevent", "gevent.monkey"},
     "_semaphores": {"gevent", "gevent.hub", "gevent.lock"},
     "_fork": {"gevent.os", "gevent._config"},

@@ -4,13 +4,19 @@ A script waits for what comes only when another of its greenlets has run some ti
 Children that are spawned import the script, and are patched like it; where it says so they are not.
 """
 
+import importlib
 import multiprocessing
+import platform
+import re
 import subprocess
 import sys
 import textwrap
+import types
 
 import gevent
 import pytest
+
+from coopos import _multiprocessing as coopos_multiprocessing
 
 from .support import run_script
 
@@ -589,13 +595,16 @@ def test_acquire_in_turn_by_many_greenlets_costs_one_thread():
 
     lock = mp.Lock()
     lock.acquire()
-    before, order = threads(), []
+    before, begun, order = threads(), [], []
 
     def take(number):
+        begun.append(number)
         with lock:
             order.append(number)
 
     greenlets = [gevent.spawn(take, number) for number in range(1000)]
+    while len(begun) < 1000:
+        gevent.sleep(0)
     parked(lock.acquire, True, 1e300).kill()
     assert threads() <= before + 1
     lock.release()
@@ -658,6 +667,582 @@ def test_acquire_that_another_process_lets_happen_and_a_fork_in_between():
     """)
 
 
+# ---- what is thrown in -------------------------------------------------------------------------------------------------------
+
+#: Classes that some code on the way might take for its own: a descriptor's, a child's, the end of a file.
+THROWN = "(TimeoutError, EOFError, OSError, ChildProcessError, ConnectionResetError, ValueError, gevent.GreenletExit)"
+
+THROW = f"""
+THROWN = {THROWN}
+
+
+def throw(error, greenlet):
+    '''Throw *error* into a greenlet that waits in raises(error, ...), where it comes out.'''
+    greenlet.kill(error, block=False)
+    assert type(greenlet.get()) is error
+
+
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    coopos.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+"""
+
+
+def run_throwing(source, **kwargs):
+    return run_script(PATCHED + THROW + textwrap.dedent(source), **kwargs)
+
+
+def test_recv_loses_nothing_whatever_is_thrown_in():
+    """Neither between two messages nor in the middle of one, of its length or of its bytes."""
+    run_throwing("""
+    reader, writer = mp.Pipe(duplex=False)
+    data = bytes(range(256)) * 2000
+    message = len(data).to_bytes(4, "big") + data
+    for error in THROWN:
+        throw(error, parked(raises, error, reader.recv))
+        for first in (2, 4, 1000, 70_000):
+            sender = gevent.spawn(coopos.write_all, writer.fileno(), message[:first])
+            receiver = parked(raises, error, reader.recv_bytes)
+            sender.get()
+            throw(error, receiver)
+            sender = gevent.spawn(coopos.write_all, writer.fileno(), message[first:])
+            assert reader.recv_bytes() == data
+            sender.get()
+    """)
+
+
+def test_recv_of_a_long_message_that_is_broken_off(tmp_path):
+    """Its length comes in 12 bytes; here it is a small one, which no stdlib would send that way."""
+    run_throwing("""
+    reader, writer = mp.Pipe(duplex=False)
+    message = (-1).to_bytes(4, "big", signed=True) + (5).to_bytes(8, "big") + b"hello"
+    for first in range(1, len(message)):
+        os.write(writer.fileno(), message[:first])
+        throw(OSError, parked(raises, OSError, reader.recv_bytes))
+        os.write(writer.fileno(), message[first:])
+        assert reader.recv_bytes() == b"hello"
+    os.write(writer.fileno(), message)
+    assert str(raises(OSError, reader.recv_bytes, 4)) == "bad message length"
+    """)
+
+
+def test_send_that_is_broken_off_is_ended_by_the_next():
+    """A part of the message is in the pipe: what follows would be taken for the rest of it."""
+    run_throwing("""
+    for error in THROWN:
+        reader, writer = mp.Pipe(duplex=False)
+        data = bytearray(bytes(range(256)) * 1000)
+        expected = bytes(data)
+        throw(error, parked(raises, error, writer.send_bytes, data))
+        data[:] = b"y" * len(data)
+        throw(error, parked(raises, error, writer.send, "not sent"))     # still at the rest of the first
+        sender = gevent.spawn(lambda: [writer.send("next"), writer.send_bytes(b"")])
+        assert reader.recv_bytes() == expected
+        assert reader.recv() == "next" and reader.recv_bytes() == b""
+        sender.get()
+
+        full = os.write(writer.fileno(), bytes(65_536))
+        throw(error, parked(raises, error, writer.send, "not sent"))
+        throw(error, parked(raises, error, writer.send_bytes, expected))
+        assert os.read(reader.fileno(), full) == bytes(full)
+        writer.send("next")
+        assert reader.recv() == "next"
+        reader.close()
+        raises(BrokenPipeError, writer.send, "to nobody")
+    """)
+
+
+def test_join_close_and_wait_let_out_whatever_is_thrown_in(tmp_path):
+    """And the process is waited for afterwards, by several greenlets at once."""
+    source = """
+    def main(ctx):
+        process = ctx.Process(target=sleep)
+        process.start()
+        for error in THROWN:
+            for timeout in (None, 1000):
+                throw(error, parked(raises, error, process.join, timeout))
+            throw(error, parked(raises, error, connection.wait, [process.sentinel]))
+        assert process.is_alive() and process.exitcode is None
+        raises(ValueError, process.close)
+        joining = [parked(process.join) for _ in range(3)] + [parked(process.join, 1000)]
+        process.kill()
+        gevent.joinall(joining, raise_error=True)
+        assert process.exitcode == -9 and not process.is_alive()
+        process.close()
+
+    def sleep():
+        time.sleep(1000)
+    """
+    for method in METHODS:
+        run_with(method, THROW + textwrap.dedent(source), tmp_path)
+
+
+def test_pool_and_manager_let_out_whatever_is_thrown_in():
+    """While they end, too; the manager's process ends all the same."""
+    run_throwing("""
+    ctx = mp.get_context("fork")
+    for error in THROWN:
+        pool = ctx.Pool(1)
+        pid = pool.apply(os.getpid)
+        throw(error, parked(raises, error, pool.apply, time.sleep, (1000,)))
+        raises(ValueError, pool.join)
+        stop(pid)
+        throw(error, parked(raises, error, pool.terminate))
+        os.kill(pid, signal.SIGKILL)
+
+        manager = ctx.Manager()
+        process = manager._process
+        stop(process.pid)
+        throw(error, parked(raises, error, manager.list))
+        throw(error, parked(raises, error, manager.shutdown))
+        os.kill(process.pid, signal.SIGCONT)
+        process.join()
+        assert process.exitcode == 0
+    """)
+
+
+def test_manager_call_that_is_broken_off_does_not_answer_the_next():
+    """Neither while its answer is waited for nor while it is sent."""
+    run_throwing("""
+    with mp.get_context("fork").Manager() as manager:
+        numbers, pid = manager.dict(a=1), manager._process.pid
+        for error in THROWN:
+            queue = manager.Queue()
+            throw(error, parked(raises, error, queue.get))
+            gevent.spawn(queue.put, "late").join()
+            assert [numbers["a"], numbers["a"]] == [1, 1]
+
+            def call():
+                assert numbers["a"] == 1
+                stop(pid)
+                stopped.append(pid)
+                raised = raises(error, numbers.update, {"b": b"x" * 3_000_000})
+                os.kill(pid, signal.SIGCONT)
+                assert numbers.copy() == {"a": 1}
+                return raised
+
+            stopped, calling = [], gevent.spawn(call)
+            while not stopped:
+                gevent.sleep(0.001)
+            throw(error, calling)
+    """)
+
+
+def test_manager_call_that_fails_keeps_its_connection():
+    """A lock of the manager's belongs to the connection that has acquired it."""
+    run("""
+    import queue
+    with mp.get_context("fork").Manager() as manager:
+        lock, items = manager.RLock(), manager.Queue()
+        lock.acquire()
+        raises(queue.Empty, items.get_nowait)
+        raises(Exception, items.put, lambda: None)      # can't be pickled
+        lock.release()
+        raises(Exception, lock.release)
+    """)
+
+
+def test_proxy_of_xmlrpc_works():
+    run("""
+    from multiprocessing import managers
+    manager = managers.SyncManager(serializer="xmlrpclib", ctx=mp.get_context("fork"))
+    manager.start()
+    numbers = manager.dict()
+    numbers["a"] = 1
+    assert [numbers["a"], len(numbers)] == [1, 1]
+    manager.shutdown()
+    """)
+
+
+# ---- conditions --------------------------------------------------------------------------------------------------------------
+
+
+def test_condition_has_its_lock_again_before_anything_thrown_in_comes_out():
+    """However often, and whoever has the lock meanwhile: in the with block nobody else is."""
+    run_throwing("""
+    for error in THROWN:
+        for lock in (mp.Lock(), mp.RLock()):
+            condition, steps = mp.Condition(lock), []
+
+            def wait():
+                with condition:
+                    if isinstance(lock, type(mp.RLock())):
+                        lock.acquire()
+                    try:
+                        raised = raises(error, condition.wait)
+                    finally:
+                        steps.append("has it")
+                        gevent.sleep(0.001)
+                        steps.append("had it")
+                        if isinstance(lock, type(mp.RLock())):
+                            lock.release()
+                return raised
+
+            waiters = [parked(wait) for _ in range(2)]
+            with condition:
+                for waiter in waiters:
+                    waiter.kill(error, block=False)
+                    waiter.kill(ValueError, block=False)
+                for _ in range(5):
+                    gevent.sleep(0.001)
+                assert not steps and not any(waiter.ready() for waiter in waiters)
+                assert not gevent.spawn(lock.acquire, False).get()
+            for waiter in waiters:
+                assert type(waiter.get()) is error
+            assert steps == ["has it", "had it"] * 2
+            assert lock.acquire(False)
+            lock.release()
+            raises((ValueError, AssertionError), lock.release)
+    """)
+
+
+def test_condition_whose_waiter_is_timed_out_and_killed_is_left_by_the_kill():
+    run_throwing("""
+    condition, timeout = mp.Condition(), gevent.Timeout(1000, False)
+
+    def wait():
+        with condition:
+            with timeout:
+                condition.wait()
+            raise AssertionError("it went on")
+
+    waiter = parked(raises, gevent.GreenletExit, wait)
+    with condition:
+        waiter.kill(timeout, block=False)
+        gevent.sleep(0.001)
+        waiter.kill(block=False)
+        gevent.sleep(0.001)
+        assert not waiter.ready()
+    waiter.get()
+    assert condition.acquire(False)
+    """)
+
+
+def test_event_and_barrier_left_by_a_timeout_while_another_process_has_the_lock():
+    run_throwing("""
+    ctx = mp.get_context("fork")
+    event, barrier = ctx.Event(), ctx.Barrier(2)
+
+    def hold(lock, pipe):
+        with lock:
+            pipe.send("has it")
+            pipe.recv()
+            pipe.send("had it")
+        pipe.recv()
+
+    for waits, condition in ((event.wait, event._cond), (barrier.wait, barrier._cond)):
+        for error in THROWN:
+            here, there = ctx.Pipe()
+            waiter = parked(raises, error, waits)
+            process = ctx.Process(target=hold, args=(condition, there))
+            process.start()
+            assert here.recv() == "has it"
+            for _ in range(2):        # while it waits for its turn, and while it waits for the lock
+                waiter.kill(error, block=False)
+                gevent.sleep(0.01)
+            assert not waiter.ready()
+            here.send(None)
+            assert type(waiter.get()) is error and here.recv() == "had it"
+            here.send(None)
+            process.join()
+            assert condition.acquire(False)
+            condition.release()
+    event.set()
+    assert event.wait() and barrier.n_waiting == 0
+    """)
+
+
+def test_notify_that_is_broken_off_has_notified_nobody_who_had_not_woken():
+    """And the counts of those who sleep stay right: the next notify wakes them."""
+    run_throwing("""
+    ctx = mp.get_context("fork")
+    condition = ctx.Condition()
+
+    def sleep(pipe):
+        with condition:
+            pipe.send(None)
+            condition.wait()
+
+    def notify():
+        with condition:
+            condition.notify_all()
+
+    for error in THROWN:
+        here, there = ctx.Pipe()
+        process = ctx.Process(target=sleep, args=(there,))
+        process.start()
+        here.recv()
+        with condition:       # it waits now
+            stop(process.pid)
+        throw(error, parked(raises, error, notify))
+        with condition:
+            assert not condition.wait(0.001)      # it was not meant for this one
+        notifying = parked(notify)
+        os.kill(process.pid, signal.SIGCONT)
+        notifying.get()
+        process.join()
+        assert process.exitcode == 0
+        with condition:
+            condition.notify()
+    """)
+
+
+def test_put_that_is_broken_off_takes_no_place():
+    """A bounded queue can be filled as before."""
+    run_throwing("""
+    queue = mp.get_context("fork").JoinableQueue(1)
+    for error in THROWN:
+        with queue._cond:       # as in task_done() of another process
+            putter = gevent.spawn(raises, error, queue.put, "not put")
+            while queue.qsize() == 0:
+                gevent.sleep(0)
+            gevent.sleep(0)
+            throw(error, putter)
+        queue.put(1, timeout=10)
+        assert queue.get() == 1
+        queue.task_done()
+    queue.join()
+    """)
+
+
+# ---- in the hub --------------------------------------------------------------------------------------------------------------
+
+
+def test_waits_in_the_hub_are_made_plainly():
+    """As in a signal's handler: of connections, of semaphores, of ends, and calls of a manager."""
+    run("""
+    from gevent.hub import get_hub
+    ctx = mp.get_context("fork")
+
+    def in_hub():
+        here.send_bytes(b"x" * 300_000)
+        answers.append(here.recv_bytes() == b"x" * 300_000)
+        answers.append(lock.acquire())
+        answers.append(not lock.acquire(timeout=0.01) and not lock.acquire(False))
+        answers.append(not here.poll(0.001))
+        lock.release()
+        with condition:
+            answers.append(not condition.wait(0.001))
+            condition.notify()
+        numbers["a"] = 1
+        answers.append(numbers.copy() == {"a": 1})
+        here.send_bytes(b"")
+        answers.append(connection.wait([process.sentinel]) == [process.sentinel])
+
+    with ctx.Manager() as manager:
+        numbers, semaphore, answers = manager.dict(), ctx.Semaphore(0), []
+        lock, condition = ctx.Lock(), ctx.Condition()
+        lock.acquire()
+        here, there = ctx.Pipe()
+
+        def echo(there, lock, semaphore):
+            there.send_bytes(there.recv_bytes())
+            assert not semaphore.acquire(timeout=0.01)
+            lock.release()
+            there.recv_bytes()
+
+        process = ctx.Process(target=echo, args=(there, lock, semaphore))
+        process.start()
+        done = gevent.event.Event()
+        get_hub().loop.run_callback(lambda: (in_hub(), done.set()))
+        assert done.wait(60)
+        assert answers == [True] * 7, answers
+        process.join()
+    """)
+
+
+def test_signal_handler_in_a_child_calls_a_manager():
+    """It runs in the hub, while the child sleeps."""
+    run("""
+    from gevent.hub import get_hub
+    ctx = mp.get_context("fork")
+    with ctx.Manager() as manager:
+        handled = manager.Event()
+
+        def handle(*_):
+            assert gevent.getcurrent() is get_hub()
+            handled.set()
+            sys.exit(7)
+
+        def sleep():
+            signal.signal(signal.SIGTERM, handle)
+            get_hub().loop.run_callback(os.kill, os.getpid(), signal.SIGTERM)
+            while True:
+                time.sleep(1)
+
+        process = ctx.Process(target=sleep)
+        process.start()
+        process.join()
+        assert process.exitcode == 7 and handled.is_set()
+    """)
+
+
+# ---- sockets -----------------------------------------------------------------------------------------------------------------
+
+
+def test_socket_that_is_sent_where_multiprocessing_came_before_the_patches():
+    run_script("import multiprocessing.connection, multiprocessing.reduction\n" + PATCHED + textwrap.dedent("""
+    import socket
+    here, there = mp.Pipe()
+    for make in (socket.socketpair, monkey.get_original("socket", "socketpair")):
+        one, other = make()
+        receiver = parked(there.recv)
+        here.send(other)
+        received = receiver.get()
+        assert type(received) is socket.socket
+        one.send(b"x")
+        assert received.recv(1) == b"x"
+        for end in (one, other, received):
+            end.close()
+    """))
+
+
+@each_method
+def test_socket_between_a_process_and_its_child(method, tmp_path):
+    """As an argument, and back through a pipe; a child that is spawned has imported multiprocessing first."""
+    source = """
+    import socket
+
+    def work(end, pipe):
+        assert type(end) is socket.socket
+        one, other = socket.socketpair()
+        pipe.send(other)
+        end.sendall(one.recv(10))
+        pipe.recv()
+        for socket_of_ours in (end, one, other):
+            socket_of_ours.close()
+
+    def main(ctx):
+        here, there = ctx.Pipe()
+        one, other = socket.socketpair()
+        process = ctx.Process(target=work, args=(other, there))
+        process.start()
+        with here.recv() as received:
+            received.sendall(b"hello")
+        assert one.recv(10) == b"hello"
+        here.send(None)
+        process.join()
+        assert process.exitcode == 0
+        one.close()
+        other.close()
+    """
+    run_with(method, source, tmp_path)
+
+
+# ---- names of the stdlib's ---------------------------------------------------------------------------------------------------
+
+
+def standin_for(name, changed, value):
+    """A module like multiprocessing's *name*, whose *changed* is *value*, or isn't there if that is None."""
+    module = importlib.import_module(name)
+    copy = root = types.ModuleType(name)
+    vars(copy).update(vars(module))
+    *classes, last = changed.split(".")
+    for step in classes:
+        inner = types.SimpleNamespace(**{key: getattr(getattr(copy, step), key) for key in dir(getattr(copy, step))})
+        setattr(copy, step, inner)
+        copy = inner
+    if value is None:
+        vars(copy).pop(last)
+    else:
+        setattr(copy, last, value)
+    return root
+
+
+def changes():
+    """(module, name) of all that coopos relies on there."""
+    return [
+        (module, wanted.partition(":")[0].partition("(")[0])
+        for module, wants in coopos_multiprocessing._WANTED.items()
+        for wanted in wants.names
+    ]
+
+
+@pytest.mark.parametrize(("module", "name"), changes())
+def test_patch_of_a_module_without_a_name_says_which(module, name):
+    adopted = []
+    finder = coopos_multiprocessing.Finder(adopted.append)
+    with pytest.raises(NotImplementedError, match=re.escape(name)) as raised:
+        finder.adopt(standin_for(module, name, None))
+    assert f"{module} of Python {platform.python_version()}" in str(raised.value)
+    assert not adopted
+
+
+def with_another_parameter(self, a_new_one, *args):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [
+        (module, wanted)
+        for module, wants in coopos_multiprocessing._WANTED.items()
+        for wanted in wants.names
+        if "(" in wanted or ":" in wanted
+    ],
+)
+def test_patch_of_a_module_with_another_signature_or_body_says_so(module, wanted):
+    """The names are the same: what a function is given or what it is made of is not."""
+    adopted = []
+    finder = coopos_multiprocessing.Finder(adopted.append)
+    name = wanted.partition(":")[0].partition("(")[0]
+    with pytest.raises(NotImplementedError, match=re.escape(wanted)):
+        finder.adopt(standin_for(module, name, with_another_parameter))
+    with pytest.raises(NotImplementedError, match=re.escape(wanted)):
+        finder.adopt(standin_for(module, name, "no function"))
+    assert not adopted
+
+
+def test_patch_with_an_unknown_module_patches_the_rest():
+    """It raises when it is told to patch; so does the import of a module that comes later, and of no other."""
+    run_script("""
+    from gevent import monkey
+    monkey.patch_all()
+    import os, platform
+    from multiprocessing import connection, heap
+    import coopos
+    del connection.Connection._recv_bytes, heap.BufferWrapper._heap._lock
+    send_bytes = connection.Connection._send_bytes
+    for _ in range(2):
+        try:
+            coopos.patch(keep_greenlets=False)
+        except NotImplementedError as ex:
+            message = str(ex)
+        else:
+            raise AssertionError("no error")
+        assert "multiprocessing.connection" in message and "Connection._recv_bytes(self, maxsize)" in message
+        assert "BufferWrapper._heap._lock" in message and platform.python_version() in message
+    assert connection.Connection._send_bytes is send_bytes
+    assert os.fork is coopos.fork
+    from coopos import _fork
+    assert _fork.keeps_greenlets(None) is False
+    import multiprocessing
+    assert multiprocessing.Lock().acquire()
+    from multiprocessing import synchronize
+    assert synchronize.Condition.wait.__module__ == "coopos._multiprocessing"
+    """)
+
+
+def test_import_of_an_unknown_module_after_the_patch_raises():
+    run_script("""
+    from gevent import monkey
+    monkey.patch_all()
+    import coopos
+    coopos.patch()
+    from coopos import _multiprocessing
+    wanted = _multiprocessing._WANTED
+    wanted["multiprocessing.synchronize"] = wanted["multiprocessing.synchronize"]._replace(names=("Condition.new_name",))
+    import multiprocessing, multiprocessing.connection
+    try:
+        multiprocessing.Lock()
+    except NotImplementedError as ex:
+        assert "multiprocessing.synchronize" in str(ex) and "Condition.new_name" in str(ex)
+    else:
+        raise AssertionError("no error")
+    assert multiprocessing.Pipe()
+    """)
+
+
 # ---- patching ----------------------------------------------------------------------------------------------------------------
 
 
@@ -706,25 +1291,13 @@ def test_patch_imports_no_more_of_multiprocessing_than_the_program():
     coopos.patch()
     assert not [name for name in set(sys.modules) - before if name.startswith("multiprocessing")]
     from multiprocessing import connection
-    assert connection.Connection._send.__module__ == "coopos._multiprocessing"
+    assert connection.Connection._send_bytes.__module__ == "coopos._multiprocessing"
     coopos.unpatch()
-    assert connection.Connection._send.__module__ == "multiprocessing.connection"
+    assert connection.Connection._send_bytes.__module__ == "multiprocessing.connection"
     from multiprocessing import popen_fork
     assert popen_fork.os is sys.modules["os"]
     coopos.patch()
     assert popen_fork.os is not sys.modules["os"] and popen_fork.os.getpid is sys.modules["os"].getpid
-    """)
-
-
-def test_manager_call_that_was_timed_out():
-    """Its answer is not taken for the next one's."""
-    run_script(PATCHED + """
-with mp.get_context("fork").Manager() as manager:
-    queue, numbers = manager.Queue(), manager.dict(a=1)
-    with gevent.Timeout(0.05, False):
-        queue.get()
-    gevent.spawn(queue.put, "late").join()
-    assert [numbers["a"], numbers["a"]] == [1, 1]
     """)
 
 

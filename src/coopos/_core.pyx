@@ -1071,7 +1071,9 @@ def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
             if done == n:
                 return data
             if not nread:
-                raise EOFError(f"end of file after {done} of {n} bytes: read_exactly({number})")
+                end = EOFError(f"end of file after {done} of {n} bytes: read_exactly({number})")
+                end.is_at_end = True       # an EOFError that is thrown in isn't
+                raise end
     except BaseException as ex:
         ex.partial = data[:done]
         raise

@@ -53,6 +53,11 @@ cdef object this_greenlet():
         return None                # the interpreter is being taken down, and has no greenlets any more
 
 
+def is_in_hub():
+    """For Python: whether this runs in the hub, where nothing can switch: in a callback, or in a signal's handler."""
+    return this_greenlet() is get_hub_if_exists()
+
+
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
 cdef dict _has_switch_out = {}
 # The last type that had none.

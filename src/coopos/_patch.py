@@ -185,7 +185,6 @@ def _patch_multiprocessing() -> None:
         except ImportError:  # a system without the kernel's semaphores
             return
         _finder = _multiprocessing.Finder(_adopt)
-        _multiprocessing.renew_locks()
     _finder.install()
 
 
@@ -218,13 +217,13 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
             if getattr(subprocess, name) in others:
                 setattr(subprocess, name, stdlibs)
     if hasattr(os, "fork"):
-        if is_module_patched("os"):
-            _patch_multiprocessing()
         _gevents_popen()._loop = _LoopOfPopen()
         if keep_greenlets is not None:
             from coopos import _forking
 
             _forking.set_default(keep_greenlets)
+        if is_module_patched("os"):
+            _patch_multiprocessing()  # the last: it may raise NotImplementedError
 
 
 def unpatch() -> None:

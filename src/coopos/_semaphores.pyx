@@ -5,6 +5,7 @@
 2. The owner of a lock is a greenlet, not a thread: two greenlets of a thread exclude each other.
 3. Between the moment a greenlet has got a semaphore and the return to who asked nothing switches. One that is killed or timed out
    has taken nothing.
+4. The hub can't switch: there the stdlib's object waits, plainly.
 
 The stdlib's object, which a Semaphore has inside, makes, names and closes the kernel's; its counting of threads isn't used. Knows
 libc, `_blocking`, `_parking` and how gevent waits in turn.
@@ -16,7 +17,7 @@ from coopos._blocking cimport wait_semaphore
 from coopos._parking cimport generation, os_error, this_greenlet
 from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
 
-from gevent import Timeout
+from gevent import Greenlet, GreenletExit, Timeout, sleep
 from gevent.hub import _get_hub_noargs as get_hub
 from gevent.lock import Semaphore as _Turns
 
@@ -27,6 +28,9 @@ cdef enum:
 
 #: Nobody is told of a later end, and every loop can count so far.
 cdef double LONGEST_S = 1e9
+
+#: Before a lock is asked for again that no thread could be started for.
+cdef double PAUSE_S = 0.01
 
 
 cdef class Semaphore:
@@ -98,6 +102,10 @@ cdef class Semaphore:
     cdef bint wait(self, double seconds) except -1:
         """Wait for one; whether it came in time. Negative: for ever."""
         cdef bint has_one = False
+        if this_greenlet() is get_hub():
+            has_one = self.plain.acquire(True, None if seconds < 0 else min(seconds, LONGEST_S))
+            self.plain._after_fork()               # it forgets who has taken it
+            return has_one
         if seconds < 0:
             self.wait_in_turn()
             return True
@@ -124,6 +132,37 @@ cdef class Semaphore:
             if place[1] == 0 and self.turns.get(hub) is place:
                 del self.turns[hub]
         return 0
+
+    def take_back(self, int count, thrown=None):
+        """Acquire *count* times what its caller has released; then raise *thrown*, if anything. If more is thrown in meanwhile it
+        waits on, and a GreenletExit takes the place of anything else.
+        """
+        if this_greenlet() is get_hub():
+            self.take() or self.wait(-1)
+        else:
+            while not self.take():
+                # Nothing is thrown into a greenlet that nobody else knows.
+                other = Greenlet.spawn(self.wait_for_other)
+                while not other.ready():
+                    try:
+                        other.join()
+                    except BaseException as ex:
+                        if thrown is None or isinstance(ex, GreenletExit):
+                            thrown = ex
+                if other.value is True:
+                    break
+        self.held += count
+        self.owner = this_greenlet()
+        if thrown is not None:
+            raise thrown
+
+    def wait_for_other(self):
+        """For take_back: wait for one, for whoever asked; True."""
+        try:
+            self.wait_in_turn()
+            return True
+        except OSError:        # there is no thread, or no descriptor, to wait by
+            sleep(PAUSE_S)
 
     def release(self):
         """Give one back."""

@@ -1,7 +1,8 @@
 """What stands in for parts of the stdlib where its own code runs over ours: in subprocess and in multiprocessing. POSIX only.
 
 A namespace in the place of a module that the code calls, and a selector whose waits let other greenlets run. Of the selector: what
-is ready is the kernel's to say, each time; the hub is only slept in. Knows `_parking` and gevent's Timeout.
+is ready is the kernel's to say, each time; the hub is only slept in, and in the hub itself the wait is poll(2)'s. Knows `_parking`
+and gevent's Timeout.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class CooperativeSelector(selectors.PollSelector):
         if timeout is not None and timeout <= 0:
             _parking.yield_turn()
             return ready
+        if _parking.is_in_hub():
+            return super().select(timeout)
         wanted = [
             (key.fd, events)
             for key in self.get_map().values()
