@@ -76,11 +76,62 @@ def test_popen_signature_is_the_stdlibs_with_a_terminal():
     assert [(each.name, each.kind) for each in ours[len(theirs) :]] == [
         ("pty", inspect.Parameter.KEYWORD_ONLY),
         ("winsize", inspect.Parameter.KEYWORD_ONLY),
+        ("threadpool", inspect.Parameter.KEYWORD_ONLY),
     ]
+
+
+def test_popen_threadpool():
+    """gevent's Popen has it; here nothing is done with it."""
+    with subprocess.Popen(["sh", "-c", "exit 7"], threadpool=gevent.get_hub().threadpool) as process:
+        pass
+    assert process.returncode == 7
 
 
 def test_popen_can_be_subscripted():
     assert subprocess.Popen[bytes]
+
+
+# ---- an stdlib that isn't as we know it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "missing"),
+    [
+        ("_communicate(self, input, endtime, orig_timeout)", "_talk(self, input, endtime, orig_timeout)", "Popen._communicate"),
+        (
+            "_communicate(self, input, endtime, orig_timeout)",
+            "_communicate(self, input, deadline, orig_timeout)",
+            "the parameter 'endtime' of Popen._communicate, Popen._communicate without a parameter 'deadline'",
+        ),
+        ("def _wait(self, timeout)", "def _wait(self, timeout, flags=0)", "Popen._wait without a parameter 'flags'"),
+        ("preexec_fn", "before_exec", "the parameter 'preexec_fn' of Popen._execute_child"),
+        ("_internal_poll", "_poll", "Popen._internal_poll"),
+        ("_PopenSelector", "_Selector", "_PopenSelector"),
+        ("_input_offset", "_input_at", "Popen._input_offset"),
+    ],
+)
+def test_stdlib_that_is_another(tmp_path, old, new, missing):
+    """Only what runs programs by it is an error, which names what is missing; all else works, and patch() has replaced nothing."""
+    source = inspect.getsource(stdlib)
+    assert old in source
+    (tmp_path / "subprocess.py").write_text(source.replace(old, new))
+    run_script(f"""
+        import os, sys, coopos
+        plain = os.waitpid
+        pid = coopos.fork()
+        if not pid:
+            os._exit(7)
+        assert coopos.waitpid(pid, 0) == (pid, 7 << 8)
+        assert coopos.spawnlp(os.P_WAIT, "sh", "sh", "-c", "exit 7") == 7
+        for use in (lambda: coopos.system("exit 7"), lambda: coopos.popen("exit 7"), coopos.patch, coopos.patch):
+            try:
+                use()
+            except NotImplementedError as ex:
+                assert {missing!r} in str(ex) and sys.version.split()[0] in str(ex), str(ex)
+            else:
+                raise AssertionError("no error")
+        assert os.waitpid is plain
+    """, PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
 # ---- wait and poll -----------------------------------------------------------------------------------------------------------
@@ -247,6 +298,20 @@ def test_wait_while_sigchld_is_ignored():
             assert process.wait() == 7
         except ChildProcessError:
             pass
+    """)
+
+
+def test_run_while_sigchld_is_ignored():
+    """Programs that end before anybody can look have returned 0, as the stdlib says."""
+    run_script("""
+        import signal, coopos
+        from coopos import subprocess
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        for _ in range(200):
+            assert subprocess.run(["sh", "-c", "exit 7"]).returncode in (0, 7)
+            assert coopos.popen("exit 7").close() in (None, 7 << 8)
+        process = subprocess.Popen(["true"])
+        assert process.result.get(timeout=30) == 0
     """)
 
 
@@ -552,6 +617,26 @@ def test_pipe_that_is_the_childs_stays_as_it_is_here():
         waiter = parked(file.read, 10)
         os.write(writer, b"more")
         assert result_of(waiter) == b"more"
+
+
+@pytest.mark.parametrize("mode", [os.O_RDONLY, os.O_WRONLY], ids=["stdin", "stdout"])
+def test_fifo_without_another_end(tmp_path, mode):
+    """It is in blocking mode for the child, and nobody waits for somebody to open the other end."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    # In an interpreter of its own: where it is waited for, nothing else runs.
+    run_script(f"""
+        import os
+        from coopos import subprocess
+        both = os.open({str(path)!r}, os.O_RDWR)
+        fd = os.open({str(path)!r}, {mode} | os.O_NONBLOCK)
+        os.close(both)
+        out = subprocess.run(
+            ["sh", "-c", "grep flags: /proc/self/fdinfo/{int(mode != os.O_RDONLY)} >&2"],
+            {"stdin" if mode == os.O_RDONLY else "stdout"}=fd, stderr=subprocess.PIPE, timeout=30,
+        ).stderr
+        assert not int(out.split()[-1], 8) & os.O_NONBLOCK, out
+    """)
 
 
 def test_standard_streams_are_in_blocking_mode_for_the_child():
@@ -889,6 +974,26 @@ def test_popens_that_are_dropped_in_threads_that_are_gone():
         else:
             raise AssertionError("zombies are left")
     """)
+
+
+def test_popens_that_are_dropped_while_others_are_swept(monkeypatch):
+    """By another thread, or by the garbage collector: they are in the next sweep."""
+
+    class Child:
+        def __init__(self, meanwhile):
+            self.meanwhile = meanwhile
+
+        def collect_for_nobody(self):
+            dropped.update(self.meanwhile)
+            return True
+
+    late = Child([])
+    dropped = {Child([late])}
+    monkeypatch.setattr(subprocess, "_dropped", dropped)
+    subprocess.run(["true"])
+    assert dropped == {late}
+    subprocess.run(["true"])
+    assert dropped == set()
 
 
 def test_child_that_can_not_be_watched(monkeypatch):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.util
 import inspect
 import io as _io
@@ -21,6 +22,7 @@ import os
 import signal
 import stat
 import subprocess as _original
+import sys
 import termios
 import warnings
 import weakref
@@ -58,8 +60,24 @@ if TYPE_CHECKING:
 _plain_read, _plain_waitpid = get_original("os", "read"), get_original("os", "waitpid")
 _get_ident = get_original("_thread", "get_ident")
 
-#: What programs, and their tests, set in the stdlib's module.
+#: What programs, and their tests, set in the stdlib's module. The first is in every version, the others not in all.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
+
+#: The private names that join our code to the stdlib's, and the parameters that ours reads or passes, by name. Methods that we
+#: replace must have these and no others. https://github.com/python/cpython/blob/main/Lib/subprocess.py
+_REPLACED = {
+    "Popen._communicate": ("self", "input", "endtime", "orig_timeout"),
+    "Popen._wait": ("self", "timeout"),
+}
+_USED = {
+    "_PopenSelector": (),
+    "_USE_POSIX_SPAWN": (),
+    "Popen._execute_child": ("preexec_fn", "p2cread", "c2pwrite", "errwrite"),
+    "Popen._internal_poll": ("_deadstate",),
+    "Popen._handle_exitstatus": ("sts",),
+}
+#: What the stdlib's Popen has as attributes; of a version that doesn't name them we don't know where its input is kept.
+_ATTRIBUTES = {"_input", "_input_offset", "_communication_started", "_fileobj2output"}
 
 
 #: The threads that are in the middle of starting a program: nothing switches then.
@@ -79,11 +97,32 @@ def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
     return pid
 
 
+def _check_stdlib(module: Any) -> None:
+    """NotImplementedError if our code and that of *module* don't fit together."""
+    missing = []
+    for name, parameters in {**_REPLACED, **_USED}.items():
+        found = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
+        if found is None:
+            missing.append(name)
+        elif parameters:
+            has = tuple(inspect.signature(found).parameters)
+            missing += [f"the parameter {other!r} of {name}" for other in parameters if other not in has]
+            if name in _REPLACED:
+                missing += [f"{name} without a parameter {other!r}" for other in has if other not in parameters]
+    methods = [value for value in vars(module.Popen).values() if inspect.isfunction(value)] if hasattr(module, "Popen") else []
+    missing += [f"Popen.{name}" for name in sorted(_ATTRIBUTES - {name for one in methods for name in one.__code__.co_names})]
+    if missing:
+        raise NotImplementedError(
+            f"coopos.subprocess doesn't fit the subprocess of Python {sys.version.split()[0]}: that hasn't {', '.join(missing)}"
+        )
+
+
 def _copy_stdlib() -> Any:
     """A second module :mod:`subprocess`."""
     spec: Any = importlib.util.find_spec("subprocess")
     copy: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
+    _check_stdlib(copy)
     # What others catch and compare is one for all.
     for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
         setattr(copy, name, getattr(_original, name))
@@ -193,8 +232,15 @@ def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
 # ---- Popen -------------------------------------------------------------------------------------------------------------------
 
 
-# The children of collected Popens, that seemed to run.
-_dropped: list[_children.Child] = []
+# The children of collected Popens, that seemed to run. Other threads and the garbage collector add to it at any time.
+_dropped: set[_children.Child] = set()
+
+
+def _sweep() -> None:
+    """Collect those that have ended since."""
+    for child in tuple(_dropped):
+        if child.collect_for_nobody():
+            _dropped.discard(child)
 
 
 class _Ended:
@@ -242,8 +288,7 @@ if TYPE_CHECKING:
         _input: Any
         _input_offset: int
 
-        def _get_handles(self, *streams: Any) -> tuple[int, ...]: ...
-        def _execute_child(self, *args: Any) -> None: ...
+        def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
         def _handle_exitstatus(self, status: int) -> None: ...
         def _communicate(self, *args: Any) -> Any: ...
 
@@ -274,6 +319,7 @@ class Popen(_Base[AnyStr]):
             where the others would be. Its end comes when no process has the terminal open any more. To close it hangs up, and the
             ``with`` block does. ``communicate`` doesn't touch it.
         winsize: (rows, columns), the size of the terminal's window, each 0..65535. With it *pty* needn't be given.
+        threadpool: not asked; there because gevent's Popen has it.
 
     Raises:
         OSError: as execve(2), fork(2), pipe(2) and chdir(2); of openpty(3).
@@ -303,9 +349,9 @@ class Popen(_Base[AnyStr]):
 
     if not TYPE_CHECKING:
 
-        def __init__(self, *args, pty=False, winsize=None, **kwargs):
+        def __init__(self, *args, pty=False, winsize=None, threadpool=None, **kwargs):
             self._links, self._reopened = [], []
-            _dropped[:] = [child for child in _dropped if not child.collect_for_nobody()]
+            _sweep()
             try:
                 if pty or winsize is not None:
                     self._start_with_terminal(winsize, _plain_signature.bind(*args, **kwargs).arguments)
@@ -355,37 +401,38 @@ class Popen(_Base[AnyStr]):
             # of a thread which is gone.
             seems_to_run = not child.rpid
             if not child.collect_for_nobody():
-                _dropped.append(child)
+                _dropped.add(child)
             if seems_to_run:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
 
     def _watch(self, pid: int) -> _children.Child | None:
         return _children.watch_new(pid, _Ended(self), None, True)
 
-    def _get_handles(self, *streams: Any) -> tuple[int, ...]:
-        handles: tuple[int, ...] = super()._get_handles(*streams)
-        return tuple(self._in_blocking_mode(fd) if index in (0, 3, 5) else fd for index, fd in enumerate(handles))
-
     def _in_blocking_mode(self, fd: int) -> int:
         """A descriptor for the child of the file *fd*, in the mode that programs expect of their standard streams.
 
-        gevent's files and sockets aren't in it. A pipe is opened once more: the mode is the open file's, and the parent may go on
-        with it. Other files are put into blocking mode, as gevent's Popen does. What is no descriptor the child says.
+        gevent's files and sockets aren't in it. A pipe is opened once more, without waiting for its other end: the mode is the
+        open file's, and the parent may go on with it. Other files are put into blocking mode, as gevent's Popen does, and a pipe to
+        be written to that nobody reads. What is no descriptor the child says.
         """
         try:
             if fd < 0 or os.get_blocking(fd):
                 return fd
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
-                with contextlib.suppress(OSError):  # no /proc, or another user's pipe
-                    self._reopened.append(os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC))
-                    return self._reopened[-1]
+                with contextlib.suppress(OSError):  # no /proc, another user's pipe, or no reader
+                    again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+                    self._reopened.append(again)
+                    fd = again
             os.set_blocking(fd, True)
         except OSError:
             pass
         return fd
 
-    def _execute_child(self, *args: Any) -> None:
+    def _execute_child(self, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
+        for name in ("p2cread", "c2pwrite", "errwrite"):
+            given[name] = self._in_blocking_mode(given[name])
         if self._master is not None:
             self.pty = _Terminal(self._master, "r+")
             if self.text_mode:
@@ -396,10 +443,10 @@ class Popen(_Base[AnyStr]):
                 setattr(_stdlib, name, value)
         _stdlib._USE_POSIX_SPAWN &= self._may_posix_spawn
         ident = _get_ident()
-        if args[2] is None:  # preexec_fn, whose Python code takes its time
+        if given["preexec_fn"] is None:  # whose Python code takes its time
             _starting.add(ident)
         try:
-            super()._execute_child(*args)
+            PlainPopen._execute_child(**given)
         except BaseException:
             child, self._child = self._child, None
             if child is not None:
@@ -415,8 +462,14 @@ class Popen(_Base[AnyStr]):
         child = self._child
         if self.returncode is not None or child is None or not child.rpid:
             return
-        with contextlib.suppress(ChildProcessError):  # lost: poll() says so
-            self._handle_exitstatus(child.rstatus)
+        try:
+            status = child.rstatus
+        except ChildProcessError:
+            # It is lost, and poll() says so; but a program that ignores SIGCHLD has asked for that, and gets the stdlib's answer.
+            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+                self.returncode = 0
+        else:
+            self._handle_exitstatus(status)
 
     def _internal_poll(self, _deadstate: int | None = None) -> int | None:
         child = self._child
@@ -489,7 +542,8 @@ class Popen(_Base[AnyStr]):
         result: Any = self._result
         child: Any = self._child
         try:
-            child.rstatus  # noqa: B018
+            if self.returncode is None:
+                child.rstatus  # noqa: B018
             result.set(self.returncode)
         except ChildProcessError as ex:
             result.set_exception(ex)
@@ -519,8 +573,9 @@ class Popen(_Base[AnyStr]):
 
 
 _plain_signature = inspect.signature(PlainPopen)
+_execute_parameters = tuple(inspect.signature(PlainPopen._execute_child).parameters)
 _own_parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in
-                   (("pty", False), ("winsize", None))]
+                   (("pty", False), ("winsize", None), ("threadpool", None))]
 Popen.__signature__ = _plain_signature.replace(  # type: ignore[attr-defined]
     parameters=[*_plain_signature.parameters.values(), *_own_parameters]
 )
