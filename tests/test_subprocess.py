@@ -23,10 +23,19 @@ import coopos
 from coopos import subprocess
 
 from .children import has_no_child, needs_pidfds, needs_proc, needs_reaped_status, no_child, until
-from .support import HubThread, closing, error_of, open_fds, parked, result_of, run_script, ticking, turn_loop
+from .support import HubThread, clog, closing, error_of, open_fds, parked, result_of, run_script, ticking, turn_loop
 
 PIPE, STDOUT, DEVNULL = stdlib.PIPE, stdlib.STDOUT, stdlib.DEVNULL
 is_root = os.geteuid() == 0
+
+
+PATCHED = """
+from gevent import monkey
+monkey.patch_all()
+import coopos
+coopos.patch()
+import signal, subprocess, gevent, gevent.subprocess
+"""
 
 
 def sh(script, module=subprocess, **kwargs):
@@ -519,6 +528,186 @@ def test_exit_while_another_reads(gate):
     gate.open()
     result_of(leaver)
     assert process.stdout.closed
+
+
+# ---- what is thrown in -------------------------------------------------------------------------------------------------------
+
+each_thrown = pytest.mark.parametrize("throw", [
+    functools.partial(TimeoutError, "thrown"),
+    functools.partial(OSError, errno.EIO, "thrown"),
+    functools.partial(ChildProcessError, errno.ECHILD, "thrown"),
+    functools.partial(BlockingIOError, errno.EAGAIN, "thrown"),
+    functools.partial(BrokenPipeError, errno.EPIPE, "thrown"),
+    functools.partial(InterruptedError, errno.EINTR, "thrown"),
+    functools.partial(ValueError, "thrown"),
+    functools.partial(RuntimeError, "thrown"),
+    functools.partial(stdlib.TimeoutExpired, "thrown", 1),
+    functools.partial(gevent.Timeout, 1),
+], ids=lambda throw: throw.func.__name__)
+
+
+def raised_by(function, *args, **kwargs):
+    """What comes out of it as an exception."""
+    try:
+        return None, function(*args, **kwargs)
+    except BaseException as ex:
+        return ex, None
+
+
+def throw_into(throw, function, *args, **kwargs):
+    """Have a greenlet wait in function(*args), and what *throw* makes come out of it."""
+    thrown = throw()
+    waiter = parked(raised_by, functools.partial(function, *args, **kwargs))
+    waiter.kill(thrown, block=False)
+    assert result_of(waiter) == (thrown, None)
+    assert thrown.__context__ is None
+
+
+@each_thrown
+@pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stderr": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=" ".join)
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_communicate_loses_nothing(gate, throw, pipes, text):
+    process = sh(f"echo one; echo one >&2; {gate.wait}; echo two; echo two >&2; exit 7", text=text, **{"stderr": DEVNULL, **pipes})
+    throw_into(throw, process.communicate)
+    gate.open()
+    expected = "one\ntwo\n" if text else b"one\ntwo\n"
+    assert [out for out in process.communicate() if out is not None] == [expected] * len(pipes)
+    assert process.returncode == 7
+
+
+@each_thrown
+@pytest.mark.parametrize("pipes", [{}, {"stdout": PIPE}], ids=["stdin", "both"])
+def test_communicate_writes_all_of_its_input(gate, tmp_path, throw, pipes):
+    """Once, in however many calls."""
+    process = sh(f"head -c 10; {gate.wait}; wc -c > {tmp_path}/count", stdin=PIPE, **{"stdout": DEVNULL, **pipes})
+    throw_into(throw, process.communicate, MUCH)
+    gate.open()
+    process.communicate()
+    assert process.returncode == 0
+    assert int((tmp_path / "count").read_text()) <= len(MUCH) - 10  # head reads ahead
+    assert int((tmp_path / "count").read_text()) > len(MUCH) - 100_000
+
+
+@each_thrown
+@pytest.mark.parametrize("call", ["wait", "wait quietly", "communicate", "with"])
+def test_what_is_thrown_into_a_wait_comes_out(gate, throw, call):
+    process = sh(f"{gate.wait}; exit 7")
+    calls = {
+        "wait": process.wait,
+        "wait quietly": functools.partial(process.wait, 100, False),
+        "communicate": process.communicate,
+        "with": functools.partial(process.__exit__, None, None, None),
+    }
+    throw_into(throw, calls[call])
+    gate.open()
+    assert process.wait() == 7
+
+
+@each_thrown
+def test_what_is_thrown_into_a_flush_comes_out(gate, throw):
+    """Of the end of a ``with`` block, whose child doesn't read."""
+    process = sh(f"{gate.wait}; cat > /dev/null", stdin=PIPE)
+    throw_into(throw, lambda: (clog(process.stdin.fileno()), process.stdin.write(b"x"), process.__exit__(None, None, None)))
+    gate.open()
+    process.__exit__(None, None, None)
+    assert process.returncode == 0
+
+
+@each_thrown
+@pytest.mark.parametrize("call", ["run", "check_output", "call", "check_call"])
+def test_what_is_thrown_into_a_call_comes_out(gate, throw, call):
+    """And the child is killed, as by the stdlib."""
+    throw_into(throw, getattr(subprocess, call), ["sh", "-c", f"{gate.wait}; exit 7"])
+    assert has_no_child()
+
+
+@each_thrown
+def test_what_is_thrown_into_system_popen_and_terminals_comes_out(gate, throw):
+    throw_into(throw, coopos.system, f"{gate.wait}; exit 7")
+    gate.open()
+    assert coopos.wait()[1] == 7 << 8
+    file = coopos.popen(f"exec >&-; {gate.wait}; exit 7")
+    throw_into(throw, file.close)
+    gate.open()
+    assert file.close() == 7 << 8
+    with sh("read line; exit 7", pty=True) as process:
+        throw_into(throw, process.pty.read)
+        throw_into(throw, coopos.read_pty, process.pty.fileno(), 1)
+        process.pty.write(b"\n")
+    assert process.returncode in (7, -signal.SIGHUP)
+
+
+# ---- where nothing can switch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [
+    'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True).stdout == b"out"',
+    'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True, timeout=30).stdout == b"out"',
+    'subprocess.run(["sh", "-c", "sleep 0.01; exit 7"], timeout=30).returncode == 7',
+    'subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
+    'gevent.subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
+    'os.system("sleep 0.01; exit 7") == 7 << 8',
+    'os.popen("sleep 0.01; echo out").read() == "out\\n"',
+    'os.popen("sleep 0.01; exit 7").close() == 7 << 8',
+    'os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 0.01; exit 7"], os.environ), 0)[1] == 7 << 8',
+    'os.spawnlp(os.P_WAIT, "sh", "sh", "-c", "sleep 0.01; exit 7") == 7',
+])
+def test_program_in_a_signal_handler(call):
+    """It runs in the hub, where it waits as in any program; other programs' ends are told afterwards."""
+    run_script(PATCHED + f"""
+import os
+outcome = []
+def handle(signum, frame):
+    assert gevent.getcurrent() is gevent.get_hub()
+    try:
+        outcome.append({call})
+    except BaseException as ex:
+        outcome.append(ex)
+signal.signal(signal.SIGUSR1, handle)
+other = gevent.spawn(subprocess.run, ["sleep", "0.02"])
+gevent.spawn_later(0.005, os.kill, os.getpid(), signal.SIGUSR1)
+while not outcome:
+    gevent.sleep(0.01)
+assert outcome == [True], outcome
+assert other.get(timeout=30).returncode == 0
+""", may_complain=True)
+
+
+@pytest.mark.parametrize("call", [
+    'subprocess.run(["true"], capture_output=True)',
+    'subprocess.run(["cat"], input=b"in", capture_output=True, timeout=30)',
+    'subprocess.run(["true"], timeout=30)',
+    'os.system("true")',
+    'os.popen("true").close()',
+    'os.waitpid(os.posix_spawn("/bin/true", ["true"], os.environ), 0)',
+])
+def test_programs_in_threads_without_a_hub(call):
+    """They wait as threads do, and leave no hub behind, whose descriptors nobody would close."""
+    run_script(PATCHED + f"""
+import os
+from gevent.hub import _get_hub
+from gevent.monkey import get_original
+start, Lock = get_original("_thread", "start_new_thread"), get_original("_thread", "allocate_lock")
+outcome = []
+def use(lock):
+    try:
+        {call}
+        outcome.append(_get_hub())
+    except BaseException as ex:
+        outcome.append(ex)
+    lock.release()
+def in_thread():
+    lock = Lock()
+    lock.acquire()
+    start(use, (lock,))
+    lock.acquire()
+in_thread()
+before = os.listdir("/dev/fd")
+for _ in range(200):
+    in_thread()
+assert outcome == [None] * 201, outcome[:3]
+assert os.listdir("/dev/fd") == before
+""", may_complain=True)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------------
@@ -1138,15 +1327,6 @@ def test_pty_wrong_winsize(winsize):
 
 
 # ---- under patch() -----------------------------------------------------------------------------------------------------------
-
-PATCHED = """
-from gevent import monkey
-monkey.patch_all()
-import coopos
-coopos.patch()
-import signal, subprocess, gevent, gevent.subprocess
-"""
-
 
 def test_patched_subprocess():
     """It is ours under both names, and nothing installs a SIGCHLD handler."""

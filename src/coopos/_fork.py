@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gevent.os
 from gevent._config import config
 
-from coopos import _children, _core, _forking
+from coopos import _children, _core, _forking, _parking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -191,6 +191,10 @@ def read_pty(fd: int, n: int) -> bytes:
 
     .. versionadded:: 0.1.0
     """
+    return _parking.outright(_read_pty, fd, n)
+
+
+def _read_pty(fd: int, n: int) -> bytes:
     try:
         return _core.read(fd, n)
     except OSError as ex:

@@ -1,11 +1,18 @@
 from collections.abc import Callable
-from typing import final
+from typing import ParamSpec, TypeVar, final
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 __pyx_capi__: dict[str, object]  # what the other compiled modules take from it
 
 READ: int
 WRITE: int
 
+class Thrown(BaseException): ...
+
+def can_give_way() -> bool: ...
+def outright(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
 def wait_until_ready(fd: int, events: int, call: str) -> None: ...
 def wait_for_any(wanted: list[tuple[int, int]], call: str) -> None: ...
 def yield_turn() -> None: ...

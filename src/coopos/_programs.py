@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gevent.monkey import get_original
 
-from coopos import _children, _forking
+from coopos import _children, _forking, _parking
 from coopos._wait import waitpid
 
 if TYPE_CHECKING:
@@ -280,8 +280,8 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 
 @functools.cache
 def _shells() -> tuple[Any, Any]:
-    """The kinds of Popen that popen and system start. Made at the first call: where the stdlib's Popen isn't as we know it, that one
-    fails and the import of coopos doesn't.
+    """The kinds of Popen that popen and system start. Made at the first call: where the stdlib's Popen isn't as we know it, that fails
+    and the import of coopos doesn't.
     """
     from coopos.subprocess import Popen
 
@@ -327,6 +327,10 @@ def system(command: StrOrBytesPath) -> int:
         pid = shell(("sh", "-c", argument), executable="/bin/sh", close_fds=False, restore_signals=False).pid
     except OSError as ex:
         return -1 if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE) else 127 << 8
+    return _parking.outright(_status_of, pid)
+
+
+def _status_of(pid: int) -> int:
     try:
         return waitpid(pid, 0)[1]
     except ChildProcessError:

@@ -45,6 +45,8 @@ class CooperativeSelector(selectors.PollSelector):
 
     def select(self, timeout: float | None = None) -> Any:
         """What is ready. Without waiting, and with nothing ready, the others have their turn: who asks may ask again and again."""
+        if not _parking.can_give_way():
+            return super().select(timeout)
         ready = super().select(0)
         if ready:
             return ready

@@ -27,6 +27,7 @@ import termios
 import warnings
 import weakref
 from array import array
+from time import monotonic
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
@@ -34,7 +35,7 @@ from gevent.hub import sleep
 from gevent.monkey import get_original
 
 from coopos import _children, _core, _parking
-from coopos._standins import CooperativeSelector, in_time, over
+from coopos._standins import MAX_TIMEOUT_S, CooperativeSelector, in_time, over
 from coopos._wait import waitpid
 from coopos.io import FileIO, fdopen
 
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     )
 
 _plain_read, _plain_waitpid = get_original("os", "read"), get_original("os", "waitpid")
-_get_ident = get_original("_thread", "get_ident")
+_get_ident, _plain_sleep = get_original("_thread", "get_ident"), get_original("time", "sleep")
 
 #: What programs, and their tests, set in the stdlib's module. The first is in every version, the others not in all.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
@@ -97,6 +98,30 @@ def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
     return pid
 
 
+class _Selector(CooperativeSelector):
+    """What is thrown in while it waits comes out at the end of the ``with`` block. From Python 3.15 on the stdlib keeps in a local
+    variable how much input is written, and notes it for the next communicate() only when its loop has ended.
+    https://github.com/python/cpython/blob/v3.15.0/Lib/subprocess.py
+    """
+
+    _thrown: BaseException | None = None
+
+    def select(self, timeout: float | None = None) -> Any:
+        try:
+            return super().select(timeout)
+        except BaseException as ex:
+            self._thrown = ex
+            return []
+
+    def get_map(self) -> Any:
+        return super().get_map() if self._thrown is None else {}
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        if self._thrown is not None:
+            raise self._thrown
+
+
 def _check_stdlib(module: Any) -> None:
     """NotImplementedError if our code and that of *module* don't fit together."""
     missing = []
@@ -130,7 +155,7 @@ def _copy_stdlib() -> Any:
     ours = {"read": _read, "write": _core.write, "close": _parking.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
     copy.os = over(os, **ours, fsencode=os.fsencode)  # called for each variable of an environment
     copy.io = over(_io, open=fdopen)
-    copy._PopenSelector = CooperativeSelector
+    copy._PopenSelector = _Selector
     return copy
 
 
@@ -151,24 +176,22 @@ class _Terminal(FileIO):
 
     __slots__ = ()
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def _read(self, end: Any, read: Callable[[Any], Any], argument: Any) -> Any:
         try:
-            return super().read(size)
+            return read(argument)
         except OSError as ex:
             if ex.errno != errno.EIO:
                 raise
-            return getattr(ex, "partial", b"")
+            return getattr(ex, "partial", end)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return _parking.outright(self._read, b"", super().read, size)
 
     def readall(self) -> bytes:
         return self.read()
 
     def readinto(self, buffer: Any, /) -> int:
-        try:
-            return super().readinto(buffer)
-        except OSError as ex:
-            if ex.errno != errno.EIO:
-                raise
-            return 0
+        return _parking.outright(self._read, 0, super().readinto, buffer)
 
 
 class _TextTerminal(_io.TextIOWrapper):
@@ -286,6 +309,8 @@ if TYPE_CHECKING:
         encoding: str | None
         errors: str | None
         _input: Any
+        _communication_started: bool
+        _fileobj2output: dict[Any, list[bytes]]
         _input_offset: int
 
         def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
@@ -489,11 +514,21 @@ class Popen(_Base[AnyStr]):
         if self.returncode is None:
             _parking.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
         if self._internal_poll() is None and self._child is not None:
-            if timeout is None or timeout > 0:
+            if timeout is not None and not _parking.can_give_way():
+                self._look_in_time(timeout)
+            elif timeout is None or timeout > 0:
                 in_time(timeout, self._child.join)
             if self._internal_poll() is None:
                 raise _original.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
+
+    def _look_in_time(self, timeout: float) -> None:
+        """Wait where there is no hub to give way to, as the stdlib does before 3.15: look, and sleep, longer and longer."""
+        deadline = monotonic() + timeout
+        delay = 0.0005
+        while self._internal_poll() is None and (remaining := deadline - monotonic()) > 0:
+            delay = min(delay * 2, remaining, 0.05)
+            _plain_sleep(delay)
 
     def wait(self, timeout: float | None = None, _raise_exc: bool = True) -> int:
         """Wait until the child has ended, letting other greenlets run.
@@ -508,10 +543,13 @@ class Popen(_Base[AnyStr]):
             TimeoutExpired: it has not ended in *timeout* seconds.
             ChildProcessError: ECHILD, the status is lost.
         """
+        return _parking.outright(self._wait_or_not, timeout, _raise_exc)
+
+    def _wait_or_not(self, timeout: float | None, raises: bool) -> int:
         try:
             return super().wait(timeout)
         except _original.TimeoutExpired:
-            if _raise_exc:
+            if raises:
                 raise
             return self.returncode  # gevent's Popen doesn't raise for its own module's functions
 
@@ -556,12 +594,46 @@ class Popen(_Base[AnyStr]):
             if self.poll() is None and self._child is not None:
                 self._child.send_signal(sig)
 
-    def _communicate(self, data: Any, *args: Any) -> Any:
-        if data is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
-            data = self._input  # the rest of what a call that timed out was given
-        return super()._communicate(data, *args)
+    def communicate(self, input: Any = None, timeout: float | None = None) -> Any:
+        """Write *input* to the child's ``stdin``, read ``stdout`` and ``stderr`` to their ends, and wait for the child.
+
+        A call that was timed out or killed, by an exception of whatever class, has lost nothing: the next one goes on with it.
+
+        Args:
+            input: bytes, or str for text. None in a call that goes on: the rest of what the first one was given is written.
+            timeout: None, or seconds.
+
+        Returns:
+            (output, errors): bytes or str, or None of what is no pipe.
+
+        Raises:
+            TimeoutExpired: it has not ended in *timeout* seconds.
+            ValueError: there is *input* in a call that goes on, as of :meth:`subprocess.Popen.communicate`.
+            ChildProcessError: ECHILD, the status is lost.
+        """
+        if input and timeout is None:
+            timeout = MAX_TIMEOUT_S  # then it is the stdlib's way to note how much was written
+        try:
+            return _parking.outright(super().communicate, input, timeout)
+        except BaseException as ex:
+            self._keep_output(ex)
+            raise
+
+    def _keep_output(self, ex: BaseException) -> None:
+        """What reading to the end of the only pipe has read before it was given up is for the next communicate()."""
+        if not self._communication_started and (file := self.stdout or self.stderr) and hasattr(ex, "partial"):
+            self._communication_started = True
+            self._fileobj2output = {file: [ex.partial]}
+
+    def _communicate(self, input: Any, endtime: Any, orig_timeout: Any) -> Any:
+        if input is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
+            input = self._input  # the rest of what a call that timed out was given
+        return super()._communicate(input, endtime, orig_timeout)
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
+        _parking.outright(self._close_and_wait, exc_type, value, traceback)
+
+    def _close_and_wait(self, *exc_info: Any) -> None:
         # Another greenlet may wait for what is to be closed. It is told so, as by close().
         if self.stdin is not None and not self.stdin.closed:
             with contextlib.suppress(OSError, ValueError):  # to close it says the same again, and then waits
@@ -569,7 +641,7 @@ class Popen(_Base[AnyStr]):
         for file in self.stdout, self.stderr, self.pty:
             if file is not None:
                 _try_or_close(file, file.close)
-        super().__exit__(exc_type, value, traceback)
+        super().__exit__(*exc_info)
 
 
 _plain_signature = inspect.signature(PlainPopen)
