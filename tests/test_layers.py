@@ -22,6 +22,7 @@ LAYERS = [
     {"_programs", "_multiprocessing"},
     {"__init__"},
     {"_doctor"},
+    {"_launch"},
     {"__main__"},
 ]
 #: What each may have of gevent and greenlet, at most; a module that isn't here has none.
@@ -50,7 +51,7 @@ GEVENT = {
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},
     "_doctor": {"gevent", "gevent.hub"},
-    "__main__": {"gevent.monkey"},
+    "_launch": {"gevent.monkey"},
 }
 #: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
 LAZILY_UPWARD = {"_patch": {"__init__", "_fork", "subprocess", "_multiprocessing"}, "__init__": {"_doctor"}}

@@ -177,7 +177,7 @@ elif _sendfile:
             result, error = _ask_thread(posix.sendfile, out_fd, in_fd, offset, count, headers, trailers, flags)
             if error is None:
                 return int(result)
-            if not isinstance(error, BlockingIOError) or getattr(error, "characters_written", 0):
+            if not isinstance(error, BlockingIOError) or getattr(error, "characters_written", False):
                 raise error
             wait_until_ready(out_fd, WRITE, "sendfile")
 

@@ -14,7 +14,7 @@ from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_Import
 from cpython.tuple cimport PyTuple_GET_ITEM
 from libc.errno cimport EBADF, EINTR, errno
-from libc.stdlib cimport realloc
+from libc.stdlib cimport malloc, realloc
 from libc.string cimport memset, strerror
 from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
@@ -88,8 +88,8 @@ cdef object wrong_switch(object came_back, str what):
 
 
 cdef object reachable_hub():
-    """The hub that the caller can give way to. None in the hub itself, where its callbacks run, and signal handlers while it sleeps;
-    and None in a thread that has no hub, and so no other greenlet that could run meanwhile.
+    """The hub that the caller can give way to. None in the hub itself, where its callbacks run, and signal handlers while it
+    sleeps; and None in a thread that has no hub, and so no other greenlet that could run meanwhile.
     """
     cdef object hub = get_hub_if_exists()
     return None if hub is current_greenlet() else hub
@@ -131,8 +131,8 @@ class Thrown(BaseException):
 def outright(function, *args, **kwargs):
     """``function(*args, **kwargs)``, out of which comes whatever is thrown into the greenlet while it waits there.
 
-    A timeout may be of any class: an OSError, a ChildProcessError. An ``except`` that *function*, or the stdlib's code below it, has
-    for errors of its own calls must not take it for one of those. So on its way out it is a BaseException that nobody knows.
+    A timeout may be of any class: an OSError, a ChildProcessError. An ``except`` that *function*, or the stdlib's code below it,
+    has for errors of its own calls must not take it for one of those. So on its way out it is a BaseException that nobody knows.
     """
     cdef object current = current_greenlet()
     _outright[current] = _outright.get(current, 0) + 1
@@ -147,6 +147,43 @@ def outright(function, *args, **kwargs):
         if not _outright[current]:
             del _outright[current]
     raise thrown
+
+
+# ---- functions that stand for builtins ---------------------------------------------------------------------------------------
+
+cdef extern from "Python.h":
+    ctypedef object (*PyCFunction)(object, object)
+    ctypedef struct PyMethodDef:
+        const char *ml_name
+        PyCFunction ml_meth
+        int ml_flags
+        const char *ml_doc
+    int METH_VARARGS, METH_KEYWORDS
+    object PyCFunction_NewEx(PyMethodDef *method, object self, object module)
+    object PyObject_Call(object function, object args, PyObject *kwargs)
+
+
+cdef object call_function(object holder, object args, PyObject *kwargs):
+    return PyObject_Call(holder.function, args, kwargs)
+
+
+def as_builtin(function, str signature not None, str module not None):
+    """A builtin function of *module* that calls *function*, has its name and documentation, and *signature*.
+
+    It takes the place of a builtin of os. As an attribute of a class, where ``_close = os.close`` is no method, a function of Python
+    would be one.
+    """
+    # Its self is a module, as that of any builtin function: so it is pickled by its name.
+    cdef object holder = type(os)(function.__name__)
+    cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
+    if method == NULL:
+        raise MemoryError
+    holder.function = function
+    holder.name = function.__name__.encode()
+    holder.doc = f"{function.__name__}{signature}\n--\n\n{function.__doc__}".encode()
+    method.ml_name, method.ml_doc = holder.name, holder.doc
+    method.ml_meth, method.ml_flags = <PyCFunction>call_function, METH_VARARGS | METH_KEYWORDS
+    return PyCFunction_NewEx(method, holder, module)    # which lives as long as the process, and *method* with it
 
 
 # ---- other threads' loops ----------------------------------------------------------------------------------------------------

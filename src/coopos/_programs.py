@@ -280,8 +280,8 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 
 @functools.cache
 def _shells() -> tuple[Any, Any]:
-    """The kinds of Popen that popen and system start. Made at the first call: where the stdlib's Popen isn't as we know it, that fails
-    and the import of coopos doesn't.
+    """The kinds of Popen that popen and system start. Made at the first call: where the stdlib's Popen isn't as we know it, that
+    fails and the import of coopos doesn't.
     """
     from coopos.subprocess import Popen
 

@@ -185,13 +185,15 @@ class _Terminal(FileIO):
             return getattr(ex, "partial", end)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return _parking.outright(self._read, b"", super().read, size)
+        data: bytes = _parking.outright(self._read, b"", super().read, size)
+        return data
 
     def readall(self) -> bytes:
         return self.read()
 
     def readinto(self, buffer: Any, /) -> int:
-        return _parking.outright(self._read, 0, super().readinto, buffer)
+        nread: int = _parking.outright(self._read, 0, super().readinto, buffer)
+        return nread
 
 
 class _TextTerminal(_io.TextIOWrapper):
