@@ -236,7 +236,8 @@ def show():
     # What the interpreter takes from a script when it has ended isn't compared.
     names = sorted(name for name in vars(main) if not name.startswith("__") or name in ("__spec__", "__loader__", "__doc__"))
     return [sys.argv, sys.path, names, __name__, __doc__, __package__, type(__loader__).__name__, getattr(__spec__, "name", None)]
-print(json.dumps([sorted(globals()), __file__, globals().get("__cached__"), type(__builtins__).__name__, show.__code__.co_filename]))
+print(json.dumps([sorted(globals()), __file__, globals().get("__cached__"), type(__builtins__).__name__]))
+print(show.__code__.co_filename)
 print(json.dumps(show()))
 atexit.register(lambda: print(json.dumps(show())))
 threading.Timer(0.02, lambda: print(json.dumps(show()))).start()
@@ -244,8 +245,8 @@ threading.Timer(0.02, lambda: print(json.dumps(show()))).start()
 
 
 @pytest.mark.parametrize("arguments", [
-    "script.py", "script.py one -m -h --two", "directory/link.py", "./directory/../script.py", "directory x", "directory/", "./file.zip",
-    "-m script 1", "-m package -h", "-P script.py", "-P directory",
+    "script.py", "script.py one -m -h --two", "directory/link.py", "./directory/../script.py", "directory x", "directory/",
+    "./file.zip", "-m script 1", "-m package -h", "-P script.py", "-P directory",
 ])
 def test_main_is_what_it_is_without(tmp_path, arguments):
     """To the end: for threads, for atexit functions, for what is pickled there."""
@@ -283,7 +284,9 @@ def test_processes_that_are_spawned_by_the_program(tmp_path, is_module):
     assert (done.stdout, done.stderr, done.returncode) == ("[2, 4]\n", "", 0)
 
 
-@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "import signal; signal.raise_signal(signal.SIGINT)", "sys.exit(7)", "1 / 0"])
+@pytest.mark.parametrize("end", [
+    "raise KeyboardInterrupt", "import signal; signal.raise_signal(signal.SIGINT)", "sys.exit(7)", "1 / 0",
+])
 @pytest.mark.parametrize("is_module", [False, True], ids=["script", "module"])
 def test_exit_status_is_what_it_is_without(tmp_path, end, is_module):
     write(tmp_path / "program.py", f"import sys; {end}")

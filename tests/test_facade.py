@@ -114,7 +114,7 @@ def test_what_is_builtin_in_os_is_builtin(name):
     """So it is no method of the class that it is an attribute of: the tests of tempfile have one with ``_close = os.close``."""
     function = getattr(coopos, name)
     assert inspect.isbuiltin(function)
-    assert getattr(type("Holder", (), {"function": function})(), "function") is function
+    assert type("Holder", (), {"function": function})().function is function
     assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function
     assert function.__name__ == function.__qualname__ == name
     assert (function.__module__ + ".").startswith("coopos.")

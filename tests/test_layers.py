@@ -46,7 +46,7 @@ GEVENT = {
     "_semaphores": {"gevent", "gevent.hub", "gevent.lock"},
     "_fork": {"gevent.os", "gevent._config"},
     "_programs": {"gevent.monkey"},
-    "subprocess": {"gevent.event", "gevent.hub", "gevent.monkey"},
+    "subprocess": {"gevent.event", "gevent.monkey"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},

@@ -21,6 +21,7 @@ import pytest
 
 import coopos
 from coopos import subprocess
+from coopos.io import BufferedReader
 
 from .children import has_no_child, needs_pidfds, needs_proc, needs_reaped_status, no_child, until
 from .support import HubThread, clog, closing, error_of, open_fds, parked, result_of, run_script, ticking, turn_loop
@@ -766,6 +767,59 @@ def test_stdin_lets_others_run(gate):
         assert result_of(writer) == len(MUCH)
         process.stdin.close()
         assert int(process.stdout.read()) == len(MUCH)
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_close_while_another_reads(gate, text):
+    """It waits until the read is over, as in threads, and lets others run."""
+    with sh(f"echo one; {gate.wait}; echo two", stdout=PIPE, text=text) as process:
+        reader = parked(process.stdout.read)
+        closer = parked(process.stdout.close)
+        turn_loop()
+        assert not closer.ready()
+        gate.open()
+        assert result_of(reader) == ("one\ntwo\n" if text else b"one\ntwo\n")
+        result_of(closer)
+        assert process.stdout.closed
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_close_while_another_writes(gate, tmp_path, text):
+    """What is written is all there, and then the end."""
+    with sh(f"{gate.wait}; wc -c > {tmp_path}/count", stdin=PIPE, text=text) as process:
+        writer = parked(process.stdin.write, "x" * 300_000 if text else b"x" * 300_000)
+        closer = parked(process.stdin.close)
+        gate.open()
+        assert result_of(writer) == 300_000
+        result_of(closer)
+    assert int((tmp_path / "count").read_text()) == 300_000
+
+
+def test_close_while_another_reads_that_is_told(gate):
+    """Whoever closes the file below lets both go."""
+    with sh(f"{gate.wait}", stdout=PIPE) as process:
+        reader = parked(error_of, process.stdout.read)
+        closer = parked(process.stdout.close)
+        process.stdout.raw.close()
+        assert result_of(reader) == (OSError, errno.EBADF)
+        result_of(closer)
+        gate.open()
+
+
+def test_close_in_the_middle_of_ones_own_read():
+    """It is a reentrant call, as ever: a signal handler's could only wait for itself."""
+
+    class Raw(coopos.FileIO):
+        def readinto(self, buffer):
+            outcome.append(error_of(file.close))
+            return super().readinto(buffer)
+
+    outcome = []
+    with sh("sleep 0.05; echo out", stdout=PIPE) as process:
+        with BufferedReader(Raw(process.stdout.fileno(), closefd=False)) as file:
+            assert file.read(3) == b"out"
+    assert outcome == [(RuntimeError, None)]
 
 
 def test_exit_while_another_writes():

@@ -4,10 +4,10 @@
     python -m coopos -m module [argument ...]
     python -m coopos doctor
 
-A directory or zip file with a ``__main__.py`` runs too. What comes after the script or module is its own. The program sees the argv,
-sys.path and ``__main__`` it would see without coopos, and has them to the end: its threads, its atexit functions and what is pickled for
-other processes look for names in ``__main__`` after its last line. So it runs in the namespace that the interpreter made for
-``coopos.__main__``, and nothing of ours stays there.
+A directory or zip file with a ``__main__.py`` runs too. What comes after the script or module is its own. The program sees the
+argv, sys.path and ``__main__`` it would see without coopos, and has them to the end: its threads, its atexit functions and what is
+pickled for other processes look for names in ``__main__`` after its last line. So it runs in the namespace that the interpreter
+made for ``coopos.__main__``, and nothing of ours stays there.
 """
 
 from __future__ import annotations

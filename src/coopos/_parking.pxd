@@ -35,7 +35,7 @@ cdef class Wait:
     cdef object queued     # the loop callback that will wake it, once close() has evicted it
     cdef PyObject *next    # another one parked on the same descriptor, borrowed
     cdef int fd
-    cdef int events        # of one that may stay on
+    cdef int events
     cdef int error         # errno that the waiter is to raise; 0
     cdef int born          # generation
     cdef bint is_on        # the watcher is, whether or not anybody waits

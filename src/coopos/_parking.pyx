@@ -276,6 +276,7 @@ cdef class Parking:
             wait.loop = self.loop
             wait.watcher = self.make_watcher(fd, events)
         wait.fd = fd
+        wait.events = events
         wait.error = 0
         wait.born = generation
         return wait
@@ -411,7 +412,6 @@ def wait_for_any(list wanted, str call):
     try:
         for fd, events in wanted:
             wait = parking.aim(fd, events)
-            wait.events = events
             waits.append(wait)
             wait.switch = switch
             enlist(wait)
@@ -427,6 +427,20 @@ def wait_for_any(list wanted, str call):
                 wait.queued.stop()
                 wait.queued = None
             parking.put_back(wait, wait.events)
+
+
+def awaited(int fd):
+    """For Python: what greenlets of this thread are parked for on *fd*: READ, WRITE, both or 0."""
+    cdef object hub = reachable_hub()
+    cdef PyObject *link = _parked[fd] if hub is not None and 0 <= fd < _parked_size else NULL
+    cdef Wait wait
+    cdef int events = 0
+    while link != NULL:
+        wait = <Wait>link
+        link = wait.next
+        if wait.hub is hub and (wait.switch is not None or wait.waiter is not None):
+            events |= wait.events
+    return events
 
 
 cdef int evict(Wait wait) except -1:

@@ -31,7 +31,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent.hub import sleep
 from gevent.monkey import get_original
 
 from coopos import _children, _core, _parking
@@ -282,13 +281,13 @@ class _Ended:
             popen._tell_end()
 
 
-def _try_or_close(file: Any, method: Callable[[], object]) -> None:
-    """``method()`` of *file*. A greenlet that is in the stdlib's buffer is made to leave it, with EBADF, and the file is closed."""
-    try:
-        method()
-    except RuntimeError:
-        getattr(file, "buffer", file).raw.close()
-        sleep(0)
+def _evict(file: Any) -> None:
+    """A greenlet of this thread that waits in *file* is made to leave it, with EBADF."""
+    buffer = getattr(file, "buffer", file)
+    raw = getattr(buffer, "raw", buffer)
+    if not raw.closed and _parking.awaited(raw.fileno()):
+        raw.close()
+        _parking.yield_turn()
 
 
 class _Link:
@@ -636,13 +635,12 @@ class Popen(_Base[AnyStr]):
         _parking.outright(self._close_and_wait, exc_type, value, traceback)
 
     def _close_and_wait(self, *exc_info: Any) -> None:
-        # Another greenlet may wait for what is to be closed. It is told so, as by close().
-        if self.stdin is not None and not self.stdin.closed:
-            with contextlib.suppress(OSError, ValueError):  # to close it says the same again, and then waits
-                _try_or_close(self.stdin, self.stdin.flush)
-        for file in self.stdout, self.stderr, self.pty:
+        # Another greenlet may wait for what is to be closed. It is told so, and the child may go on.
+        for file in self.stdin, self.stdout, self.stderr:
             if file is not None:
-                _try_or_close(file, file.close)
+                _evict(file)
+        if self.pty is not None:
+            self.pty.close()
         super().__exit__(*exc_info)
 
 
