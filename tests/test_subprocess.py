@@ -659,14 +659,15 @@ def test_program_in_a_signal_handler(call):
 import os
 outcome = []
 def handle(signum, frame):
-    assert gevent.getcurrent() is gevent.get_hub()
     try:
+        assert gevent.getcurrent() is gevent.get_hub()
         outcome.append({call})
     except BaseException as ex:
         outcome.append(ex)
-signal.signal(signal.SIGUSR1, handle)
+signal.signal(signal.SIGALRM, handle)
 other = gevent.spawn(subprocess.run, ["sleep", "0.02"])
-gevent.spawn_later(0.005, os.kill, os.getpid(), signal.SIGUSR1)
+gevent.sleep(0)
+signal.setitimer(signal.ITIMER_REAL, 0.005)
 while not outcome:
     gevent.sleep(0.01)
 assert outcome == [True], outcome
