@@ -722,7 +722,7 @@ def layers(file):
     found = []
     while True:
         names = ("encoding", "errors", "line_buffering", "write_through", "mode")
-        base = io.FileIO if isinstance(file, io.FileIO) else type(file)
+        base = next(kind for kind in type(file).__mro__ if kind.__module__ in ("io", "_io"))
         found.append((base, {name: getattr(file, name) for name in names if hasattr(file, name)}))
         below = getattr(file, "buffer", None) or getattr(file, "raw", None)
         if below is None:
@@ -1243,7 +1243,7 @@ def test_popens_that_are_dropped_while_others_are_swept(monkeypatch):
 def test_child_that_can_not_be_watched(monkeypatch):
     """The error comes out, and it is as if there had been no process to be had."""
 
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise BlockingIOError(errno.EAGAIN, "no thread")
 
     monkeypatch.setattr(subprocess._children, "watch_new", refuse)

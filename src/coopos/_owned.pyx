@@ -40,11 +40,11 @@ cdef extern from "Python.h":
     void PyErr_WriteUnraisable(object where) noexcept
 
 
-def warn_unclosed(source):
-    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller. Never raises: where the
+def warn_unclosed(source, Py_ssize_t level=2):
+    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller, or one further up. Never raises: where the
     filters make an error of it, it is reported as one that nobody can catch.
     """
-    if PyErr_ResourceWarning(source, 2, "unclosed file %R", <PyObject *>source) < 0:
+    if PyErr_ResourceWarning(source, level, "unclosed file %R", <PyObject *>source) < 0:
         PyErr_WriteUnraisable(source)
 
 

@@ -161,7 +161,7 @@ class FileIO(Moving, io.FileIO):
     def _dealloc_warn(self, source: object) -> None:
         """Called by the buffer *source* over it, which closes it because it is collected."""
         if self.closefd and not self.closed:
-            warn_unclosed(source)
+            warn_unclosed(source, 3 if isinstance(source, _Lock) else 2)
 
     def __repr__(self) -> str:
         kind = f"{type(self).__module__}.{type(self).__qualname__}"

@@ -639,6 +639,10 @@ class Popen(_Base[AnyStr]):
         for file in self.stdin, self.stdout, self.stderr:
             if file is not None:
                 _evict(file)
+        if self.stdin is not None and not self.stdin.closed:
+            # To close it says the same again, and then waits for the child: not after what is thrown in here.
+            with contextlib.suppress(OSError, ValueError):
+                self.stdin.flush()
         if self.pty is not None:
             self.pty.close()
         super().__exit__(*exc_info)
