@@ -31,10 +31,11 @@ macros = []
 
 directives = {
     "language_level": 3,
-    # Functions that inspect.signature() can read and that bind as methods, like those of Python.
-    "binding": True,
-    # Docstrings reach help() as they were written; the signature is in __signature__ already.
-    "embedsignature": False,
+    # Functions are builtins, as those of os: no methods of a class that they are attributes of.
+    "binding": False,
+    # inspect.signature() reads it from the docstring, and help() shows it without.
+    "embedsignature": True,
+    "embedsignature.format": "clinic",
     # The only indexing in C is of arrays whose length stands beside the loop.
     "boundscheck": False,
     "wraparound": False,
@@ -119,7 +120,7 @@ class BuildPyWithoutCore(build_py):
     """The modules that don't need the compiled ones, which call POSIX directly."""
 
     def find_package_modules(self, package, package_dir):
-        kept = {"__init__", "__main__", "_doctor", "_patch", "_threadpool"}
+        kept = {"__init__", "__main__", "_doctor", "_launch", "_patch", "_threadpool"}
         return [found for found in super().find_package_modules(package, package_dir) if found[1] in kept]
 
 

@@ -233,7 +233,7 @@ def test_call_in_pool_killed_before_it_begins(monkeypatch):
     made = Standstill()
     made.let_go()
     monkeypatch.setattr("posix.ftruncate", made)
-    monkeypatch.setattr("coopos._threadpool.get_hub", Hub)
+    monkeypatch.setattr("coopos._threadpool.get_hub_if_exists", Hub)
     with pytest.raises(gevent.GreenletExit):
         coopos.ftruncate(3, 0)
     assert queued.pop()() == (None, None)

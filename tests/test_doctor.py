@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import pytest
 
@@ -222,14 +223,77 @@ def test_script_waits_for_its_threads(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "thread 7\natexit 7\n", "")
 
 
-def test_directory_with_a_main(tmp_path):
-    """A directory that has a __main__.py is run as Python runs it."""
-    write(tmp_path / "program" / "__main__.py", TELL)
-    under = told("-m", "coopos", "program", "one", cwd=tmp_path)
-    plain = told("program", "one", cwd=tmp_path)
-    assert under["patched"] == PATCHED
-    assert under["argv"] == plain["argv"] and under["name"] == plain["name"] == "__main__"
-    assert os.path.samefile(tmp_path / under["path"][0], tmp_path / plain["path"][0])
+#: Says all that is in __main__, while the program runs and after its last line, when nothing of it may be missing.
+SHOW = '''
+"""A program."""
+import atexit, json, sys, threading
+class Thing: pass
+annotated: int = 1
+def show():
+    import pickle
+    main = sys.modules["__main__"]
+    assert vars(main) is globals() and isinstance(pickle.loads(pickle.dumps(Thing())), Thing)
+    # What the interpreter takes from a script when it has ended isn't compared.
+    names = sorted(name for name in vars(main) if not name.startswith("__") or name in ("__spec__", "__loader__", "__doc__"))
+    return [sys.argv, sys.path, names, __name__, __doc__, __package__, type(__loader__).__name__, getattr(__spec__, "name", None)]
+print(json.dumps([sorted(globals()), __file__, globals().get("__cached__"), type(__builtins__).__name__]))
+print(show.__code__.co_filename)
+print(json.dumps(show()))
+atexit.register(lambda: print(json.dumps(show())))
+threading.Timer(0.02, lambda: print(json.dumps(show()))).start()
+'''
+
+
+@pytest.mark.parametrize("arguments", [
+    "script.py", "script.py one -m -h --two", "directory/link.py", "./directory/../script.py", "directory x", "directory/",
+    "./file.zip", "-m script 1", "-m package -h", "-P script.py", "-P directory",
+])
+def test_main_is_what_it_is_without(tmp_path, arguments):
+    """To the end: for threads, for atexit functions, for what is pickled there."""
+    arguments = arguments.split()
+    safe = ["-P"] if arguments[0] == "-P" else []
+    if safe and sys.version_info < (3, 11):
+        pytest.skip("no -P here")
+    del arguments[: len(safe)]
+    for name in ("script.py", "directory/__main__.py", "package/__init__.py", "package/__main__.py"):
+        write(tmp_path / name, SHOW if "init" not in name else "")
+    (tmp_path / "directory" / "link.py").symlink_to(tmp_path / "script.py")
+    with zipfile.ZipFile(tmp_path / "file.zip", "w") as file:
+        file.writestr("__main__.py", SHOW)
+    plain = python(*safe, *arguments, cwd=tmp_path, COOPOS_PATCH=None)
+    under = python(*safe, "-m", "coopos", *arguments, cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    assert (under.stdout.splitlines(), under.stderr, under.returncode) == (plain.stdout.splitlines(), "", 0)
+
+
+@pytest.mark.parametrize("is_module", [False, True], ids=["script", "module"])
+def test_processes_that_are_spawned_by_the_program(tmp_path, is_module):
+    """They find what is pickled by name in ``__main__``, the script's or the module's, whatever it has of coopos."""
+    write(tmp_path / "program.py", """
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        def double(number):
+            return 2 * number
+
+        if __name__ == "__main__":
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+                print(list(executor.map(double, [1, 2])))
+    """)
+    done = python("-m", "coopos", *(["-m", "program"] if is_module else ["program.py"]), cwd=tmp_path)
+    assert (done.stdout, done.stderr, done.returncode) == ("[2, 4]\n", "", 0)
+
+
+@pytest.mark.parametrize("end", [
+    "raise KeyboardInterrupt", "import signal; signal.raise_signal(signal.SIGINT)", "sys.exit(7)", "1 / 0",
+])
+@pytest.mark.parametrize("is_module", [False, True], ids=["script", "module"])
+def test_exit_status_is_what_it_is_without(tmp_path, end, is_module):
+    write(tmp_path / "program.py", f"import sys; {end}")
+    arguments = ["-m", "program"] if is_module else ["program.py"]
+    plain, under = python(*arguments, cwd=tmp_path, COOPOS_PATCH=None), python("-m", "coopos", *arguments, cwd=tmp_path)
+    assert under.returncode == plain.returncode
+    assert under.stderr.splitlines()[-1:] == plain.stderr.splitlines()[-1:]
 
 
 def test_script_that_is_not_there(tmp_path):

@@ -1,17 +1,22 @@
 """The names: what gevent.os and os have is here, with the same signatures, documented, and moved by the same switches."""
 
 import ast
+import copy
+import functools
 import importlib.resources
 import inspect
 import os
 import pathlib
+import pickle
 import pydoc
 import re
+from unittest import mock
 
 import gevent.os
 import pytest
 
 import coopos
+from coopos import _parking
 
 from .support import run_script
 
@@ -100,6 +105,38 @@ def test_names_of_the_core_are_re_exported_without_a_frame_in_between():
     for name in ("nb_read", "nb_write", "close", "waitpid", "make_nonblocking"):
         assert not hasattr(getattr(coopos, name), "__wrapped__")
         assert not inspect.isfunction(getattr(coopos, name)), f"{name} is a Python function"
+
+
+BUILTIN = sorted(name for name in coopos.__implements__ if inspect.isbuiltin(getattr(os, name)))
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_what_is_builtin_in_os_is_builtin(name):
+    """So it is no method of the class that it is an attribute of: the tests of tempfile have one with ``_close = os.close``."""
+    function = getattr(coopos, name)
+    assert inspect.isbuiltin(function)
+    assert type("Holder", (), {"function": function})().function is function
+    assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function
+    assert function.__name__ == function.__qualname__ == name
+    assert (function.__module__ + ".").startswith("coopos.")
+    assert functools.wraps(function)(lambda: None).__doc__ == function.__doc__
+    assert mock.create_autospec(function)
+    assert repr(function) == f"<built-in function {name}>"
+
+
+def test_builtin_that_calls_a_function_of_python():
+    """Arguments, results and errors are the function's own."""
+
+    def function(*args, **kwargs):
+        """Say what it is given."""
+        return args, kwargs
+
+    builtin = _parking.as_builtin(function, "(*args, **kwargs)", __name__)
+    assert builtin(1, 2, name=3) == ((1, 2), {"name": 3})
+    assert builtin() == ((), {})
+    assert (builtin.__doc__, str(inspect.signature(builtin))) == (function.__doc__, "(*args, **kwargs)")
+    with pytest.raises(ZeroDivisionError):
+        _parking.as_builtin(lambda: 1 / 0, "()", __name__)()
 
 
 def test_star_import_brings_all_and_nothing_else():
@@ -317,6 +354,9 @@ def test_stub_has_the_names_and_parameters_of_the_compiled_module(module):
     assert set(described) == public
     for name, node in described.items():
         if isinstance(node, ast.FunctionDef):
-            assert [argument.arg for argument in node.args.posonlyargs + node.args.args] == list(
-                inspect.signature(getattr(compiled, name)).parameters
-            )
+            parameters = inspect.signature(getattr(compiled, name)).parameters.values()
+            assert [argument.arg for argument in node.args.posonlyargs + node.args.args] == [
+                parameter.name
+                for parameter in parameters
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            ]

@@ -15,13 +15,14 @@ LAYERS = [
     {"_parking"},
     {"_blocking", "_core", "_children"},
     {"_wait", "_owned", "_forking", "_semaphores"},
-    {"_imports"},
+    {"_imports", "_sigchld"},
     {"_fork", "_threadpool", "_patch", "_standins"},
     {"io", "_copying"},
     {"subprocess"},
     {"_programs", "_multiprocessing"},
     {"__init__"},
     {"_doctor"},
+    {"_launch"},
     {"__main__"},
 ]
 #: What each may have of gevent and greenlet, at most; a module that isn't here has none.
@@ -40,17 +41,18 @@ GEVENT = {
         "greenlet",
     },
     "_imports": {"gevent.hub", "greenlet"},
+    "_sigchld": {"gevent", "gevent.hub"},
     "_multiprocessing": {"gevent", "gevent.exceptions", "gevent.monkey"},
     "_standins": {"gevent", "gevent.monkey"},
     "_semaphores": {"gevent", "gevent.hub", "gevent.lock"},
     "_fork": {"gevent.os", "gevent._config"},
     "_programs": {"gevent.monkey"},
-    "subprocess": {"gevent.event", "gevent.hub", "gevent.monkey"},
+    "subprocess": {"gevent.event", "gevent.monkey"},
     "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
     "__init__": {"gevent._config"},
     "_doctor": {"gevent", "gevent.hub"},
-    "__main__": {"gevent.monkey"},
+    "_launch": {"gevent.monkey"},
 }
 #: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
 LAZILY_UPWARD = {"_patch": {"__init__", "_fork", "subprocess", "_multiprocessing"}, "__init__": {"_doctor"}}

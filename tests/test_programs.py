@@ -338,7 +338,7 @@ def test_popen_file(mode, buffering):
         answers.update(line_buffering=file.line_buffering, write_through=file.write_through, mode=getattr(file, "mode", None))
         answers.update(name=type(file.name), raw=file.buffer.raw.mode)
         answers["fileno"] = type(file.fileno())
-        answers["buffer"] = type(file.buffer)
+        answers["buffer"] = type(file.buffer).__name__
         answers["read"] = error_of(file.read, 1)
         answers["close"] = file.close()
         return answers

@@ -21,12 +21,22 @@ import pytest
 
 import coopos
 from coopos import subprocess
+from coopos.io import BufferedReader
 
 from .children import has_no_child, needs_pidfds, needs_proc, needs_reaped_status, no_child, until
-from .support import HubThread, closing, error_of, open_fds, parked, result_of, run_script, ticking, turn_loop
+from .support import HubThread, clog, closing, error_of, open_fds, parked, result_of, run_script, ticking, turn_loop
 
 PIPE, STDOUT, DEVNULL = stdlib.PIPE, stdlib.STDOUT, stdlib.DEVNULL
 is_root = os.geteuid() == 0
+
+
+PATCHED = """
+from gevent import monkey
+monkey.patch_all()
+import coopos
+coopos.patch()
+import signal, subprocess, gevent, gevent.subprocess
+"""
 
 
 def sh(script, module=subprocess, **kwargs):
@@ -76,11 +86,62 @@ def test_popen_signature_is_the_stdlibs_with_a_terminal():
     assert [(each.name, each.kind) for each in ours[len(theirs) :]] == [
         ("pty", inspect.Parameter.KEYWORD_ONLY),
         ("winsize", inspect.Parameter.KEYWORD_ONLY),
+        ("threadpool", inspect.Parameter.KEYWORD_ONLY),
     ]
+
+
+def test_popen_threadpool():
+    """gevent's Popen has it; here nothing is done with it."""
+    with subprocess.Popen(["sh", "-c", "exit 7"], threadpool=gevent.get_hub().threadpool) as process:
+        pass
+    assert process.returncode == 7
 
 
 def test_popen_can_be_subscripted():
     assert subprocess.Popen[bytes]
+
+
+# ---- an stdlib that isn't as we know it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "missing"),
+    [
+        ("_communicate(self, input, endtime, orig_timeout)", "_talk(self, input, endtime, orig_timeout)", "Popen._communicate"),
+        (
+            "_communicate(self, input, endtime, orig_timeout)",
+            "_communicate(self, input, deadline, orig_timeout)",
+            "the parameter 'endtime' of Popen._communicate, Popen._communicate without a parameter 'deadline'",
+        ),
+        ("def _wait(self, timeout)", "def _wait(self, timeout, flags=0)", "Popen._wait without a parameter 'flags'"),
+        ("preexec_fn", "before_exec", "the parameter 'preexec_fn' of Popen._execute_child"),
+        ("_internal_poll", "_poll", "Popen._internal_poll"),
+        ("_PopenSelector", "_Selector", "_PopenSelector"),
+        ("_input_offset", "_input_at", "Popen._input_offset"),
+    ],
+)
+def test_stdlib_that_is_another(tmp_path, old, new, missing):
+    """Only what runs programs by it is an error, which names what is missing; all else works, and patch() has replaced nothing."""
+    source = inspect.getsource(stdlib)
+    assert old in source
+    (tmp_path / "subprocess.py").write_text(source.replace(old, new))
+    run_script(f"""
+        import os, sys, coopos
+        plain = os.waitpid
+        pid = coopos.fork()
+        if not pid:
+            os._exit(7)
+        assert coopos.waitpid(pid, 0) == (pid, 7 << 8)
+        assert coopos.spawnlp(os.P_WAIT, "sh", "sh", "-c", "exit 7") == 7
+        for use in (lambda: coopos.system("exit 7"), lambda: coopos.popen("exit 7"), coopos.patch, coopos.patch):
+            try:
+                use()
+            except NotImplementedError as ex:
+                assert {missing!r} in str(ex) and sys.version.split()[0] in str(ex), str(ex)
+            else:
+                raise AssertionError("no error")
+        assert os.waitpid is plain
+    """, PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
 # ---- wait and poll -----------------------------------------------------------------------------------------------------------
@@ -248,6 +309,20 @@ def test_wait_while_sigchld_is_ignored():
             assert process.wait() == 7
         except ChildProcessError:
             pass
+    """)
+
+
+def test_run_while_sigchld_is_ignored():
+    """Programs that end before anybody can look have returned 0, as the stdlib says."""
+    run_script("""
+        import signal, coopos
+        from coopos import subprocess
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        for _ in range(200):
+            assert subprocess.run(["sh", "-c", "exit 7"]).returncode in (0, 7)
+            assert coopos.popen("exit 7").close() in (None, 7 << 8)
+        process = subprocess.Popen(["true"])
+        assert process.result.get(timeout=30) == 0
     """)
 
 
@@ -458,6 +533,187 @@ def test_exit_while_another_reads(gate):
     assert process.stdout.closed
 
 
+# ---- what is thrown in -------------------------------------------------------------------------------------------------------
+
+each_thrown = pytest.mark.parametrize("throw", [
+    functools.partial(TimeoutError, "thrown"),
+    functools.partial(OSError, errno.EIO, "thrown"),
+    functools.partial(ChildProcessError, errno.ECHILD, "thrown"),
+    functools.partial(BlockingIOError, errno.EAGAIN, "thrown"),
+    functools.partial(BrokenPipeError, errno.EPIPE, "thrown"),
+    functools.partial(InterruptedError, errno.EINTR, "thrown"),
+    functools.partial(ValueError, "thrown"),
+    functools.partial(RuntimeError, "thrown"),
+    functools.partial(stdlib.TimeoutExpired, "thrown", 1),
+    functools.partial(gevent.Timeout, 1),
+], ids=lambda throw: throw.func.__name__)
+
+
+def raised_by(function, *args, **kwargs):
+    """What comes out of it as an exception."""
+    try:
+        return None, function(*args, **kwargs)
+    except BaseException as ex:
+        return ex, None
+
+
+def throw_into(throw, function, *args, **kwargs):
+    """Have a greenlet wait in function(*args), and what *throw* makes come out of it."""
+    thrown = throw()
+    waiter = parked(raised_by, functools.partial(function, *args, **kwargs))
+    waiter.kill(thrown, block=False)
+    assert result_of(waiter) == (thrown, None)
+    assert thrown.__context__ is None
+
+
+@each_thrown
+@pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stderr": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=" ".join)
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_communicate_loses_nothing(gate, throw, pipes, text):
+    process = sh(f"echo one; echo one >&2; {gate.wait}; echo two; echo two >&2; exit 7", text=text, **{"stderr": DEVNULL, **pipes})
+    throw_into(throw, process.communicate)
+    gate.open()
+    expected = "one\ntwo\n" if text else b"one\ntwo\n"
+    assert [out for out in process.communicate() if out is not None] == [expected] * len(pipes)
+    assert process.returncode == 7
+
+
+@each_thrown
+@pytest.mark.parametrize("pipes", [{}, {"stdout": PIPE}], ids=["stdin", "both"])
+def test_communicate_writes_all_of_its_input(gate, tmp_path, throw, pipes):
+    """Once, in however many calls."""
+    process = sh(f"head -c 10; {gate.wait}; wc -c > {tmp_path}/count", stdin=PIPE, **{"stdout": DEVNULL, **pipes})
+    throw_into(throw, process.communicate, MUCH)
+    gate.open()
+    process.communicate()
+    assert process.returncode == 0
+    assert int((tmp_path / "count").read_text()) <= len(MUCH) - 10  # head reads ahead
+    assert int((tmp_path / "count").read_text()) > len(MUCH) - 100_000
+
+
+@each_thrown
+@pytest.mark.parametrize("call", ["wait", "wait quietly", "communicate", "with"])
+def test_what_is_thrown_into_a_wait_comes_out(gate, throw, call):
+    process = sh(f"{gate.wait}; exit 7")
+    calls = {
+        "wait": process.wait,
+        "wait quietly": functools.partial(process.wait, 100, False),
+        "communicate": process.communicate,
+        "with": functools.partial(process.__exit__, None, None, None),
+    }
+    throw_into(throw, calls[call])
+    gate.open()
+    assert process.wait() == 7
+
+
+@each_thrown
+def test_what_is_thrown_into_a_flush_comes_out(gate, throw):
+    """Of the end of a ``with`` block, whose child doesn't read."""
+    process = sh(f"{gate.wait}; cat > /dev/null", stdin=PIPE)
+    throw_into(throw, lambda: (clog(process.stdin.fileno()), process.stdin.write(b"x"), process.__exit__(None, None, None)))
+    gate.open()
+    process.__exit__(None, None, None)
+    assert process.returncode == 0
+
+
+@each_thrown
+@pytest.mark.parametrize("call", ["run", "check_output", "call", "check_call"])
+def test_what_is_thrown_into_a_call_comes_out(gate, throw, call):
+    """And the child is killed, as by the stdlib."""
+    throw_into(throw, getattr(subprocess, call), ["sh", "-c", f"{gate.wait}; exit 7"])
+    assert has_no_child()
+
+
+@each_thrown
+def test_what_is_thrown_into_system_popen_and_terminals_comes_out(gate, throw):
+    throw_into(throw, coopos.system, f"{gate.wait}; exit 7")
+    gate.open()
+    assert coopos.wait()[1] == 7 << 8
+    file = coopos.popen(f"exec >&-; {gate.wait}; exit 7")
+    throw_into(throw, file.close)
+    gate.open()
+    assert file.close() == 7 << 8
+    with sh("read line; exit 7", pty=True) as process:
+        throw_into(throw, process.pty.read)
+        throw_into(throw, coopos.read_pty, process.pty.fileno(), 1)
+        process.pty.write(b"\n")
+    assert process.returncode in (7, -signal.SIGHUP)
+
+
+# ---- where nothing can switch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [
+    'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True).stdout == b"out"',
+    'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True, timeout=30).stdout == b"out"',
+    'subprocess.run(["sh", "-c", "sleep 0.01; exit 7"], timeout=30).returncode == 7',
+    'subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
+    'gevent.subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
+    'os.system("sleep 0.01; exit 7") == 7 << 8',
+    'os.popen("sleep 0.01; echo out").read() == "out\\n"',
+    'os.popen("sleep 0.01; exit 7").close() == 7 << 8',
+    'os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 0.01; exit 7"], os.environ), 0)[1] == 7 << 8',
+    'os.spawnlp(os.P_WAIT, "sh", "sh", "-c", "sleep 0.01; exit 7") == 7',
+])
+def test_program_in_a_signal_handler(call):
+    """It runs in the hub, where it waits as in any program; other programs' ends are told afterwards."""
+    run_script(PATCHED + f"""
+import os
+outcome = []
+def handle(signum, frame):
+    try:
+        assert gevent.getcurrent() is gevent.get_hub()
+        outcome.append({call})
+    except BaseException as ex:
+        outcome.append(ex)
+signal.signal(signal.SIGALRM, handle)
+other = gevent.spawn(subprocess.run, ["sleep", "0.02"])
+gevent.sleep(0)
+signal.setitimer(signal.ITIMER_REAL, 0.005)
+while not outcome:
+    gevent.sleep(0.01)
+assert outcome == [True], outcome
+assert other.get(timeout=30).returncode == 0
+""", may_complain=True)
+
+
+@pytest.mark.parametrize("call", [
+    'subprocess.run(["true"], capture_output=True)',
+    'subprocess.run(["cat"], input=b"in", capture_output=True, timeout=30)',
+    'subprocess.run(["true"], timeout=30)',
+    'os.system("true")',
+    'os.popen("true").close()',
+    'os.waitpid(os.posix_spawn("/bin/true", ["true"], os.environ), 0)',
+])
+def test_programs_in_threads_without_a_hub(call):
+    """They wait as threads do, and leave no hub behind, whose descriptors nobody would close."""
+    run_script(PATCHED + f"""
+import os
+from gevent.hub import _get_hub
+from gevent.monkey import get_original
+start, Lock = get_original("_thread", "start_new_thread"), get_original("_thread", "allocate_lock")
+outcome = []
+def use(lock):
+    try:
+        {call}
+        outcome.append(_get_hub())
+    except BaseException as ex:
+        outcome.append(ex)
+    lock.release()
+def in_thread():
+    lock = Lock()
+    lock.acquire()
+    start(use, (lock,))
+    lock.acquire()
+in_thread()
+before = os.listdir("/dev/fd")
+for _ in range(200):
+    in_thread()
+assert outcome == [None] * 201, outcome[:3]
+assert os.listdir("/dev/fd") == before
+""", may_complain=True)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------------------
 
 
@@ -468,7 +724,7 @@ def layers(file):
     found = []
     while True:
         names = ("encoding", "errors", "line_buffering", "write_through", "mode")
-        base = io.FileIO if isinstance(file, io.FileIO) else type(file)
+        base = next(kind for kind in type(file).__mro__ if kind.__module__ in ("io", "_io"))
         found.append((base, {name: getattr(file, name) for name in names if hasattr(file, name)}))
         below = getattr(file, "buffer", None) or getattr(file, "raw", None)
         if below is None:
@@ -516,6 +772,59 @@ def test_stdin_lets_others_run(gate):
         assert int(process.stdout.read()) == len(MUCH)
 
 
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_close_while_another_reads(gate, text):
+    """It waits until the read is over, as in threads, and lets others run."""
+    with sh(f"echo one; {gate.wait}; echo two", stdout=PIPE, text=text) as process:
+        reader = parked(process.stdout.read)
+        closer = parked(process.stdout.close)
+        turn_loop()
+        assert not closer.ready()
+        gate.open()
+        assert result_of(reader) == ("one\ntwo\n" if text else b"one\ntwo\n")
+        result_of(closer)
+        assert process.stdout.closed
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_close_while_another_writes(gate, tmp_path, text):
+    """What is written is all there, and then the end."""
+    with sh(f"{gate.wait}; wc -c > {tmp_path}/count", stdin=PIPE, text=text) as process:
+        writer = parked(process.stdin.write, "x" * 300_000 if text else b"x" * 300_000)
+        closer = parked(process.stdin.close)
+        gate.open()
+        assert result_of(writer) == 300_000
+        result_of(closer)
+    assert int((tmp_path / "count").read_text()) == 300_000
+
+
+def test_close_while_another_reads_that_is_told(gate):
+    """Whoever closes the file below lets both go."""
+    with sh(f"{gate.wait}", stdout=PIPE) as process:
+        reader = parked(error_of, process.stdout.read)
+        closer = parked(process.stdout.close)
+        process.stdout.raw.close()
+        assert result_of(reader) == (OSError, errno.EBADF)
+        result_of(closer)
+        gate.open()
+
+
+def test_close_in_the_middle_of_ones_own_read():
+    """It is a reentrant call, as ever: a signal handler's could only wait for itself."""
+
+    class Raw(coopos.FileIO):
+        def readinto(self, buffer):
+            outcome.append(error_of(file.close))
+            return super().readinto(buffer)
+
+    outcome = []
+    with sh("sleep 0.05; echo out", stdout=PIPE) as process:
+        with BufferedReader(Raw(process.stdout.fileno(), closefd=False)) as file:
+            assert file.read(3) == b"out"
+    assert outcome == [(RuntimeError, None)]
+
+
 def test_exit_while_another_writes():
     """Its file is closed under it, too: the child has its end-of-file, and ends."""
     with sh("read line; cat > /dev/null; exit 3", stdin=PIPE) as process:
@@ -554,6 +863,26 @@ def test_pipe_that_is_the_childs_stays_as_it_is_here():
         waiter = parked(file.read, 10)
         os.write(writer, b"more")
         assert result_of(waiter) == b"more"
+
+
+@pytest.mark.parametrize("mode", [os.O_RDONLY, os.O_WRONLY], ids=["stdin", "stdout"])
+def test_fifo_without_another_end(tmp_path, mode):
+    """It is in blocking mode for the child, and nobody waits for somebody to open the other end."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    # In an interpreter of its own: where it is waited for, nothing else runs.
+    run_script(f"""
+        import os
+        from coopos import subprocess
+        both = os.open({str(path)!r}, os.O_RDWR)
+        fd = os.open({str(path)!r}, {mode} | os.O_NONBLOCK)
+        os.close(both)
+        out = subprocess.run(
+            ["sh", "-c", "grep flags: /proc/self/fdinfo/{int(mode != os.O_RDONLY)} >&2"],
+            {"stdin" if mode == os.O_RDONLY else "stdout"}=fd, stderr=subprocess.PIPE, timeout=30,
+        ).stderr
+        assert not int(out.split()[-1], 8) & os.O_NONBLOCK, out
+    """)
 
 
 def test_standard_streams_are_in_blocking_mode_for_the_child():
@@ -894,10 +1223,30 @@ def test_popens_that_are_dropped_in_threads_that_are_gone():
     """)
 
 
+def test_popens_that_are_dropped_while_others_are_swept(monkeypatch):
+    """By another thread, or by the garbage collector: they are in the next sweep."""
+
+    class Child:
+        def __init__(self, meanwhile):
+            self.meanwhile = meanwhile
+
+        def collect_for_nobody(self):
+            dropped.update(self.meanwhile)
+            return True
+
+    late = Child([])
+    dropped = {Child([late])}
+    monkeypatch.setattr(subprocess, "_dropped", dropped)
+    subprocess.run(["true"])
+    assert dropped == {late}
+    subprocess.run(["true"])
+    assert dropped == set()
+
+
 def test_child_that_can_not_be_watched(monkeypatch):
     """The error comes out, and it is as if there had been no process to be had."""
 
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise BlockingIOError(errno.EAGAIN, "no thread")
 
     monkeypatch.setattr(subprocess._children, "watch_new", refuse)
@@ -1037,15 +1386,6 @@ def test_pty_wrong_winsize(winsize):
 
 
 # ---- under patch() -----------------------------------------------------------------------------------------------------------
-
-PATCHED = """
-from gevent import monkey
-monkey.patch_all()
-import coopos
-coopos.patch()
-import signal, subprocess, gevent, gevent.subprocess
-"""
-
 
 def test_patched_subprocess():
     """It is ours under both names, and nothing installs a SIGCHLD handler."""

@@ -148,6 +148,21 @@ if hasattr(_os, "fork"):
             __implements__ += ["posix_spawn", "posix_spawnp"]
 
 
+if hasattr(_os, "fork"):
+    from coopos._parking import as_builtin as _as_builtin
+
+    # What is builtin in os is so here, too, and no method of a class whose attribute it is. What is compiled is builtin already.
+    _is_watching = not _config.disable_watch_children
+    _signatures = {
+        "fork": "(*args, **kwargs)" if _is_watching else "(*, keep_greenlets=None)",
+        "forkpty": "(*args, **kwargs)" if _is_watching else "(*, keep_greenlets=None, winsize=None)",
+        "system": "(command)",
+        **(dict.fromkeys(("posix_spawn", "posix_spawnp"), "(*args, **kwargs)") if _is_watching else {}),
+    }
+    for _name in _signatures.keys() & globals().keys():
+        globals()[_name] = _as_builtin(globals()[_name], _signatures[_name], __name__)
+
+
 def doctor() -> int:
     """Say which mechanism serves what in this process, and prove each on a real pipe, file or child.
 

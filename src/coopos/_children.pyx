@@ -28,7 +28,7 @@ from posix.signal cimport kill
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgid, getuid
 
-from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, set_ref, wrong_switch
+from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, reachable_hub, set_ref, wrong_switch
 from coopos._posix cimport (
     COOPOS_P_PIDFD, COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals,
     Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_has_ended,
@@ -50,11 +50,6 @@ cdef extern from "pythread.h" nogil:
     int PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int is_interruptible)
 
 
-cdef extern from "_libev.h":
-    void coopos_libev_begin(const char *path, void *loop)
-    void coopos_libev_tell(void *loop)
-
-
 # ---- asking the kernel -------------------------------------------------------------------------------------------------------
 
 cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -2:
@@ -66,18 +61,10 @@ cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -
     return 0
 
 
-cdef object hub_to_wait_in():
-    """This thread's hub, or None where nothing can be switched to: the thread has none, or it is the hub that asks, in a callback
-    or in the handler of a signal that came while it slept.
-    """
-    hub = get_hub_if_exists()
-    return None if getcurrent() is hub else hub
-
-
 cdef object this_loop():
-    """This thread's, or None."""
+    """This thread's, or None. That of a hub that was destroyed: the next one has it again."""
     hub = get_hub_if_exists()
-    return None if hub is None else hub.loop
+    return get_loop() if hub is None else hub.loop
 
 
 cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
@@ -92,38 +79,6 @@ cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
     elif err and err != ECHILD:
         raise os_error(err, "waitid", id)
     return 0
-
-
-# ---- SIGCHLD, where libev has it ---------------------------------------------------------------------------------------------
-
-# The loop that was looked at last, and libev's default loop; kept, so that no other is taken for it.
-cdef object _seen_loop = None
-cdef object _default_loop = None
-
-
-cdef int keep_sigchld(loop) except -1:
-    """In the loop's thread: see that libev collects nobody's children, which its default loop does when it gets SIGCHLD.
-
-    gevent takes SIGCHLD back from the first default loop, and not from those that come after hub.destroy(destroy_loop=True):
-    https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h
-    """
-    global _seen_loop, _default_loop
-    if loop is _seen_loop:
-        return 0
-    _seen_loop = loop
-    if loop.default and type(loop).__module__ == "gevent.libev.corecext":
-        _default_loop = loop
-        coopos_libev_begin(os.fsencode(sys.modules["gevent.libev.corecext"].__file__), <void *><size_t>loop.ptr)
-    return 0
-
-
-def tell_sigchld_watchers():
-    """In the default loop's thread: the loop's signal watchers for SIGCHLD hear that a watched child has ended.
-
-    On libev no signal tells them, because there the signal would make libev collect every child. libuv's have it of the kernel.
-    """
-    if _default_loop is not None and is_alive(_default_loop):
-        coopos_libev_tell(<void *><size_t>_default_loop.ptr)
 
 
 # ---- asking the kernel from a thread -----------------------------------------------------------------------------------------
@@ -291,7 +246,6 @@ cdef class Listener:
     cdef int start(self, bint ref, callback, tuple args) except -1:
         """Have ``callback(*args)`` run in the loop's hub when there is news."""
         cdef Question question = self.question
-        keep_sigchld(self.loop)
         self.watcher = self.loop.io(question.bell[0], READ, ref=ref) if question.has_bell else self.loop.async_(ref=ref)
         self.watcher.start(self.hear, callback, args)
         set_ref(self.watcher, ref)
@@ -580,7 +534,6 @@ cdef class Watch:
     cdef bint start(self) except -1:
         """Begin to watch. False if there is no such process any more."""
         cdef int err
-        keep_sigchld(self.loop)
         if _use_pidfds:
             err = self.open_pidfd()
             if not err:
@@ -804,10 +757,6 @@ cdef int call_hook(loop) except -1:
     global _hook_is_due
     if _hook_is_due:
         _hook_is_due = False
-        if loop is _default_loop:
-            tell_sigchld_watchers()
-        elif _default_loop is not None:
-            post(_default_loop, tell_sigchld_watchers)
         if _child_hook is not None:
             try:
                 _child_hook()
@@ -950,7 +899,7 @@ cdef class Child:
         """
         cdef Watch watch
         cdef Watch found = None
-        hub = hub_to_wait_in()
+        hub = reachable_hub()
         loop = None if hub is None else hub.loop
         if hub is not None:
             for watch in self.watches:
@@ -1254,10 +1203,10 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
 
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
     """Wait until the kernel may have an answer to this waitid(2)."""
-    cdef object hub = hub_to_wait_in()
+    cdef object hub = reachable_hub()
     cdef object loop = None if hub is None else hub.loop
-    cdef object current = getcurrent()
-    cdef object switch = current.switch
+    cdef object current = None if hub is None else getcurrent()
+    cdef object switch = None if hub is None else current.switch
     cdef Report report
     cdef Listener news
     if options & COOPOS_WNOTHREAD and ask_now(idtype, id, options & ~COOPOS_WNOTHREAD | WNOWAIT, &report) == 0 and report.pid > 0:
@@ -1318,8 +1267,7 @@ cdef int forget_parent_loops() except -1:
     """
     cdef ExitSet exits
     cdef Question question
-    hub = get_hub_if_exists()
-    loop = get_loop() if hub is None else hub.loop     # of a hub that was destroyed: the next one has it again
+    loop = this_loop()
     for _, _, _, _, asked, exit_sets, _ in _parents:
         for question in asked:
             question.shut()

@@ -583,6 +583,7 @@ struct coopos_move {
     int count;                 /* of iov */
     off_t offset;              /* -1: the descriptor's own */
     int flags;                 /* preadv2(2)'s */
+    int may_stand;             /* whether who has to wait for it may do so in the hub */
 };
 
 #if defined(__linux__)

@@ -8,6 +8,7 @@ pread and write. Knows `_core`, `_parking` and `_threadpool`.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import posix
@@ -18,7 +19,7 @@ from gevent.hub import sleep
 
 from coopos import _core
 from coopos._parking import READ, WRITE, wait_until_ready
-from coopos._threadpool import _in_thread
+from coopos._threadpool import _ask_thread, _in_thread
 
 #: Bytes. What sendfile moves at a time: no more than the kernel reads ahead, and than a socket takes.
 CHUNK = 128 * 1024
@@ -173,13 +174,12 @@ elif _sendfile:
         .. versionadded:: 0.1.0
         """
         while True:
-            try:
-                result: int = _in_thread(posix.sendfile, out_fd, in_fd, offset, count, headers, trailers, flags)
-                return result
-            except BlockingIOError as ex:
-                if getattr(ex, "characters_written", 0):
-                    raise
-                wait_until_ready(out_fd, WRITE, "sendfile")
+            result, error = _ask_thread(posix.sendfile, out_fd, in_fd, offset, count, headers, trailers, flags)
+            if error is None:
+                return int(result)
+            if not isinstance(error, BlockingIOError) or getattr(error, "characters_written", False):
+                raise error
+            wait_until_ready(out_fd, WRITE, "sendfile")
 
 
 if hasattr(posix, "splice"):
@@ -218,18 +218,20 @@ if hasattr(posix, "splice"):
         if not any(is_pipe for _, is_pipe, _ in ends):
             return posix.splice(src, dst, count, *args)
         while True:
-            is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
-            try:
-                if is_sure or flags & os.SPLICE_F_NONBLOCK:
+            if flags & os.SPLICE_F_NONBLOCK:
+                return posix.splice(src, dst, count, *args)
+            if all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends):
+                with contextlib.suppress(BlockingIOError):
                     return posix.splice(src, dst, count, *args)
+            else:
                 for (fd, is_pipe, is_file), events in zip(ends, (READ, WRITE), strict=True):
                     if not is_pipe and not is_file:
                         wait_until_ready(fd, events, "splice")
-                result: int = _in_thread(posix.splice, src, dst, count, *args)
-                return result
-            except BlockingIOError:
-                if flags & os.SPLICE_F_NONBLOCK:
-                    raise
+                result, error = _ask_thread(posix.splice, src, dst, count, *args)
+                if error is None:
+                    return int(result)
+                if not isinstance(error, BlockingIOError):
+                    raise error
             wait_until_ready(src, READ, "splice")
             wait_until_ready(dst, WRITE, "splice")
             sleep(0)

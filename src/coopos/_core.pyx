@@ -30,7 +30,8 @@ from posix.types cimport off_t
 from posix.unistd cimport isatty, lseek, read as c_read, write as c_write
 
 from coopos._parking cimport (
-    KNOWN_SIZE, READ, WRITE, PoolCall, as_int, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
+    KNOWN_SIZE, READ, WRITE, PoolCall, as_int, is_known_nonblocking, note_mode, os_error, park, park_until_ready,
+    reachable_hub, refusal, take_turns)
 from coopos._posix cimport (
     COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT, Move,
     PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_may_move,
@@ -40,9 +41,7 @@ import os
 import posix
 from time import monotonic
 
-from gevent.exceptions import BlockingSwitchOutError
-from gevent.hub import _get_hub_noargs as get_hub
-from greenlet import getcurrent
+from gevent.hub import _get_hub as get_hub_if_exists
 
 
 # ---- what this process can do ------------------------------------------------------------------------------------------------
@@ -93,9 +92,9 @@ cdef int has_waited() noexcept:
     return 0
 
 
-cdef int wait_until_ready(int fd, int events, str call) except -1:
+cdef int wait_until_ready(int fd, int events, str call, bint may_stand=False) except -1:
     has_waited()
-    return park(fd, events, call)
+    return park(fd, events, call, may_stand)
 
 
 # ---- one attempt -------------------------------------------------------------------------------------------------------------
@@ -239,6 +238,7 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
     move.count = 0
     move.offset = offset
     move.flags = flags
+    move.may_stand = False
     return move
 
 
@@ -251,7 +251,7 @@ cdef int step(Move *move, int err, str call) except -1:
         raise os_error(err, call, move.fd)
     if err == EAGAIN:
         if is_pollable(move.fd, call):
-            wait_until_ready(move.fd, events, call)
+            wait_until_ready(move.fd, events, call, move.may_stand)
             return AGAIN
         return IN_POOL
     if not is_undecided(err) or move.how > COOPOS_NOWAIT:
@@ -310,18 +310,22 @@ def count_pool_calls():
 
 
 cdef object threadpool():
+    """The hub's, or None in a thread that has no hub, and can make the call itself."""
     global pool_calls
-    hub = get_hub()
-    if getcurrent() is hub:
+    hub = reachable_hub()
+    if hub is not None:
+        pool_calls += 1
+        return hub.threadpool
+    if get_hub_if_exists() is not None:
         # Before the thread is asked: what it would move then would be nobody's.
-        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
-    pool_calls += 1
-    return hub.threadpool
+        raise refusal()
 
 
 cdef object in_pool(int fd, function, tuple args):
     cdef PoolCall call
     pool = threadpool()
+    if pool is None:
+        return function(*args)
     call = PoolCall(fd, function, args)
     try:
         result = pool.apply(call)
@@ -382,6 +386,8 @@ cdef Py_ssize_t write_by_thread(int fd, function, tuple args, Py_ssize_t *late) 
     """How many bytes a thread has written; in *late*, if the greenlet was killed meanwhile."""
     cdef PoolCall call
     pool = threadpool()
+    if pool is None:
+        return function(*args)
     call = PoolCall(fd, function, args)
     result = thrown = None
     try:

@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 import gevent.os
 from gevent._config import config
 
-from coopos import _children, _core, _forking
+from coopos import _children, _core, _forking, _parking, _sigchld
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-# What gevent.signal puts there runs the SIGCHLD handlers that were set through it.
-_children.set_child_hook(lambda: gevent.os._on_child_hook())  # type: ignore[attr-defined]
+def _tell_sigchld_handlers() -> None:
+    _sigchld.tell()
+    gevent.os._on_child_hook()  # type: ignore[attr-defined]  # gevent.signal's
+
+
+_sigchld.begin()
+_children.set_child_hook(_tell_sigchld_handlers)
 
 @contextlib.contextmanager
 def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
@@ -175,6 +180,10 @@ def read_pty(fd: int, n: int) -> bytes:
 
     .. versionadded:: 0.1.0
     """
+    return _parking.outright(_read_pty, fd, n)
+
+
+def _read_pty(fd: int, n: int) -> bytes:
     try:
         return _core.read(fd, n)
     except OSError as ex:

@@ -29,12 +29,13 @@ from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport errno
 from libc.stdlib cimport free
+from posix.signal cimport SIGCHLD, sigaction, sigaction_t, sigaddset, sigemptyset
 from posix.unistd cimport close as c_close, fork as c_fork
 
 from coopos._children cimport Child, forget_parent_loops, forget_parent, note_new, take_note
 from coopos._parking cimport forget_other_threads, os_error
 from coopos._posix cimport (
-    DICT_OFFSET, SIG_BLOCK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
+    DICT_OFFSET, SIG_BLOCK, SIG_SETMASK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
     PySys_Audit, Py_Exit, coopos_bind_to, coopos_find, coopos_finds, coopos_hear_of_forks, coopos_import_greenlet,
     coopos_keep_for_good, coopos_leave, coopos_pending as pending, coopos_unblock_signals,
     forkpty as c_forkpty, pthread_sigmask, sigfillset, sigset_t, winsize)
@@ -487,6 +488,23 @@ if coopos_hear_of_forks():
 def call_last(hook):
     """Have *hook* called last of all before a fork, before its child's greenlets are looked for. It may wait."""
     _last_hooks.append(hook)
+
+
+def keeping_sigchld(function, *args, **kwargs):
+    """``function(*args)``. Afterwards SIGCHLD has the disposition that it had before; none is delivered in between."""
+    cdef sigset_t only, mask
+    cdef sigaction_t action
+    sigemptyset(&only)
+    sigaddset(&only, SIGCHLD)
+    cdef bint is_blocking = pthread_sigmask(SIG_BLOCK, &only, &mask) == 0
+    cdef bint is_known = sigaction(SIGCHLD, NULL, &action) == 0
+    try:
+        return function(*args, **kwargs)
+    finally:
+        if is_known:
+            sigaction(SIGCHLD, &action, NULL)
+        if is_blocking:
+            pthread_sigmask(SIG_SETMASK, &mask, NULL)
 
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def _in_hub_plainly(make_client: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make_client)
     def connect(address: Any) -> Any:
-        if not _parking.is_in_hub():
+        if _parking.can_give_way():
             return make_client(address)
         from multiprocessing import connection
 
@@ -190,7 +190,7 @@ class _DuplicatedSocket(get_original("socket", "socket")):  # type: ignore[misc]
     """A Connection's socket, to send and receive descriptors with: gevent's would leave it in non-blocking mode for everybody."""
 
     def _wait(self, events: int, call: str) -> None:
-        if not _parking.is_in_hub():
+        if _parking.can_give_way():
             _parking.wait_until_ready(self.fileno(), events, call)
 
     def sendmsg(self, *args: Any) -> int:
@@ -387,7 +387,7 @@ def _in_another_greenlet(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wait(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if _parking.is_in_hub() else spawn(function, *args, **kwargs).get()
+        return spawn(function, *args, **kwargs).get() if _parking.can_give_way() else function(*args, **kwargs)
 
     return wait
 

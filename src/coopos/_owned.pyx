@@ -23,7 +23,7 @@ from posix.unistd cimport lseek
 
 from coopos._core cimport (
     QUICK, attempt, attempt_at_once, be_fair, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, write_from)
-from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in
+from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
 
@@ -40,11 +40,11 @@ cdef extern from "Python.h":
     void PyErr_WriteUnraisable(object where) noexcept
 
 
-def warn_unclosed(source):
-    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller. Never raises: where the
+def warn_unclosed(source, Py_ssize_t level=2):
+    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller, or one further up. Never raises: where the
     filters make an error of it, it is reported as one that nobody can catch.
     """
-    if PyErr_ResourceWarning(source, 2, "unclosed file %R", <PyObject *>source) < 0:
+    if PyErr_ResourceWarning(source, level, "unclosed file %R", <PyObject *>source) < 0:
         PyErr_WriteUnraisable(source)
 
 
@@ -94,6 +94,7 @@ cdef class Owned:
         if self.fd < 0:
             raise closed_error()
         cdef Move move = move_of(self.fd, writes, -1, 0)
+        move.may_stand = True
         if self.is_plain:
             move.how = COOPOS_PLAIN
         return move
@@ -102,6 +103,8 @@ cdef class Owned:
         """Until there is something to read, if there was nothing a moment ago."""
         if not self.is_drained:
             be_fair()
+        elif self.seat is None and reachable_hub() is None:
+            stand(self.fd, READ, "read")
         else:
             if self.seat is None:
                 self.take_seat()

@@ -35,7 +35,7 @@ cdef class Wait:
     cdef object queued     # the loop callback that will wake it, once close() has evicted it
     cdef PyObject *next    # another one parked on the same descriptor, borrowed
     cdef int fd
-    cdef int events        # of one that may stay on
+    cdef int events
     cdef int error         # errno that the waiter is to raise; 0
     cdef int born          # generation
     cdef bint is_on        # the watcher is, whether or not anybody waits
@@ -46,10 +46,13 @@ cdef class Wait:
 
 cdef object os_error(int err, str call, object subject)
 cdef object give_way(object hub, object current)
+cdef object refusal()
+cdef object reachable_hub()
+cdef int stand(int fd, int events, str call) except -1
 cdef object wrong_switch(object came_back, str what)
 cdef bint is_alive(object loop) noexcept
 cdef bint post(object loop, object callback, tuple args=*) except -1
-cdef int park(int fd, int events, str call) except -1
+cdef int park(int fd, int events, str call, bint may_stand=*) except -1
 cdef int park_until_ready(int fd, int events, str call) except -1
 cdef Wait new_seat(int fd, int events)
 cdef int park_in(Wait seat, str call) except -1

@@ -13,13 +13,14 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_Import
 from cpython.tuple cimport PyTuple_GET_ITEM
-from libc.errno cimport EBADF, errno
-from libc.stdlib cimport realloc
+from libc.errno cimport EBADF, EINTR, errno
+from libc.stdlib cimport malloc, realloc
 from libc.string cimport memset, strerror
 from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
-from coopos._posix cimport POLLIN, POLLOUT, dev_t, fstat, ino_t, poll, pollfd, pthread_atfork, stat_t
+from coopos._posix cimport (
+    POLLIN, POLLOUT, PyErr_CheckSignals, dev_t, fstat, ino_t, poll, pollfd, pthread_atfork, stat_t)
 
 import os
 import sys
@@ -53,34 +54,138 @@ cdef object this_greenlet():
         return None                # the interpreter is being taken down, and has no greenlets any more
 
 
-def is_in_hub():
-    """For Python: whether this runs in the hub, where nothing can switch: in a callback, or in a signal's handler."""
-    return this_greenlet() is get_hub_if_exists()
-
-
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
 cdef dict _has_switch_out = {}
 # The last type that had none.
 cdef object _plain_kind = None
 
 
+cdef object refusal():
+    return BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+
+
 cdef object give_way(object hub, object current):
     """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
     if current is hub:
-        raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+        raise refusal()
     global _plain_kind
     cdef object kind = type(current)
-    if kind is not _plain_kind:
-        if kind not in _has_switch_out:
-            _has_switch_out[kind] = hasattr(kind, "switch_out")
-        if _has_switch_out[kind]:
-            return hub.switch()
-        _plain_kind = kind
-    return greenlet_switch(hub, NULL, NULL)
+    try:
+        if kind is not _plain_kind:
+            if kind not in _has_switch_out:
+                _has_switch_out[kind] = hasattr(kind, "switch_out")
+            if _has_switch_out[kind]:
+                return hub.switch()
+            _plain_kind = kind
+        return greenlet_switch(hub, NULL, NULL)
+    except Exception as ex:
+        if current in _outright:
+            raise Thrown(ex)
+        raise
 
 
 cdef object wrong_switch(object came_back, str what):
     return InvalidSwitchError(f"switched into {current_greenlet()!r} with {came_back!r}: it waits for {what}")
+
+
+cdef object reachable_hub():
+    """The hub that the caller can give way to. None in the hub itself, where its callbacks run, and signal handlers while it
+    sleeps; None in a thread that has no hub, and so no other greenlet that could run meanwhile; and None at the interpreter's end.
+    """
+    cdef object hub = get_hub_if_exists()
+    cdef object current = this_greenlet()
+    return None if current is None or current is hub else hub
+
+
+def can_give_way():
+    """For Python: whether there is a hub to give way to. Where there is none, a plain wait keeps nobody from anything."""
+    return reachable_hub() is not None
+
+
+cdef int stand(int fd, int events, str call) except -1:
+    """Wait until *fd* is ready as a plain program does, where there is no hub to give way to."""
+    cdef pollfd request
+    cdef int rc, err
+    request.fd = fd
+    request.events = POLLIN if events == READ else POLLOUT
+    while True:
+        request.revents = 0
+        with nogil:
+            rc = poll(&request, 1, -1)
+            err = errno
+        if rc >= 0:
+            return 0
+        if err != EINTR:
+            raise os_error(err, call, fd)
+        PyErr_CheckSignals()
+
+
+# ---- what is thrown into a greenlet ------------------------------------------------------------------------------------------
+
+# {greenlet: how many calls of outright() it is in}
+cdef dict _outright = {}
+
+
+class Thrown(BaseException):
+    """Carries an exception that was thrown into a waiting greenlet out of the innermost outright()."""
+
+
+def outright(function, *args, **kwargs):
+    """``function(*args, **kwargs)``, out of which comes whatever is thrown into the greenlet while it waits there.
+
+    A timeout may be of any class: an OSError, a ChildProcessError. An ``except`` that *function*, or the stdlib's code below it,
+    has for errors of its own calls must not take it for one of those. So on its way out it is a BaseException that nobody knows.
+    """
+    cdef object current = current_greenlet()
+    _outright[current] = _outright.get(current, 0) + 1
+    try:
+        return function(*args, **kwargs)
+    except Thrown as ex:
+        [thrown] = ex.args
+        for name, value in vars(ex).items():       # how much was read, or written, before it
+            setattr(thrown, name, value)
+    finally:
+        _outright[current] -= 1
+        if not _outright[current]:
+            del _outright[current]
+    raise thrown
+
+
+# ---- functions that stand for builtins ---------------------------------------------------------------------------------------
+
+cdef extern from "Python.h":
+    ctypedef object (*PyCFunction)(object, object)
+    ctypedef struct PyMethodDef:
+        const char *ml_name
+        PyCFunction ml_meth
+        int ml_flags
+        const char *ml_doc
+    int METH_VARARGS, METH_KEYWORDS
+    object PyCFunction_NewEx(PyMethodDef *method, object self, object module)
+    object PyObject_Call(object function, object args, PyObject *kwargs)
+
+
+cdef object call_function(object holder, object args, PyObject *kwargs):
+    return PyObject_Call(holder.function, args, kwargs)
+
+
+def as_builtin(function, str signature not None, str module not None):
+    """A builtin function of *module* that calls *function*, has its name and documentation, and *signature*.
+
+    It takes the place of a builtin of os. As an attribute of a class, where ``_close = os.close`` is no method, a function of Python
+    would be one.
+    """
+    # Its self is a module, as that of any builtin function: so it is pickled by its name.
+    cdef object holder = type(os)(function.__name__)
+    cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
+    if method == NULL:
+        raise MemoryError
+    holder.function = function
+    holder.name = function.__name__.encode()
+    holder.doc = f"{function.__name__}{signature}\n--\n\n{function.__doc__}".encode()
+    method.ml_name, method.ml_doc = holder.name, holder.doc
+    method.ml_meth, method.ml_flags = <PyCFunction>call_function, METH_VARARGS | METH_KEYWORDS
+    return PyCFunction_NewEx(method, holder, module)    # which lives as long as the process, and *method* with it
 
 
 # ---- other threads' loops ----------------------------------------------------------------------------------------------------
@@ -181,6 +286,7 @@ cdef class Parking:
             wait.loop = self.loop
             wait.watcher = self.make_watcher(fd, events)
         wait.fd = fd
+        wait.events = events
         wait.error = 0
         wait.born = generation
         return wait
@@ -254,12 +360,18 @@ cdef int delist(Wait wait) noexcept:
     return 0
 
 
-cdef int park(int fd, int events, str call) except -1:
+cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
     """Let the others run until *fd* is ready, or raise EBADF as soon as it is closed by this module's close().
 
-    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte.
+    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte. In the hub it is a plain wait, as a signal
+    handler's is in any program, or BlockingSwitchOutError, for what only a program that knows of greenlets calls.
     """
-    cdef Parking parking = parking_of(get_hub())
+    cdef object hub = reachable_hub()
+    if hub is None:
+        if not may_stand and get_hub_if_exists() is not None:
+            raise refusal()
+        return stand(fd, events, call)
+    cdef Parking parking = parking_of(hub)
     cdef Wait wait = parking.aim(fd, events)
     cdef object current = current_greenlet()
     wait.switch = current.switch
@@ -299,7 +411,7 @@ def wait_until_ready(int fd, int events, str call):
 
 def wait_for_any(list wanted, str call):
     """For Python: park until something has happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then tells: it
-    is ready, or was closed.
+    is ready, or was closed. Not where there is no hub to give way to.
     """
     cdef Parking parking = parking_of(get_hub())
     cdef object current = current_greenlet()
@@ -310,7 +422,6 @@ def wait_for_any(list wanted, str call):
     try:
         for fd, events in wanted:
             wait = parking.aim(fd, events)
-            wait.events = events
             waits.append(wait)
             wait.switch = switch
             enlist(wait)
@@ -326,6 +437,20 @@ def wait_for_any(list wanted, str call):
                 wait.queued.stop()
                 wait.queued = None
             parking.put_back(wait, wait.events)
+
+
+def awaited(int fd):
+    """For Python: what greenlets of this thread are parked for on *fd*: READ, WRITE, both or 0."""
+    cdef object hub = reachable_hub()
+    cdef PyObject *link = _parked[fd] if hub is not None and 0 <= fd < _parked_size else NULL
+    cdef Wait wait
+    cdef int events = 0
+    while link != NULL:
+        wait = <Wait>link
+        link = wait.next
+        if wait.hub is hub and (wait.switch is not None or wait.waiter is not None):
+            events |= wait.events
+    return events
 
 
 cdef int evict(Wait wait) except -1:
@@ -418,7 +543,7 @@ cdef int park_in(Wait seat, str call) except -1:
     cdef object current
     if seat.born != generation:
         inherit(seat)
-    if seat.waiter is not None or seat.hub is not get_hub():
+    if seat.waiter is not None or seat.hub is not reachable_hub():
         return park(seat.fd, seat.events, call)
     # The owner has made no attempt. libev aborts the process over a number that somebody closed behind its back.
     if not seat.is_on and fcntl(seat.fd, F_GETFD) < 0:
@@ -453,11 +578,11 @@ cdef int park_in(Wait seat, str call) except -1:
 
 
 cdef int take_turns() except -1:
-    """Let the other greenlets that are ready run once. In the hub itself, which can't: nothing."""
-    cdef object hub = get_hub()
-    cdef object current = current_greenlet()
-    if current is hub:
+    """Let the other greenlets that are ready run once. Where there is no hub to give way to: nothing."""
+    cdef object hub = reachable_hub()
+    if hub is None:
         return 0
+    cdef object current = current_greenlet()
     cdef object switch = current.switch
     queued = hub.loop.run_callback(switch, switch)
     try:

@@ -141,6 +141,7 @@ cdef extern from "_compat.h" nogil:
         int count
         off_t offset
         int flags
+        int may_stand
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)
     bint coopos_can_poll(int fd)

@@ -7,15 +7,15 @@ Each starts a child, watches it before any greenlet can switch, and waits for it
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from gevent.monkey import get_original
 
-from coopos import _children, _forking
+from coopos import _children, _forking, _parking
 from coopos._wait import waitpid
-from coopos.subprocess import PIPE, Popen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,17 +279,25 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 # ---- shell commands ----------------------------------------------------------------------------------------------------------
 
 
-class _Shell(Popen[Any]):
-    """A shell, which gets the environment that C code sees, as system(3) hands it on."""
+@functools.cache
+def _shells() -> tuple[Any, Any]:
+    """The kinds of Popen that popen and system start. Made at the first call: where the stdlib's Popen isn't as we know it, that
+    fails and the import of coopos doesn't.
+    """
+    from coopos.subprocess import Popen
 
-    _may_posix_spawn = False
+    class Shell(Popen[Any]):
+        """A shell, which gets the environment that C code sees, as system(3) hands it on."""
 
+        _may_posix_spawn = False
 
-class _SystemShell(_Shell):
-    """Its child is waitpid's, by whomever it is called."""
+    class SystemShell(Shell):
+        """Its child is waitpid's, by whomever it is called."""
 
-    def _watch(self, pid: int) -> None:
-        _children.watch_new(pid)
+        def _watch(self, pid: int) -> None:
+            _children.watch_new(pid)
+
+    return Shell, SystemShell
 
 
 def system(command: StrOrBytesPath) -> int:
@@ -315,10 +323,15 @@ def system(command: StrOrBytesPath) -> int:
     """
     argument = os.fsencode(command)
     sys.audit("os.system", argument)
+    _, shell = _shells()
     try:
-        pid = _SystemShell(("sh", "-c", argument), executable="/bin/sh", close_fds=False, restore_signals=False).pid
+        pid = shell(("sh", "-c", argument), executable="/bin/sh", close_fds=False, restore_signals=False).pid
     except OSError as ex:
         return -1 if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE) else 127 << 8
+    return _parking.outright(_status_of, pid)
+
+
+def _status_of(pid: int) -> int:
     try:
         return waitpid(pid, 0)[1]
     except ChildProcessError:
@@ -328,7 +341,7 @@ def system(command: StrOrBytesPath) -> int:
 class _PopenFile:
     """What popen returns: the text file of a pipe, whose close() waits for the command at the other end."""
 
-    def __init__(self, stream: Any, shell: _Shell) -> None:
+    def __init__(self, stream: Any, shell: Any) -> None:
         self._stream = stream
         self._shell = shell
 
@@ -368,8 +381,8 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         TypeError, ValueError, OverflowError: *cmd* is not str; *mode* or *buffering* is of another kind.
         OSError: EMFILE or ENFILE; EAGAIN or ENOMEM as fork(2).
 
-    Its ``close()`` raises ChildProcessError if somebody else has collected the child, or the kernel because SIGCHLD is ignored, and
-    the status is not told.
+    Its ``close()`` raises ChildProcessError if somebody else has collected the child and the status is not told; while SIGCHLD is
+    ignored it returns None then, as :func:`os.popen`'s.
 
     Reading, writing and closing switch greenlets where they have to wait. The child is watched. A close() that was killed or timed
     out may be called again.
@@ -387,6 +400,6 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
     if isinstance(buffering, int) and buffering.bit_length() > 31:
         raise OverflowError("Python int too large to convert to C int")  # before there is a pipe
     reads = mode == "r"
-    streams = {"stdout": PIPE} if reads else {"stdin": PIPE}
-    shell = _Shell(cmd, shell=True, text=True, bufsize=buffering, **streams)  # type: ignore[call-overload]
+    start, _ = _shells()
+    shell = start(cmd, shell=True, text=True, bufsize=buffering, **{"stdout" if reads else "stdin": -1})  # subprocess.PIPE
     return _PopenFile(shell.stdout if reads else shell.stdin, shell)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds: what libuv's timer can measure, and what a loop's timer can hold.
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
+#: Seconds: what poll(2) can be told, in milliseconds.
+MAX_POLL_S = 2e6
 
 
 def over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
@@ -46,14 +48,14 @@ class CooperativeSelector(selectors.PollSelector):
 
     def select(self, timeout: float | None = None) -> Any:
         """What is ready. Without waiting, and with nothing ready, the others have their turn: who asks may ask again and again."""
+        if not _parking.can_give_way():
+            return super().select(timeout if timeout is None else min(timeout, MAX_POLL_S))
         ready = super().select(0)
         if ready:
             return ready
         if timeout is not None and timeout <= 0:
             _parking.yield_turn()
             return ready
-        if _parking.is_in_hub():
-            return super().select(timeout)
         wanted = [
             (key.fd, events)
             for key in self.get_map().values()

@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from gevent.exceptions import BlockingSwitchOutError
-from gevent.hub import get_hub
+from gevent.hub import _get_hub as get_hub_if_exists  # type: ignore[attr-defined]
 from gevent.monkey import get_original
 from greenlet import getcurrent
 
@@ -41,15 +41,16 @@ _write = get_original("os", "write")
 
 def _refuse_in_hub() -> None:
     """Before a thread is asked: what it would answer then would be nobody's."""
-    if getcurrent() is get_hub():
+    if getcurrent() is get_hub_if_exists():
         raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
-def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` in the hub's threadpool. A call that has not begun when its greenlet is killed or timed out isn't made:
-    by then its descriptor's number may be another file's.
+def _ask_thread(function: Callable[..., Any], *args: Any) -> tuple[Any, BaseException | None]:
+    """What ``function(*args)`` returns and what it raises, in the hub's threadpool; in a thread that has no hub, here. A call that
+    has not begun when its greenlet is killed or timed out isn't made: by then its descriptor's number may be another file's.
     """
     _refuse_in_hub()
+    hub = get_hub_if_exists()
     wanted = [True]
 
     def call() -> tuple[Any, BaseException | None]:
@@ -60,10 +61,18 @@ def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
         except BaseException as ex:
             return None, ex  # what is raised there, the pool prints
 
+    if hub is None:
+        return call()
     try:
-        result, error = get_hub().threadpool.apply(call)
+        outcome: tuple[Any, BaseException | None] = hub.threadpool.apply(call)
+        return outcome
     finally:
         wanted.clear()
+
+
+def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in the hub's threadpool."""
+    result, error = _ask_thread(function, *args)
     if error is not None:
         raise error
     return result

@@ -161,7 +161,7 @@ class FileIO(Moving, io.FileIO):
     def _dealloc_warn(self, source: object) -> None:
         """Called by the buffer *source* over it, which closes it because it is collected."""
         if self.closefd and not self.closed:
-            warn_unclosed(source)
+            warn_unclosed(source, 3 if isinstance(source, _Lock) else 2)
 
     def __repr__(self) -> str:
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -175,6 +175,55 @@ use_slot(FileIO, FileIO.__dict__["_owned"])
 
 
 # ---- under the stdlib's buffers ----------------------------------------------------------------------------------------------
+
+
+class _Lock:
+    """A buffer whose close() and flush() wait for the greenlet that is in it, as for a thread.
+
+    The lock of io's buffers waits for other threads, and takes another greenlet of the same thread for a reentrant call.
+    https://github.com/python/cpython/blob/main/Modules/_io/bufferedio.c (_enter_buffered_busy)
+    """
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        raw: Any
+
+    def close(self) -> None:
+        while True:
+            try:
+                return super().close()  # type: ignore[misc,no-any-return]
+            except RuntimeError as ex:
+                error = ex
+            self._wait_outside(error)
+
+    def flush(self) -> None:
+        while True:
+            try:
+                return super().flush()  # type: ignore[misc,no-any-return]
+            except RuntimeError as ex:
+                error = ex
+            self._wait_outside(error)
+
+    def _wait_outside(self, error: RuntimeError) -> None:
+        """Until whoever is inside, and waits for the file, has had what it waits for. Else *error*: it is the caller itself."""
+        fd = -1 if self.raw.closed else self.raw.fileno()
+        events = _parking.awaited(fd)
+        if not events or not str(error).startswith("reentrant call"):
+            raise error
+        _parking.wait_for_any([(fd, each) for each in (_parking.READ, _parking.WRITE) if events & each], "close")
+        _parking.yield_turn()
+
+
+class BufferedReader(_Lock, io.BufferedReader):
+    __slots__ = ()
+
+
+class BufferedWriter(_Lock, io.BufferedWriter):
+    __slots__ = ()
+
+
+class BufferedRandom(_Lock, io.BufferedRandom):
+    __slots__ = ()
 
 
 def _check_open_arguments(mode: str, **texts: object) -> None:
@@ -218,8 +267,9 @@ def fdopen(
 
     Like :func:`os.fdopen`: the same classes of :mod:`io`, over a :class:`coopos.FileIO`, with the same buffers, but for one: what
     reads a pipe, a FIFO or a socket has 32 KiB where nothing else is asked for. As with any of them one greenlet at a time can be
-    in a buffered file: another gets RuntimeError, for a reentrant call, and a thread stands still. To close a file that a greenlet
-    of this thread reads, close its ``buffer.raw`` (``raw``, in binary mode).
+    in a buffered file: another gets RuntimeError, for a reentrant call, and a thread stands still. But ``close()`` and ``flush()``
+    wait, as in threads, until the greenlet that reads or writes is done. To have it leave at once, with EBADF, close the file's
+    ``buffer.raw`` (``raw``, in binary mode).
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -272,7 +322,7 @@ def fdopen(
             if is_binary:
                 return raw
             raise ValueError("can't have unbuffered text I/O")
-        buffered = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
+        buffered: Any = BufferedRandom if "+" in mode else BufferedReader if "r" in mode else BufferedWriter
         file = buffered(raw, size)
         if not is_binary:
             file = io.TextIOWrapper(file, encoding, errors, newline, is_by_lines)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.util
 import inspect
 import io as _io
@@ -21,18 +22,19 @@ import os
 import signal
 import stat
 import subprocess as _original
+import sys
 import termios
 import warnings
 import weakref
 from array import array
+from time import monotonic
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent.hub import sleep
 from gevent.monkey import get_original
 
 from coopos import _children, _core, _parking
-from coopos._standins import CooperativeSelector, in_time, over
+from coopos._standins import MAX_TIMEOUT_S, CooperativeSelector, in_time, over
 from coopos._wait import waitpid
 from coopos.io import FileIO, fdopen
 
@@ -56,10 +58,26 @@ if TYPE_CHECKING:
     )
 
 _plain_read, _plain_waitpid = get_original("os", "read"), get_original("os", "waitpid")
-_get_ident = get_original("_thread", "get_ident")
+_get_ident, _plain_sleep = get_original("_thread", "get_ident"), get_original("time", "sleep")
 
-#: What programs, and their tests, set in the stdlib's module.
+#: What programs, and their tests, set in the stdlib's module. The first is in every version, the others not in all.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
+
+#: The private names that join our code to the stdlib's, and the parameters that ours reads or passes, by name. Methods that we
+#: replace must have these and no others. https://github.com/python/cpython/blob/main/Lib/subprocess.py
+_REPLACED = {
+    "Popen._communicate": ("self", "input", "endtime", "orig_timeout"),
+    "Popen._wait": ("self", "timeout"),
+}
+_USED = {
+    "_PopenSelector": (),
+    "_USE_POSIX_SPAWN": (),
+    "Popen._execute_child": ("preexec_fn", "p2cread", "c2pwrite", "errwrite"),
+    "Popen._internal_poll": ("_deadstate",),
+    "Popen._handle_exitstatus": ("sts",),
+}
+#: What the stdlib's Popen has as attributes; of a version that doesn't name them we don't know where its input is kept.
+_ATTRIBUTES = {"_input", "_input_offset", "_communication_started", "_fileobj2output"}
 
 
 #: The threads that are in the middle of starting a program: nothing switches then.
@@ -79,11 +97,56 @@ def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
     return pid
 
 
+class _Selector(CooperativeSelector):
+    """What is thrown in while it waits comes out at the end of the ``with`` block. From Python 3.15 on the stdlib keeps in a local
+    variable how much input is written, and notes it for the next communicate() only when its loop has ended.
+    https://github.com/python/cpython/blob/v3.15.0/Lib/subprocess.py
+    """
+
+    _thrown: BaseException | None = None
+
+    def select(self, timeout: float | None = None) -> Any:
+        try:
+            return super().select(timeout)
+        except BaseException as ex:
+            self._thrown = ex
+            return []
+
+    def get_map(self) -> Any:
+        return super().get_map() if self._thrown is None else {}
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        if self._thrown is not None:
+            raise self._thrown
+
+
+def _check_stdlib(module: Any) -> None:
+    """NotImplementedError if our code and that of *module* don't fit together."""
+    missing = []
+    for name, parameters in {**_REPLACED, **_USED}.items():
+        found = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
+        if found is None:
+            missing.append(name)
+        elif parameters:
+            has = tuple(inspect.signature(found).parameters)
+            missing += [f"the parameter {other!r} of {name}" for other in parameters if other not in has]
+            if name in _REPLACED:
+                missing += [f"{name} without a parameter {other!r}" for other in has if other not in parameters]
+    methods = [value for value in vars(module.Popen).values() if inspect.isfunction(value)] if hasattr(module, "Popen") else []
+    missing += [f"Popen.{name}" for name in sorted(_ATTRIBUTES - {name for one in methods for name in one.__code__.co_names})]
+    if missing:
+        raise NotImplementedError(
+            f"coopos.subprocess doesn't fit the subprocess of Python {sys.version.split()[0]}: that hasn't {', '.join(missing)}"
+        )
+
+
 def _copy_stdlib() -> Any:
     """A second module :mod:`subprocess`."""
     spec: Any = importlib.util.find_spec("subprocess")
     copy: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
+    _check_stdlib(copy)
     # What others catch and compare is one for all.
     for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
         setattr(copy, name, getattr(_original, name))
@@ -91,7 +154,7 @@ def _copy_stdlib() -> Any:
     ours = {"read": _read, "write": _core.write, "close": _parking.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
     copy.os = over(os, **ours, fsencode=os.fsencode)  # called for each variable of an environment
     copy.io = over(_io, open=fdopen)
-    copy._PopenSelector = CooperativeSelector
+    copy._PopenSelector = _Selector
     return copy
 
 
@@ -112,24 +175,24 @@ class _Terminal(FileIO):
 
     __slots__ = ()
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def _read(self, end: Any, read: Callable[[Any], Any], argument: Any) -> Any:
         try:
-            return super().read(size)
+            return read(argument)
         except OSError as ex:
             if ex.errno != errno.EIO:
                 raise
-            return getattr(ex, "partial", b"")
+            return getattr(ex, "partial", end)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data: bytes = _parking.outright(self._read, b"", super().read, size)
+        return data
 
     def readall(self) -> bytes:
         return self.read()
 
     def readinto(self, buffer: Any, /) -> int:
-        try:
-            return super().readinto(buffer)
-        except OSError as ex:
-            if ex.errno != errno.EIO:
-                raise
-            return 0
+        nread: int = _parking.outright(self._read, 0, super().readinto, buffer)
+        return nread
 
 
 class _TextTerminal(_io.TextIOWrapper):
@@ -193,8 +256,15 @@ def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
 # ---- Popen -------------------------------------------------------------------------------------------------------------------
 
 
-# The children of collected Popens, that seemed to run.
-_dropped: list[_children.Child] = []
+# The children of collected Popens, that seemed to run. Other threads and the garbage collector add to it at any time.
+_dropped: set[_children.Child] = set()
+
+
+def _sweep() -> None:
+    """Collect those that have ended since."""
+    for child in tuple(_dropped):
+        if child.collect_for_nobody():
+            _dropped.discard(child)
 
 
 class _Ended:
@@ -211,13 +281,13 @@ class _Ended:
             popen._tell_end()
 
 
-def _try_or_close(file: Any, method: Callable[[], object]) -> None:
-    """``method()`` of *file*. A greenlet that is in the stdlib's buffer is made to leave it, with EBADF, and the file is closed."""
-    try:
-        method()
-    except RuntimeError:
-        getattr(file, "buffer", file).raw.close()
-        sleep(0)
+def _evict(file: Any) -> None:
+    """A greenlet of this thread that waits in *file* is made to leave it, with EBADF."""
+    buffer = getattr(file, "buffer", file)
+    raw = getattr(buffer, "raw", buffer)
+    if not raw.closed and _parking.awaited(raw.fileno()):
+        raw.close()
+        _parking.yield_turn()
 
 
 class _Link:
@@ -240,10 +310,11 @@ if TYPE_CHECKING:
         encoding: str | None
         errors: str | None
         _input: Any
+        _communication_started: bool
+        _fileobj2output: dict[Any, list[bytes]]
         _input_offset: int
 
-        def _get_handles(self, *streams: Any) -> tuple[int, ...]: ...
-        def _execute_child(self, *args: Any) -> None: ...
+        def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
         def _handle_exitstatus(self, status: int) -> None: ...
         def _communicate(self, *args: Any) -> Any: ...
 
@@ -274,6 +345,7 @@ class Popen(_Base[AnyStr]):
             where the others would be. Its end comes when no process has the terminal open any more. To close it hangs up, and the
             ``with`` block does. ``communicate`` doesn't touch it.
         winsize: (rows, columns), the size of the terminal's window, each 0..65535. With it *pty* needn't be given.
+        threadpool: not asked; there because gevent's Popen has it.
 
     Raises:
         OSError: as execve(2), fork(2), pipe(2) and chdir(2); of openpty(3).
@@ -303,9 +375,9 @@ class Popen(_Base[AnyStr]):
 
     if not TYPE_CHECKING:
 
-        def __init__(self, *args, pty=False, winsize=None, **kwargs):
+        def __init__(self, *args, pty=False, winsize=None, threadpool=None, **kwargs):
             self._links, self._reopened = [], []
-            _dropped[:] = [child for child in _dropped if not child.collect_for_nobody()]
+            _sweep()
             try:
                 if pty or winsize is not None:
                     self._start_with_terminal(winsize, _plain_signature.bind(*args, **kwargs).arguments)
@@ -355,37 +427,38 @@ class Popen(_Base[AnyStr]):
             # of a thread which is gone.
             seems_to_run = not child.rpid
             if not child.collect_for_nobody():
-                _dropped.append(child)
+                _dropped.add(child)
             if seems_to_run:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
 
     def _watch(self, pid: int) -> _children.Child | None:
         return _children.watch_new(pid, _Ended(self), None, True, needs_hub=False)
 
-    def _get_handles(self, *streams: Any) -> tuple[int, ...]:
-        handles: tuple[int, ...] = super()._get_handles(*streams)
-        return tuple(self._in_blocking_mode(fd) if index in (0, 3, 5) else fd for index, fd in enumerate(handles))
-
     def _in_blocking_mode(self, fd: int) -> int:
         """A descriptor for the child of the file *fd*, in the mode that programs expect of their standard streams.
 
-        gevent's files and sockets aren't in it. A pipe is opened once more: the mode is the open file's, and the parent may go on
-        with it. Other files are put into blocking mode, as gevent's Popen does. What is no descriptor the child says.
+        gevent's files and sockets aren't in it. A pipe is opened once more, without waiting for its other end: the mode is the
+        open file's, and the parent may go on with it. Other files are put into blocking mode, as gevent's Popen does, and a pipe to
+        be written to that nobody reads. What is no descriptor the child says.
         """
         try:
             if fd < 0 or os.get_blocking(fd):
                 return fd
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
-                with contextlib.suppress(OSError):  # no /proc, or another user's pipe
-                    self._reopened.append(os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC))
-                    return self._reopened[-1]
+                with contextlib.suppress(OSError):  # no /proc, another user's pipe, or no reader
+                    again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+                    self._reopened.append(again)
+                    fd = again
             os.set_blocking(fd, True)
         except OSError:
             pass
         return fd
 
-    def _execute_child(self, *args: Any) -> None:
+    def _execute_child(self, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
+        for name in ("p2cread", "c2pwrite", "errwrite"):
+            given[name] = self._in_blocking_mode(given[name])
         if self._master is not None:
             self.pty = _Terminal(self._master, "r+")
             if self.text_mode:
@@ -396,10 +469,10 @@ class Popen(_Base[AnyStr]):
                 setattr(_stdlib, name, value)
         _stdlib._USE_POSIX_SPAWN &= self._may_posix_spawn
         ident = _get_ident()
-        if args[2] is None:  # preexec_fn, whose Python code takes its time
+        if given["preexec_fn"] is None:  # whose Python code takes its time
             _starting.add(ident)
         try:
-            super()._execute_child(*args)
+            PlainPopen._execute_child(**given)
         except BaseException:
             child, self._child = self._child, None
             if child is not None:
@@ -415,8 +488,14 @@ class Popen(_Base[AnyStr]):
         child = self._child
         if self.returncode is not None or child is None or not child.rpid:
             return
-        with contextlib.suppress(ChildProcessError):  # lost: poll() says so
-            self._handle_exitstatus(child.rstatus)
+        try:
+            status = child.rstatus
+        except ChildProcessError:
+            # It is lost, and poll() says so; but a program that ignores SIGCHLD has asked for that, and gets the stdlib's answer.
+            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+                self.returncode = 0
+        else:
+            self._handle_exitstatus(status)
 
     def _internal_poll(self, _deadstate: int | None = None) -> int | None:
         child = self._child
@@ -436,11 +515,21 @@ class Popen(_Base[AnyStr]):
         if self.returncode is None:
             _parking.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
         if self._internal_poll() is None and self._child is not None:
-            if timeout is None or timeout > 0:
+            if timeout is not None and not _parking.can_give_way():
+                self._look_in_time(timeout)
+            elif timeout is None or timeout > 0:
                 in_time(timeout, self._child.join)
             if self._internal_poll() is None:
                 raise _original.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
+
+    def _look_in_time(self, timeout: float) -> None:
+        """Wait where there is no hub to give way to, as the stdlib does before 3.15: look, and sleep, longer and longer."""
+        deadline = monotonic() + timeout
+        delay = 0.0005
+        while self._internal_poll() is None and (remaining := deadline - monotonic()) > 0:
+            delay = min(delay * 2, remaining, 0.05)
+            _plain_sleep(delay)
 
     def wait(self, timeout: float | None = None, _raise_exc: bool = True) -> int:
         """Wait until the child has ended, letting other greenlets run.
@@ -455,10 +544,13 @@ class Popen(_Base[AnyStr]):
             TimeoutExpired: it has not ended in *timeout* seconds.
             ChildProcessError: ECHILD, the status is lost.
         """
+        return _parking.outright(self._wait_or_not, timeout, _raise_exc)
+
+    def _wait_or_not(self, timeout: float | None, raises: bool) -> int:
         try:
             return super().wait(timeout)
         except _original.TimeoutExpired:
-            if _raise_exc:
+            if raises:
                 raise
             return self.returncode  # gevent's Popen doesn't raise for its own module's functions
 
@@ -490,7 +582,8 @@ class Popen(_Base[AnyStr]):
         result: Any = self._result
         child: Any = self._child
         try:
-            child.rstatus  # noqa: B018
+            if self.returncode is None:
+                child.rstatus  # noqa: B018
             result.set(self.returncode)
         except ChildProcessError as ex:
             result.set_exception(ex)
@@ -503,25 +596,63 @@ class Popen(_Base[AnyStr]):
             if self.poll() is None and self._child is not None:
                 self._child.send_signal(sig)
 
-    def _communicate(self, data: Any, *args: Any) -> Any:
-        if data is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
-            data = self._input  # the rest of what a call that timed out was given
-        return super()._communicate(data, *args)
+    def communicate(self, input: Any = None, timeout: float | None = None) -> Any:
+        """Write *input* to the child's ``stdin``, read ``stdout`` and ``stderr`` to their ends, and wait for the child.
+
+        A call that was timed out or killed, by an exception of whatever class, has lost nothing: the next one goes on with it.
+
+        Args:
+            input: bytes, or str for text. None in a call that goes on: the rest of what the first one was given is written.
+            timeout: None, or seconds.
+
+        Returns:
+            (output, errors): bytes or str, or None of what is no pipe.
+
+        Raises:
+            TimeoutExpired: it has not ended in *timeout* seconds.
+            ValueError: there is *input* in a call that goes on, as of :meth:`subprocess.Popen.communicate`.
+            ChildProcessError: ECHILD, the status is lost.
+        """
+        if input and timeout is None:
+            timeout = MAX_TIMEOUT_S  # then it is the stdlib's way to note how much was written
+        try:
+            return _parking.outright(super().communicate, input, timeout)
+        except BaseException as ex:
+            self._keep_output(ex)
+            raise
+
+    def _keep_output(self, ex: BaseException) -> None:
+        """What reading to the end of the only pipe has read before it was given up is for the next communicate()."""
+        if not self._communication_started and (file := self.stdout or self.stderr) and hasattr(ex, "partial"):
+            self._communication_started = True
+            self._fileobj2output = {file: [ex.partial]}
+
+    def _communicate(self, input: Any, endtime: Any, orig_timeout: Any) -> Any:
+        if input is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
+            input = self._input  # the rest of what a call that timed out was given
+        return super()._communicate(input, endtime, orig_timeout)
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
-        # Another greenlet may wait for what is to be closed. It is told so, as by close().
-        if self.stdin is not None and not self.stdin.closed:
-            with contextlib.suppress(OSError, ValueError):  # to close it says the same again, and then waits
-                _try_or_close(self.stdin, self.stdin.flush)
-        for file in self.stdout, self.stderr, self.pty:
+        _parking.outright(self._close_and_wait, exc_type, value, traceback)
+
+    def _close_and_wait(self, *exc_info: Any) -> None:
+        # Another greenlet may wait for what is to be closed. It is told so, and the child may go on.
+        for file in self.stdin, self.stdout, self.stderr:
             if file is not None:
-                _try_or_close(file, file.close)
-        super().__exit__(exc_type, value, traceback)
+                _evict(file)
+        if self.stdin is not None and not self.stdin.closed:
+            # To close it says the same again, and then waits for the child: not after what is thrown in here.
+            with contextlib.suppress(OSError, ValueError):
+                self.stdin.flush()
+        if self.pty is not None:
+            self.pty.close()
+        super().__exit__(*exc_info)
 
 
 _plain_signature = inspect.signature(PlainPopen)
+_execute_parameters = tuple(inspect.signature(PlainPopen._execute_child).parameters)
 _own_parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in
-                   (("pty", False), ("winsize", None))]
+                   (("pty", False), ("winsize", None), ("threadpool", None))]
 Popen.__signature__ = _plain_signature.replace(  # type: ignore[attr-defined]
     parameters=[*_plain_signature.parameters.values(), *_own_parameters]
 )
