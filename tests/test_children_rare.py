@@ -413,7 +413,7 @@ assert coopos.waitpid(pid, 0) == (pid, 9 << 8)
 @both_paths
 @pytest.mark.parametrize(
     "how",
-    ["handler", pytest.param("watcher", marks=pytest.mark.skipif(LOOP == "libev", reason="libev would collect all children first"))],
+    ["handler", pytest.param("watcher", marks=pytest.mark.skipif(LOOP == "libev", reason="libev would collect others' children"))],
 )
 def test_sigchld_watchers_hear_of_watched_children(how, children):
     """gevent.signal_handler(SIGCHLD) does, on libuv a loop's own watcher, too; and nobody's child is collected."""

@@ -1214,8 +1214,13 @@ def test_patch_with_an_unknown_module_patches_the_rest():
         assert "BufferWrapper._heap._lock" in message and platform.python_version() in message
     assert connection.Connection._send_bytes is send_bytes
     assert os.fork is coopos.fork
-    from coopos import _fork
-    assert _fork.keeps_greenlets(None) is False
+    import gevent
+    parked = gevent.spawn(gevent.sleep, 100)
+    gevent.sleep(0)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(not parked.dead)
+    assert os.waitpid(pid, 0)[1] == 0
     import multiprocessing
     assert multiprocessing.Lock().acquire()
     from multiprocessing import synchronize

@@ -42,7 +42,6 @@ def watch_new(
     loop: Any = None,
     ref: bool = False,
     notes: dict[int, Child] | None = None,
-    *,
     needs_hub: bool = True,
 ) -> Child: ...
 def watch_any(

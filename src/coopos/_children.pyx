@@ -1160,7 +1160,7 @@ cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub
     return child
 
 
-def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict notes=None, *, bint needs_hub=True):
+def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict notes=None, bint needs_hub=True):
     """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
     *notes*: what has happened to children in the meantime, as _forking tells it. Never switches greenlets. Returns the

@@ -28,8 +28,9 @@ cimport cython
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport errno
+from libc.signal cimport SIGCHLD
 from libc.stdlib cimport free
-from posix.signal cimport SIGCHLD, sigaction, sigaction_t, sigaddset, sigemptyset
+from posix.signal cimport sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t
 from posix.unistd cimport close as c_close, fork as c_fork
 
 from coopos._children cimport Child, forget_parent_loops, forget_parent, note_new, take_note
@@ -38,7 +39,7 @@ from coopos._posix cimport (
     DICT_OFFSET, SIG_BLOCK, SIG_SETMASK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
     PySys_Audit, Py_Exit, coopos_bind_to, coopos_find, coopos_finds, coopos_hear_of_forks, coopos_import_greenlet,
     coopos_keep_for_good, coopos_leave, coopos_pending as pending, coopos_unblock_signals,
-    forkpty as c_forkpty, pthread_sigmask, sigfillset, sigset_t, winsize)
+    forkpty as c_forkpty, pthread_sigmask, sigfillset, winsize)
 
 import atexit
 import gc

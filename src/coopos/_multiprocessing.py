@@ -18,6 +18,7 @@ replaces or uses stands in _WANTED, and is looked for before anything of that mo
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import io
@@ -482,6 +483,14 @@ def _in_reduction(reduction: Any) -> _Replacements:
     return [(reduction, "socket", over(socket, fromfd=_from_fd))]
 
 
+def _in_resource_tracker(module: Any) -> _Replacements:
+    """Nothing is replaced yet. At the program's end the tracker gets a thread's lock: its ``__del__``, which comes after gevent's
+    modules were emptied, takes it (https://github.com/python/cpython/blob/v3.13.5/Lib/multiprocessing/resource_tracker.py).
+    """
+    atexit.register(setattr, module._resource_tracker, "_lock", get_original("_thread", "RLock")())
+    return []
+
+
 def _in_resource_sharer(sharer: Any) -> _Replacements:
     """Its thread blocks all signals. Where that is a greenlet they would be its whole thread's, and every child's."""
     if not is_module_patched("threading"):
@@ -612,6 +621,7 @@ _WANTED = {
         ("signal", "_ResourceSharer._serve(self): signal, pthread_sigmask"),
         _in_resource_sharer,
     ),
+    "multiprocessing.resource_tracker": _Wanted(("_resource_tracker._lock",), _in_resource_tracker),
     "multiprocessing.synchronize": _Wanted(
         (
             "Condition.__setstate__(self, state): _lock, _sleeping_count, _woken_count, _wait_semaphore",

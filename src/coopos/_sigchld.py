@@ -1,10 +1,10 @@
 """SIGCHLD where libev has it: nobody's child is collected, and handlers that a program gave to gevent hear of watched children.
 
-libev's default loop has a callback of its own for SIGCHLD, which collects every child of the process before it tells the loop's other
-watchers of that signal (`childcb` in https://github.com/enki/libev/blob/master/ev.c). So libev must never get the signal. gevent takes
-it back from the first default loop, and not from those made after ``hub.destroy(destroy_loop=True)``
-(``gevent_ev_default_loop()`` in https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h); `begin` sees to these, too.
-And it notes the handlers that are given to ``gevent.signal_handler(SIGCHLD, ...)``, which `tell` calls in libev's place. On libuv
+libev's default loop has a callback of its own for SIGCHLD, which collects every child of the process before it tells the loop's
+other watchers of that signal (`childcb` in https://github.com/enki/libev/blob/master/ev.c). So libev must never get the signal.
+gevent takes it back from the first default loop, and not from those made after ``hub.destroy(destroy_loop=True)``
+(``gevent_ev_default_loop()`` in https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h); `begin` sees to these,
+too. And it notes the handlers that are given to ``gevent.signal_handler(SIGCHLD, ...)``, which `tell` calls in libev's place. On libuv
 nothing of this is needed: there the kernel's signal tells them.
 """
 
@@ -16,7 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from gevent.hub import Hub, _get_hub as get_hub_if_exists, signal as Handler  # type: ignore[attr-defined]
+from gevent.hub import Hub, _get_hub as get_hub_if_exists, signal as SignalHandler  # type: ignore[attr-defined]  # noqa: N812
 
 from coopos import _forking
 
@@ -47,8 +47,8 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
 
 def begin() -> None:
     """From now on a new hub leaves SIGCHLD as it is, and new handlers are told of children."""
-    Hub.__init__ = _keeping_sigchld(Hub.__init__)
-    Handler.__init__ = _noting(Handler.__init__)
+    Hub.__init__ = _keeping_sigchld(Hub.__init__)  # type: ignore[method-assign]
+    SignalHandler.__init__ = _noting(SignalHandler.__init__)  # type: ignore[method-assign]
 
 
 def tell() -> None:
