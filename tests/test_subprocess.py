@@ -6,7 +6,6 @@ import fcntl
 import functools
 import gc
 import inspect
-import io
 import os
 import signal
 import socket
