@@ -355,7 +355,7 @@ def test_stub_has_the_names_and_parameters_of_the_compiled_module(module):
     for name, node in described.items():
         if isinstance(node, ast.FunctionDef):
             parameters = inspect.signature(getattr(compiled, name)).parameters.values()
-            assert [argument.arg for argument in node.args.posonlyargs + node.args.args] == [
+            assert [argument.arg for argument in node.args.posonlyargs + node.args.args + node.args.kwonlyargs] == [
                 parameter.name
                 for parameter in parameters
                 if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

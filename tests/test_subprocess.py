@@ -6,7 +6,6 @@ import fcntl
 import functools
 import gc
 import inspect
-import io
 import os
 import signal
 import socket
@@ -298,17 +297,14 @@ def test_status_that_is_lost():
 
 
 def test_wait_while_sigchld_is_ignored():
-    """The status where the kernel tells it, else ChildProcessError; never a hang."""
+    """The status where the kernel tells it, else 0, as the stdlib says; never a hang."""
     run_script("""
         import signal, coopos
         from coopos import subprocess
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         process = subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=subprocess.PIPE)
         process.stdin.close()
-        try:
-            assert process.wait() == 7
-        except ChildProcessError:
-            pass
+        assert process.wait() in (0, 7)
     """)
 
 

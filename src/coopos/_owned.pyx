@@ -41,8 +41,8 @@ cdef extern from "Python.h":
 
 
 def warn_unclosed(source, Py_ssize_t level=2):
-    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller, or one further up. Never raises: where the
-    filters make an error of it, it is reported as one that nobody can catch.
+    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller, or one further up.
+    Never raises: where the filters make an error of it, it is reported as one that nobody can catch.
     """
     if PyErr_ResourceWarning(source, level, "unclosed file %R", <PyObject *>source) < 0:
         PyErr_WriteUnraisable(source)

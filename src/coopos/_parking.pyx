@@ -172,8 +172,8 @@ cdef object call_function(object holder, object args, PyObject *kwargs):
 def as_builtin(function, str signature not None, str module not None):
     """A builtin function of *module* that calls *function*, has its name and documentation, and *signature*.
 
-    It takes the place of a builtin of os. As an attribute of a class, where ``_close = os.close`` is no method, a function of Python
-    would be one.
+    It takes the place of a builtin of os. As an attribute of a class, where ``_close = os.close`` is no method, a function of
+    Python would be one.
     """
     # Its self is a module, as that of any builtin function: so it is pickled by its name.
     cdef object holder = type(os)(function.__name__)
