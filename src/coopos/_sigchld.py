@@ -1,11 +1,11 @@
 """SIGCHLD where libev has it: nobody's child is collected, and handlers that a program gave to gevent hear of watched children.
 
-libev's default loop has a callback of its own for SIGCHLD, which collects every child of the process before it tells the loop's
-other watchers of that signal (`childcb` in https://github.com/enki/libev/blob/master/ev.c). So libev must never get the signal.
-gevent takes it back from the first default loop, and not from those made after ``hub.destroy(destroy_loop=True)``
-(``gevent_ev_default_loop()`` in https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h); `begin` sees to these,
-too. And it notes the handlers that are given to ``gevent.signal_handler(SIGCHLD, ...)``, which `tell` calls in libev's place. On libuv
-nothing of this is needed: there the kernel's signal tells them.
+libev's default loop has a callback of its own for SIGCHLD. It collects every child of the process before the loop's other watchers
+of that signal are told: `childcb` in https://github.com/enki/libev/blob/master/ev.c. So libev must never get the signal. gevent
+takes it back from the first default loop, but not from those made after ``hub.destroy(destroy_loop=True)``:
+https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h, ``gevent_ev_default_loop()``. `begin` sees to these, too. And
+it notes the handlers that are given to ``gevent.signal_handler(SIGCHLD, ...)``; `tell` calls them in libev's place. On libuv nothing
+of this is needed: there the kernel's signal tells them.
 """
 
 from __future__ import annotations
