@@ -2,9 +2,9 @@
 
 libev's default loop has a callback of its own for SIGCHLD. It collects every child of the process before the loop's other watchers
 of that signal are told: `childcb` in https://github.com/enki/libev/blob/master/ev.c. So libev must never get the signal. gevent
-takes it back from the first default loop, but not from those made after ``hub.destroy(destroy_loop=True)``:
+takes it back from the first default loop, but not from later ones, made after ``hub.destroy(destroy_loop=True)``:
 https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h, ``gevent_ev_default_loop()``. `begin` sees to these, too. And
-it notes the handlers that are given to ``gevent.signal_handler(SIGCHLD, ...)``; `tell` calls them in libev's place. On libuv nothing
+it notes what is given to ``gevent.signal_handler(SIGCHLD, ...)``; `tell` calls it in libev's place. On libuv nothing
 of this is needed: there the kernel's signal tells them.
 """
 
