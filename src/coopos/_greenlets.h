@@ -1,4 +1,7 @@
-/* The parent's greenlets: found in the parent, left behind in the child. The child's part is C alone, as it runs inside fork(2). */
+/* greenlet's C API; and the parent's greenlets, which are found in the parent and left behind in the child.
+ *
+ * What is done in the child is C alone, because it runs inside fork(2).
+ */
 #ifndef COOPOS_GREENLETS_H
 #define COOPOS_GREENLETS_H
 
@@ -14,6 +17,16 @@ static inline int coopos_import_greenlet(void)
 {
     PyGreenlet_Import();
     return _PyGreenlet_API == NULL ? -1 : 0;
+}
+
+static inline PyObject *coopos_current_greenlet(void)
+{
+    return (PyObject *)PyGreenlet_GetCurrent();
+}
+
+static inline PyObject *coopos_switch(PyObject *greenlet, PyObject *args, PyObject *kwargs)
+{
+    return PyGreenlet_Switch((PyGreenlet *)greenlet, args, kwargs);
 }
 
 struct coopos_finds {

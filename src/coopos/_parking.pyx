@@ -11,7 +11,6 @@ The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of
 
 cimport cython
 from cpython.object cimport PyObject
-from cpython.pycapsule cimport PyCapsule_Import
 from cpython.tuple cimport PyTuple_GET_ITEM
 from libc.errno cimport EBADF, EINTR, errno
 from libc.stdlib cimport malloc, realloc
@@ -20,7 +19,8 @@ from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
 from coopos._posix cimport (
-    POLLIN, POLLOUT, PyErr_CheckSignals, dev_t, fstat, ino_t, poll, pollfd, pthread_atfork, stat_t)
+    POLLIN, POLLOUT, PyErr_CheckSignals, coopos_current_greenlet, coopos_import_greenlet, coopos_switch, dev_t, fstat, ino_t, poll,
+    pollfd, pthread_atfork, stat_t)
 
 import os
 import sys
@@ -39,17 +39,13 @@ cdef object os_error(int err, str call, object subject):
 
 # ---- giving way to the hub ---------------------------------------------------------------------------------------------------
 
-# greenlet's C API (greenlet.h), a table that its capsule points to: as quick as it gets, and no header to build with.
-ctypedef object (*GetCurrent)()
-ctypedef object (*Switch)(object greenlet, PyObject *args, PyObject *kwargs)
-cdef void **greenlet_api = <void **>PyCapsule_Import("greenlet._C_API", 0)
-cdef GetCurrent current_greenlet = <GetCurrent>greenlet_api[4]
-cdef Switch greenlet_switch = <Switch>greenlet_api[6]
+# greenlet's C API, as quick as it gets.
+coopos_import_greenlet()
 
 
 cdef object this_greenlet():
     try:
-        return current_greenlet()
+        return coopos_current_greenlet()
     except RuntimeError:
         return None                # the interpreter is being taken down, and has no greenlets any more
 
@@ -77,7 +73,7 @@ cdef object give_way(object hub, object current):
             if _has_switch_out[kind]:
                 return hub.switch()
             _plain_kind = kind
-        return greenlet_switch(hub, NULL, NULL)
+        return coopos_switch(hub, NULL, NULL)
     except Exception as ex:
         if current in _outright:
             raise Thrown(ex)
@@ -85,7 +81,7 @@ cdef object give_way(object hub, object current):
 
 
 cdef object wrong_switch(object came_back, str what):
-    return InvalidSwitchError(f"switched into {current_greenlet()!r} with {came_back!r}: it waits for {what}")
+    return InvalidSwitchError(f"switched into {coopos_current_greenlet()!r} with {came_back!r}: it waits for {what}")
 
 
 cdef object reachable_hub():
@@ -136,7 +132,7 @@ def outright(function, *args, **kwargs):
     A timeout may be of any class: an OSError, a ChildProcessError. An ``except`` that *function*, or the stdlib's code below it,
     has for errors of its own calls must not take it for one of those. So on its way out it is a BaseException that nobody knows.
     """
-    cdef object current = current_greenlet()
+    cdef object current = coopos_current_greenlet()
     _outright[current] = _outright.get(current, 0) + 1
     try:
         return function(*args, **kwargs)
@@ -239,7 +235,7 @@ cdef class Wait:
         """In the hub: the descriptor of a watcher that stays on is ready."""
         cdef object waiter = self.waiter
         if waiter is not None:
-            greenlet_switch(waiter, <PyObject *>self.token, NULL)
+            coopos_switch(waiter, <PyObject *>self.token, NULL)
         else:
             rest(self)
 
@@ -373,7 +369,7 @@ cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
         return stand(fd, events, call)
     cdef Parking parking = parking_of(hub)
     cdef Wait wait = parking.aim(fd, events)
-    cdef object current = current_greenlet()
+    cdef object current = coopos_current_greenlet()
     wait.switch = current.switch
     enlist(wait)
     try:
@@ -414,7 +410,7 @@ def wait_for_any(list wanted, str call):
     is ready, or was closed. Not where there is no hub to give way to.
     """
     cdef Parking parking = parking_of(get_hub())
-    cdef object current = current_greenlet()
+    cdef object current = coopos_current_greenlet()
     cdef object switch = current.switch
     cdef list waits = []
     cdef Wait wait
@@ -548,7 +544,7 @@ cdef int park_in(Wait seat, str call) except -1:
     # The owner has made no attempt. libev aborts the process over a number that somebody closed behind its back.
     if not seat.is_on and fcntl(seat.fd, F_GETFD) < 0:
         raise os_error(errno, call, seat.fd)
-    current = current_greenlet()
+    current = coopos_current_greenlet()
     seat.error = 0
     seat.waiter = current
     try:
@@ -582,7 +578,7 @@ cdef int take_turns() except -1:
     cdef object hub = reachable_hub()
     if hub is None:
         return 0
-    cdef object current = current_greenlet()
+    cdef object current = coopos_current_greenlet()
     cdef object switch = current.switch
     queued = hub.loop.run_callback(switch, switch)
     try:

@@ -162,6 +162,8 @@ cdef extern from "greenlet.h":
 
 cdef extern from "_greenlets.h":
     int coopos_import_greenlet() except -1
+    object coopos_current_greenlet()
+    object coopos_switch(object greenlet, PyObject *args, PyObject *kwargs)
     ctypedef struct coopos_finds "struct coopos_finds":
         PyTypeObject *greenlet
         PyTypeObject *watcher
