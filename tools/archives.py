@@ -57,7 +57,7 @@ def bill_of_materials(distribution):
     """The package and, as what it was built with but doesn't contain, the tools that pyproject.toml requires."""
     package = component(distribution.get_name(), distribution.get_version())
     package["licenses"] = [{"expression": distribution.metadata.license_expression}]
-    names = ["setuptools", "cython"] if distribution.ext_modules else ["setuptools"]
+    names = ["setuptools", "cython", "greenlet"] if distribution.ext_modules else ["setuptools"]
     tools = [{**component(name, version(name)), "scope": "excluded"} for name in names]
     return {
         "bomFormat": "CycloneDX",

@@ -41,7 +41,7 @@ import os
 import sys
 
 from gevent._hub_local import get_loop
-from gevent.hub import MAIN_THREAD_IDENT, _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
+from gevent.hub import MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 from greenlet import getcurrent
 
 
@@ -1143,7 +1143,7 @@ cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub
     if loop is None:
         loop = this_loop()
         if loop is None:
-            if PyThread_get_thread_ident() == MAIN_THREAD_IDENT or (callback is not None and needs_hub):
+            if PyThread_get_thread_ident() == _MAIN_THREAD_IDENT or (callback is not None and needs_hub):
                 loop = get_hub().loop
             else:
                 callback = None

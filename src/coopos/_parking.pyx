@@ -180,7 +180,7 @@ def as_builtin(function, str signature not None, str module not None):
     holder.name = function.__name__.encode()
     holder.doc = f"{function.__name__}{signature}\n--\n\n{function.__doc__}".encode()
     method.ml_name, method.ml_doc = holder.name, holder.doc
-    method.ml_meth, method.ml_flags = <PyCFunction>call_function, METH_VARARGS | METH_KEYWORDS
+    method.ml_meth, method.ml_flags = <PyCFunction><void *>call_function, METH_VARARGS | METH_KEYWORDS
     return PyCFunction_NewEx(method, holder, module)    # which lives as long as the process, and *method* with it
 
 
