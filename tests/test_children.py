@@ -1627,6 +1627,58 @@ assert coopos.waitpid(pid, 0) == (pid, 9 << 8)
 """)
 
 
+@may_choose_pids
+def test_watch_used_pid_of_a_stolen_child():
+    """The watch is of the child that has the pid now, and calls its callback with that one's status."""
+    run_used_pid("""
+os.waitpid(pid, 0)
+fork_as(os.fork, pid, 9)
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+told = []
+coopos.watch(pid, lambda child: told.append(child.rstatus))
+while not told:
+    gevent.sleep(0.001)
+assert told == [9 << 8], told
+assert coopos.waitpid(pid, 0) == (pid, 9 << 8)
+""")
+
+
+@needs_reaped_status
+@may_choose_pids
+def test_waitpid_any_used_pid_of_a_stolen_child():
+    """waitpid(-1) tells the status of the child that has the pid now; the older child's callback hears its own."""
+    run_used_pid("""
+os.waitpid(pid, 0)
+fork_as(os.fork, pid, 9)
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+assert coopos.waitpid(-1, 0) == (pid, 9 << 8)
+while not ended:
+    gevent.sleep(0.001)
+assert [child.rstatus for child in ended] == [1 << 8]
+""")
+
+
+@needs_reaped_status
+@may_choose_pids
+def test_waitpid_used_pid_of_a_stolen_child_that_others_wait_for():
+    """Who waits for the older child gets its status, and whoever asks afterwards that of the child that has the pid now."""
+    run_used_pid("""
+os.waitpid(pid, 0)
+reader, writer = os.pipe()
+older = os.fork()
+if older == 0:
+    os.read(reader, 1)
+    os._exit(7)
+waiter = gevent.spawn(coopos.waitpid, older, 0)
+gevent.sleep(0)
+os.write(writer, b"x")
+os.waitpid(older, 0)
+fork_as(os.fork, older, 9)
+assert coopos.waitpid(older, 0) == (older, 9 << 8)
+assert waiter.get() == (older, 7 << 8)
+""")
+
+
 @needs_reaped_status
 @may_choose_pids
 def test_fork_and_watch_used_pid_of_a_stolen_child():

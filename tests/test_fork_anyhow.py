@@ -292,6 +292,108 @@ def test_a_fork_waits_for_none_that_its_child_does_not_have():
     )
 
 
+def test_fork_while_a_thread_of_the_pool_has_a_hub():
+    """gevent destroys that hub in the child."""
+    run("""
+        gevent.monkey.patch_all()
+        import time
+        sleep = time.sleep
+
+        def background():
+            while True:
+                get_hub().threadpool.apply(sleep, (0.003,))
+
+        for _ in range(2):
+            gevent.spawn(background)
+        gevent.sleep(0.05)
+        for _ in range(3):
+            gevent.spawn(lambda: in_child(lambda: get_hub().threadpool.apply(int), lambda: coopos.fork(keep_greenlets=False))).get()
+        os._exit(0)
+    """)
+
+
+def test_sigchld_handlers_are_left_behind():
+    """Those given to gevent.signal_handler, as every other handler of the parent's."""
+    run("""
+        handler = gevent.signal_handler(signal.SIGCHLD, trace.add, "handler")
+        in_child(
+            lambda: (in_child(lambda: None), gevent.sleep(0.01)), lambda: coopos.fork(keep_greenlets=False)
+        )
+        assert trace.of_children() == []
+    """)
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(7)", 7), ("None", 0), ("1 / 0", 1)])
+def test_the_child_of_a_spawned_greenlet_may_destroy_its_hub(end, code):
+    """And ends with what the greenlet ends with."""
+    run(
+        f"""
+        def child():
+            pid = coopos.fork(keep_greenlets=False)
+            if pid == 0:
+                get_hub().destroy(destroy_loop=True)
+                {end}
+            else:
+                assert exit_code(pid) == {code}
+
+        gevent.spawn(child).get()
+        """,
+        may_complain=True,
+    )
+
+
+def test_others_fork_after_a_signal_handler_has_raised_in_a_fork():
+    """As the hooks of the fork end: its thread's other greenlets don't wait for it for ever."""
+    run("""
+        import functools
+        strike = functools.partial(ctypes.PyDLL(None)["raise"], signal.SIGINT)  # C alone: the handler runs at the next bytecode
+        os.register_at_fork(after_in_parent=strike)
+        try:
+            if fork() == 0:
+                os._exit(0)
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("not interrupted")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        gevent.spawn(lambda: in_child(lambda: None, coopos.fork_gevent)).get(timeout=10)
+    """)
+
+
+def test_forks_of_a_thread_without_a_hub_while_sigchld_is_ignored():
+    """No descriptor stays for a child that nobody can ask for."""
+    run("""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        fds = []
+
+        def work():
+            for _ in range(20):
+                if fork() == 0:
+                    os._exit(0)
+                fds.append(len(os.listdir("/proc/self/fd")))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert len(set(fds)) == 1, fds
+    """)
+
+
+def test_a_child_without_hooks_has_no_children():
+    """C code that forks and doesn't tell the interpreter: the parent's records are not its own."""
+    run("""
+        first = fork()
+        if first == 0:
+            os._exit(5)
+        gevent.sleep(0.05)  # the hub collects it
+        pid = ctypes.PyDLL(None).fork()
+        if pid == 0:
+            run_and_exit(lambda: [raises(ChildProcessError, coopos.waitpid, asked, os.WNOHANG) for asked in (-1, first)])
+        assert exit_code(pid) == 0
+        assert coopos.waitpid(first, 0) == (first, 5 << 8)
+    """)
+
+
 # ---- something fails ---------------------------------------------------------------------------------------------------------
 
 

@@ -108,3 +108,53 @@ def test_handler_of_the_programs_is_not_disturbed():
     assert calls == [signal.SIGURG] * 2
     """
     )
+
+
+def test_wait_after_a_signal_handler_has_raised():
+    """It comes with the byte and ends the read. The loop still makes the read's callback, which the next wait doesn't hear."""
+    run_script(
+        """
+        import os, signal, gevent, coopos
+
+        class Interrupt(BaseException):
+            pass
+
+        def handle(*args):
+            global may_raise
+            if may_raise:
+                may_raise = False
+                raise Interrupt
+
+        signal.signal(signal.SIGUSR1, handle)
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        parent, may_raise = os.getpid(), False
+        go, start = os.pipe()
+        child = coopos.fork(keep_greenlets=False)
+        if child == 0:
+            os.close(start)
+            while os.read(go, 1):
+                for _ in range(20000):
+                    pass  # until the parent sleeps
+                os.write(writer, b"x")
+                os.kill(parent, signal.SIGUSR1)
+            os._exit(0)
+        interrupted = 0
+        for _ in range(200):
+            may_raise, got = True, b""
+            os.write(start, b"g")
+            try:
+                got = coopos.nb_read(reader, 1)
+                while may_raise:
+                    os.getpid()
+            except Interrupt:
+                interrupted += 1
+                gevent.sleep(0.002)
+                got = got or coopos.nb_read(reader, 1)
+            may_raise = False
+            assert got == b"x"
+        os.close(start)
+        coopos.waitpid(child, 0)
+        """,
+        may_complain=True,  # the hub prints what handlers raise in it
+    )

@@ -37,7 +37,7 @@ GEVENT = {
         "gevent.monkey",
         "gevent.greenlet",
         "gevent.hub",
-        "gevent.lock",
+        "gevent.event",
         "greenlet",
     },
     "_imports": {"gevent.hub", "greenlet"},

@@ -1429,3 +1429,24 @@ assert run(["sh", "-c", "exit 7"]).returncode == 7
 assert check_output(["echo", "out"]) == b"out\\n"
 assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 """, may_complain=True)
+
+
+def test_a_program_catches_its_own_timeout_inside_communicate():
+    """In a method that overrides one of Popen's, and which communicate() calls."""
+
+    class Patient(subprocess.Popen):
+        timeouts = 0
+
+        def wait(self, timeout=None):
+            reader, writer = os.pipe()
+            with closing(reader, writer):
+                try:
+                    with gevent.Timeout(0.001, TimeoutError):
+                        coopos.read(reader, 1)
+                except TimeoutError:
+                    self.timeouts += 1
+            return super().wait(timeout)
+
+    with Patient(["echo", "out"], stdout=PIPE) as popen:
+        assert popen.communicate() == (b"out\n", None)
+    assert popen.timeouts

@@ -1678,3 +1678,27 @@ def test_wait_exit_elsewhere():
     """NotImplementedError, and not a wait for ever."""
     with pytest.raises(NotImplementedError):
         coopos.wait_exit(os.getppid())
+
+
+@needs_p_pidfd
+def test_wait_exit_under_signals():
+    """It returns for no signal: 10,000 of them a second come, also in the moment in which it looks."""
+    run_script("""
+        import os, signal, gevent, coopos
+        signal.signal(signal.SIGALRM, lambda *args: None)
+        reader, writer = os.pipe()
+        pid = coopos.fork()
+        if pid == 0:
+            os.read(reader, 1)
+            os._exit(0)
+        early = 0
+        signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+        for _ in range(3000):
+            with gevent.Timeout(0.0001, False):
+                coopos.wait_exit(pid)
+                early += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(writer, b"x")
+        assert early == 0
+        assert coopos.waitpid(pid, 0) == (pid, 0)
+    """)

@@ -22,9 +22,10 @@ from cpython.pythread cimport (
     PyThread_type_lock)
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ECHILD, EINTR, ENOSYS, EPERM, ESRCH, errno
+from libc.signal cimport SIGCHLD, SIG_IGN
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
-from posix.signal cimport kill
+from posix.signal cimport kill, sigaction, sigaction_t
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgid, getuid
 
@@ -256,6 +257,8 @@ cdef class Listener:
     def hear(self, callback, args):
         """In the hub: there is news."""
         cdef Question question = self.question
+        if self.watcher is None:
+            return                 # a signal's handler has raised, and ended the wait, before the loop came to us
         if question.born != generation:
             question.shut()        # it is the parent's
             return
@@ -304,9 +307,10 @@ cdef class Listener:
             if question.listeners[index] is self:
                 del question.listeners[index]
                 break
-        if self.watcher is not None and is_alive(self.loop):
-            self.watcher.stop()
-            self.watcher.close()
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None and is_alive(self.loop):
+            watcher.stop()
+            watcher.close()
         if not question.is_wanted():
             question.end()
         return 0
@@ -556,6 +560,9 @@ cdef class Watch:
 
     cdef int start_plainly(self) except -1:
         """Begin to watch in a thread without a hub: keep a pidfd, by which the child is known whatever becomes of its pid."""
+        cdef sigaction_t action
+        if sigaction(SIGCHLD, NULL, &action) == 0 and action.sa_handler == SIG_IGN:
+            return 0           # the kernel collects it, so nobody will ask, and nobody would close the pidfd
         if _use_pidfds:
             if self.open_pidfd() == ESRCH:
                 self.child.lose()
@@ -1188,9 +1195,14 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
     Never switches greenlets. Returns the :class:`Child`. ECHILD if it isn't a child of this process, or was waited for.
     """
     cdef int number = as_int(pid)
-    cdef Child child = <Child>children.get(number)
+    cdef Child child
     cdef Report report
-    cdef bint is_there = ask_now(P_PID, number, WEXITED | WNOWAIT, &report) == 0
+    cdef bint is_there
+    leave_parents()
+    child = <Child>children.get(number)
+    if child is not None:
+        child.collect(False, NULL)     # if somebody else has collected it, the pid may be another child's
+    is_there = ask_now(P_PID, number, WEXITED | WNOWAIT, &report) == 0
     if child is not None and child.state == ENDED and is_there:
         child.drop()       # the pid is used again
         child = None
@@ -1251,10 +1263,20 @@ cdef bint take_note(Child child) except -1:
     return False
 
 
+# The generation that the tables are of.
+cdef int _born = 0
+
+
+cdef int leave_parents() except -1:
+    """In the child of C code that runs no at-fork hooks: its first question finds the parent's tables here."""
+    return forget_parent() if _born != generation else 0
+
+
 cdef int forget_parent() except -1:
     """In a forked child: what was watched and asked is the parent's."""
-    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due
+    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due, _born
     _hook_is_due = False
+    _born = generation
     close_all_pidfds()
     _parents.append((children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop))
     children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop = {}, {}, {}, {}, set(), {}, None

@@ -512,7 +512,7 @@ static inline void *coopos_guard_run(void *arg)
     struct pollfd rung;
     rung.fd = guard->bell[0];
     rung.events = POLLIN;
-    while (poll(&rung, 1, 1) == 0)
+    while (poll(&rung, 1, 1) <= 0)     /* -1: it is a signal's EINTR */
         (void)pthread_kill(guard->caller, SIGURG);
     return NULL;
 }
@@ -651,7 +651,9 @@ static ssize_t coopos_move_guarded(const struct coopos_move *move)
     }
     ready.fd = move->fd;
     ready.events = move->writes ? POLLOUT : POLLIN;
-    is_ready = total ? poll(&ready, 1, 0) : 1;     /* to move nothing is not a matter of readiness */
+    /* To move nothing is not a matter of readiness; and a signal that is pending says nothing of it. */
+    while ((is_ready = total ? poll(&ready, 1, 0) : 1) < 0 && errno == EINTR)
+        ;
     err = is_ready ? errno : EAGAIN;
     moved = -1;
     if (is_ready > 0) {

@@ -50,9 +50,9 @@ from contextvars import ContextVar
 import greenlet as _greenlet_module
 from gevent._config import config
 from gevent._hub_local import get_hub_class, get_loop, set_hub, set_loop
+from gevent.event import Event
 from gevent.greenlet import Greenlet
-from gevent.hub import MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, Waiter, _get_hub as get_hub_if_exists, reinit
-from gevent.lock import RLock
+from gevent.hub import Hub, MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, Waiter, _get_hub as get_hub_if_exists, reinit
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
@@ -128,9 +128,9 @@ def run_as_main(main):
         go_on, args = (main.switch, ()) if error is None else (main.throw, (error,))
     if isinstance(main, Greenlet):
         main.unlink_all()      # or it tells us once more, while the threads of the program are waited for
-    if error is None:
-        error = getattr(main, "exception", None)      # a gevent.Greenlet has told it already
-        if error is not None and not isinstance(error, SystemExit):
+        was_told = error is None
+        error = main.exception     # *error* is what came of telling it, if the child has destroyed its hub
+        if was_told and error is not None and not isinstance(error, SystemExit):
             exit_process(1)
     exit_with(error)
 
@@ -198,6 +198,7 @@ cdef class Leaving:
             self.loop = get_loop()         # of a hub that was destroyed; the next one has it again
         self.finds.greenlet = <PyTypeObject *>greenlet
         self.finds.waiter = <PyTypeObject *>Waiter
+        self.finds.hub_type = <PyTypeObject *>Hub
         self.finds.current = <PyGreenlet *>self.current
         self.finds.hub = <PyGreenlet *>self.hub if self.hub is not None else NULL
         self.finds.dead = <PyGreenlet *>self.dead
@@ -321,15 +322,20 @@ policy = ContextVar("coopos.keep_greenlets")
 cdef bint _default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
 # Why no greenlet can be left behind, or None.
 cdef object _disorder = None
-# What is to run last of all before a fork.
+# What is to run last of all before a fork, and in a child that has left the greenlets behind.
 cdef list _last_hooks = []
+cdef list _left_hooks = []
 
 
 class _Turn(_local):
-    """The lock of a thread's forks: a hook that waits lets other greenlets run, whose forks wait for this one."""
+    """Whose fork of this thread is under way: a hook that waits lets other greenlets run, whose forks wait for that one.
+
+    No lock of gevent's: a signal's handler that raises while Python code lets go of one would leave it locked for good.
+    """
 
     def __init__(self):
-        self.lock = RLock()
+        self.owner = None
+        self.is_free = Event()
 
 
 _turn = _Turn()
@@ -447,10 +453,12 @@ cdef int revive_child() except -1:
         if leaving is not None:
             leaving.empty_loops()
             leaving.replace_main()
+            for hook in _left_hooks:
+                hook()
             if leaving.was_frozen:
                 gc.freeze()
         if call is None:
-            _turn.lock = RLock()       # whoever has it is in the parent
+            _turn.owner = None         # whoever that is, is in the parent
     except BaseException as ex:
         if call is None:
             raise                      # the interpreter prints it
@@ -484,6 +492,11 @@ except NotImplementedError as ex:
     _disorder = str(ex)
 if coopos_hear_of_forks():
     raise MemoryError
+
+
+def call_when_left(hook):
+    """Have *hook* called in every child that leaves its parent's greenlets behind."""
+    _left_hooks.append(hook)
 
 
 def call_last(hook):
@@ -550,15 +563,22 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
     cdef int master = -1
     current = getcurrent()
     before = _calls.get(current)       # a hook may fork
-    lock = _turn.lock
+    turn = _turn
+    owner = None
     try:
-        lock.acquire()
+        while turn.owner is not None and turn.owner is not current and not turn.owner.dead:
+            turn.is_free.clear()
+            turn.is_free.wait()
+        owner = turn.owner
+        turn.owner = current
         try:
             _calls[current] = call
             fork_now(call, has_pty, NULL if size is None else &window, &pid, &master)
         finally:
             put_back(_calls, current, before)
-            lock.release()
+            turn.owner = owner
+            if owner is None:
+                turn.is_free.set()
         return pid, master
     except BaseException as ex:
         if master >= 0:

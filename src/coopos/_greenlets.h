@@ -34,6 +34,7 @@ struct coopos_finds {
     PyTypeObject *watcher;     /* or NULL: the loop has a list of its own */
     PyTypeObject *loop;        /* or NULL: there is none */
     PyTypeObject *waiter;
+    PyTypeObject *hub_type;
     PyObject *main;            /* who waits by a waiter, or by its bound method, is looked for; or NULL */
     PyGreenlet *current;       /* the two that go on in the child; the hub may be NULL */
     PyGreenlet *hub;
@@ -131,7 +132,9 @@ static inline void coopos_leave(const struct coopos_finds *finds)
             continue;
         if (PyGreenlet_ACTIVE(each)) {
             coopos_keep_for_good((PyObject *)each);
-            if (!PyGreenlet_MAIN(each))
+            /* Another thread's hub is not made to look finished: gevent destroys those of its pool's threads, by throwing into them,
+             * and what is thrown into a dead greenlet comes out in our hub. */
+            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(finds->objects[i], finds->hub_type))
                 each->pimpl = finds->dead->pimpl;
         } else if (!PyGreenlet_STARTED(each)) {
             Py_INCREF(each);       /* known to the collector: whoever starts it here has it left behind in a fork */

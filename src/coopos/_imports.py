@@ -26,16 +26,22 @@ _holds: dict[Any, int] = {}
 def acquire_lock() -> None:
     """``_imp.acquire_lock``."""
     plain_acquire()
-    current = getcurrent()
+    try:
+        current = getcurrent()
+    except RuntimeError:  # at the interpreter's end there are no greenlets any more
+        return
     _holds[current] = _holds.get(current, 0) + 1
 
 
 def release_lock() -> None:
     """``_imp.release_lock``."""
-    current = getcurrent()
-    count = _holds.pop(current, 0)
-    if count > 1:
-        _holds[current] = count - 1
+    try:
+        current = getcurrent()
+        count = _holds.pop(current, 0)
+        if count > 1:
+            _holds[current] = count - 1
+    except RuntimeError:
+        pass
     plain_release()
 
 

@@ -75,7 +75,7 @@ cdef object give_way(object hub, object current):
             _plain_kind = kind
         return coopos_switch(hub, NULL, NULL)
     except Exception as ex:
-        if current in _outright:
+        if current in _outright and is_called_outright(current):
             raise Thrown(ex)
         raise
 
@@ -118,8 +118,24 @@ cdef int stand(int fd, int events, str call) except -1:
 
 # ---- what is thrown into a greenlet ------------------------------------------------------------------------------------------
 
-# {greenlet: how many calls of outright() it is in}
+# {greenlet: the frames that have called outright(), the innermost last}
 cdef dict _outright = {}
+# Whose `except` clauses are for errors of their own calls.
+cdef frozenset _own_packages = frozenset([
+    "coopos", "contextlib", "io", "multiprocessing", "os", "selectors", "subprocess", "threading"])
+
+
+cdef bint is_called_outright(object current) except -1:
+    """Whether nothing but code of ours and of the stdlib stands between the innermost outright() and this wait. A program's own,
+    a method that overrides one or a signal's handler, catches what is thrown into it like any other.
+    """
+    cdef object caller = _outright[current][len(_outright[current]) - 1]
+    cdef object frame = sys._getframe()
+    while frame is not None and frame is not caller:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _own_packages:
+            return False
+        frame = frame.f_back
+    return True
 
 
 class Thrown(BaseException):
@@ -133,7 +149,8 @@ def outright(function, *args, **kwargs):
     has for errors of its own calls must not take it for one of those. So on its way out it is a BaseException that nobody knows.
     """
     cdef object current = coopos_current_greenlet()
-    _outright[current] = _outright.get(current, 0) + 1
+    cdef list frames = _outright.setdefault(current, [])
+    frames.append(sys._getframe())
     try:
         return function(*args, **kwargs)
     except Thrown as ex:
@@ -141,8 +158,8 @@ def outright(function, *args, **kwargs):
         for name, value in vars(ex).items():       # how much was read, or written, before it
             setattr(thrown, name, value)
     finally:
-        _outright[current] -= 1
-        if not _outright[current]:
+        frames.pop()
+        if not frames:
             del _outright[current]
     raise thrown
 
@@ -230,6 +247,13 @@ cdef bint post(object loop, object callback, tuple args=()) except -1:
 @cython.final
 cdef class Wait:
     """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
+
+    def wake(self, switch):
+        """In the hub: the descriptor is ready, or closed, for the greenlet that waits by *switch*. If it still does: the loop runs
+        signal handlers before it calls us, and what one raises may have ended the wait.
+        """
+        if self.switch is switch:
+            switch(self)
 
     def hear(self):
         """In the hub: the descriptor of a watcher that stays on is ready."""
@@ -373,10 +397,12 @@ cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
     wait.switch = current.switch
     enlist(wait)
     try:
-        wait.watcher.start(wait.switch, wait)
+        wait.watcher.start(wait.wake, wait.switch)
         came_back = give_way(parking.hub, current)
         if came_back is not wait:
             raise wrong_switch(came_back, f"fd {fd} in {call}")
+        # Before anything is moved: what a signal's handler raises now costs no byte.
+        PyErr_CheckSignals()
     finally:
         delist(wait)
         wait.switch = None
@@ -392,10 +418,16 @@ cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
 cdef int park_until_ready(int fd, int events, str call) except -1:
     """Park, unless *fd* is ready at this moment. What can't be waited for is always ready to poll(2)."""
     cdef pollfd request
+    cdef int rc
     request.fd = fd
     request.events = POLLIN if events == READ else POLLOUT
     request.revents = 0
-    if poll(&request, 1, 0) == 0:
+    # EINTR says nothing of the descriptor: Linux gives it, while a signal is pending, even to a poll(2) that is not to wait.
+    while (rc := poll(&request, 1, 0)) < 0:
+        if errno != EINTR:
+            raise os_error(errno, call, fd)
+        PyErr_CheckSignals()
+    if rc == 0:
         park(fd, events, call)
     return 0
 
@@ -421,7 +453,7 @@ def wait_for_any(list wanted, str call):
             waits.append(wait)
             wait.switch = switch
             enlist(wait)
-            wait.watcher.start(switch, wait)
+            wait.watcher.start(wait.wake, switch)
         came_back = give_way(parking.hub, current)
         if not (isinstance(came_back, Wait) and (<Wait>came_back).switch is switch):
             raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
@@ -461,7 +493,7 @@ cdef int evict(Wait wait) except -1:
     if wait.switch is not None and not wait.error:
         wait.error = EBADF
         wait.watcher.stop()
-        wait.queued = wait.loop.run_callback(wait.switch, wait)
+        wait.queued = wait.loop.run_callback(wait.wake, wait.switch)
     return 0
 
 

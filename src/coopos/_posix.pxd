@@ -169,6 +169,7 @@ cdef extern from "_greenlets.h":
         PyTypeObject *watcher
         PyTypeObject *loop
         PyTypeObject *waiter
+        PyTypeObject *hub_type
         PyObject *main
         PyGreenlet *current
         PyGreenlet *hub

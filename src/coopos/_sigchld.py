@@ -48,6 +48,7 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
 def begin() -> None:
     """From now on a new hub leaves SIGCHLD as it is, and new handlers are told of children."""
     Hub.__init__ = _keeping_sigchld(Hub.__init__)  # type: ignore[method-assign]
+    _forking.call_when_left(_handlers.clear)
     SignalHandler.__init__ = _noting(SignalHandler.__init__)  # type: ignore[method-assign]
 
 

@@ -12,7 +12,8 @@ from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgrp
 
 from coopos._children cimport (
-    ALIVE, CLAIMED, ENDED, LOST, Child, ask_now, children, ended, is_used_again, lost_child, wait_for_news)
+    ALIVE, CLAIMED, ENDED, LOST, Child, ask_now, children, ended, is_used_again, leave_parents, lost_child,
+    wait_for_news)
 from coopos._parking cimport READ, as_int, os_error, park_until_ready
 from coopos._posix cimport (
     COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, COOPOS_WCLONE, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report,
@@ -41,6 +42,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
     cdef bint is_special = (options & ~WNOHANG) != WEXITED
     cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
     cdef bint takes = not options & WNOWAIT
+    cdef bint has_waited = False
     if child is not None:
         # Is it the process of this pid that we have a record of? Who collected another behind our back may have freed its pid.
         if child.is_watched and asks_records and child.collect(takes, report if takes else NULL) and takes:
@@ -55,6 +57,10 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             # To collect a child that nobody watches is to take it from who waits for it.
             if (child.is_watched or takes) and child.collect(takes, report if takes else NULL) and takes:
                 return 0
+            if child.is_stolen and not has_waited and is_used_again(pid):
+                child.drop()   # an older child's, for which somebody else still waits
+                child = None
+                continue
             if child.state == ENDED:
                 return take(child, options, report)
             if child.state == CLAIMED:
@@ -76,6 +82,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
         if child is None:
             child = Child(pid)
             children[pid] = child
+        has_waited = True
         if not child.wait() and not child.is_watched:
             child = None       # collected by another thread this moment: the kernel says so next time round
 
@@ -113,7 +120,8 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
     """waitid(2) with P_ALL or P_PGID. Under WNOHANG report.pid is 0 when there is nothing to report."""
     cdef Child child
     cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
-    cdef int err
+    cdef bint looks
+    cdef int err, pid
     while True:
         while ended and asks_records:
             child = find_ended(idtype, id)
@@ -122,16 +130,24 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
             if not is_used_again(child.pid):
                 return take(child, options, report)
             child.drop()
-        if ask_now(idtype, id, options, report) < 0:
+        looks = bool(children) and asks_records and not options & WNOWAIT
+        if ask_now(idtype, id, options | WNOWAIT if looks else options, report) < 0:
             err = errno
             if err == ECHILD and asks_records and find_stolen():
                 continue
             raise os_error(err, call, -1 if idtype == P_ALL else -<int>id)
         if report.pid > 0:
-            child = <Child>children.get(report.pid)
-            if child is not None and coopos_has_ended(report) and not options & WNOWAIT:
-                child.collected(report)
-            return 0
+            if not looks:
+                return 0
+            # Whether a record is of this child, or of an older one of the same pid, can be told only before it is collected.
+            pid = report.pid
+            try:
+                wait_one(call, pid, options | WNOHANG, report)
+            except ChildProcessError:
+                continue           # another thread has collected it this moment
+            if report.pid > 0:
+                return 0
+            continue
         if options & WNOHANG:
             return 0
         wait_for_news(idtype, id, options)
@@ -183,6 +199,7 @@ cdef int wait_by_pid(str call, int pid, int flags, Report *report) except -1:
     """wait4(2)."""
     cdef int options
     memset(report, 0, sizeof(Report))
+    leave_parents()
     if flags & ~COOPOS_WAIT_OPTIONS:
         raise os_error(EINVAL, call, pid)
     options = WEXITED | (WSTOPPED if flags & WUNTRACED else 0) | flags & ~WUNTRACED
@@ -347,6 +364,7 @@ def waitid(idtype, Py_ssize_t id, options):
     cdef int number = as_int(id)
     cdef int flags = as_int(options)
     memset(&report, 0, sizeof(Report))
+    leave_parents()
     if flags & ~COOPOS_WAITID_OPTIONS or not flags & (WEXITED | WSTOPPED | WCONTINUED):
         raise os_error(EINVAL, "waitid", id)
     if kind == P_PID and number > 0:
