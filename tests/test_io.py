@@ -20,6 +20,7 @@ from gevent.hub import get_hub
 
 import coopos
 
+from .descriptors import HeldPool
 from .support import (
     DEADLINE_S,
     HAS_RWF_NOWAIT,
@@ -1422,6 +1423,142 @@ def test_fdopen_raw_close_wakes_the_reader_of_a_buffer():
         file.raw.close()
         assert result_of(greenlet)[0] in (OSError, ValueError)
         result_of(closer)
+
+
+@pytest.mark.parametrize("mode", ["r", "rb"])
+def test_fdopen_close_when_the_reader_inside_is_killed(mode):
+    """It waits for the reader, not for the bytes that the reader waited for."""
+    with make_pipe() as (reader, _writer):
+        file = coopos.fdopen(reader, mode)
+        greenlet = parked(file.read, 10)
+        closers = [parked(file.close) for _ in range(2)]
+        greenlet.kill()
+        for closer in closers:
+            result_of(closer)
+        assert file.closed
+
+
+def test_fdopen_close_when_the_writer_inside_is_killed():
+    with make_pipe() as (_reader, writer):
+        clog(writer)
+        file = coopos.fdopen(writer, "wb")
+        greenlet = parked(file.write, b"x" * 300_000)
+        closer = parked(file.close)
+        greenlet.kill()
+        result_of(closer)
+        assert file.closed
+
+
+def test_fdopen_close_when_the_reader_inside_times_out():
+    with make_pipe() as (reader, _writer):
+        file = coopos.fdopen(reader, "rb")
+
+        def read():
+            with gevent.Timeout(0.01, False):
+                file.read(10)
+
+        greenlet = parked(read)
+        closer = parked(file.close)
+        result_of(greenlet)
+        result_of(closer)
+        assert file.closed
+
+
+def test_fdopen_close_waits_through_every_read_of_the_reader_inside():
+    """A buffer reads several times for one call, and has its lock until it is done."""
+    with make_pipe() as (reader, writer):
+        file = coopos.fdopen(reader, "rb")
+        greenlet = parked(file.read, 4)
+        closer = parked(file.close)
+        for piece in (b"a", b"b", b"c"):
+            os.write(writer, piece)
+            turn_loop()
+            assert not closer.ready()
+        os.write(writer, b"d")
+        assert result_of(greenlet) == b"abcd"
+        result_of(closer)
+
+
+def test_fdopen_close_killed_while_another_reads():
+    """It leaves nothing: the reader reads on, and the next close() is told."""
+    with make_pipe() as (reader, writer):
+        file = coopos.fdopen(reader, "rb")
+        greenlet = parked(file.read, 4)
+        parked(file.close).kill()
+        closer = parked(file.close)
+        os.write(writer, b"data")
+        assert result_of(greenlet) == b"data"
+        result_of(closer)
+
+
+def test_fdopen_close_killed_after_the_reader_inside_has_left():
+    """Its turn to run was due already, and must not come again."""
+    with make_pipe() as (reader, writer), coopos.fdopen(reader, "rb", closefd=False) as file:
+        greenlet = parked(file.read, 4)
+        closer = parked(file.close)
+        greenlet.kill(block=False)
+        get_hub().loop.run_callback(closer.throw, gevent.GreenletExit)
+        turn_loop()
+        assert greenlet.ready()
+        assert closer.ready()
+        os.write(writer, b"data")
+        assert file.read(4) == b"data"
+
+
+@pytest.mark.parametrize("operation", ["close", "flush"])
+def test_fdopen_close_while_another_writes_in_the_threadpool(path, operation):
+    """There is no descriptor to wait for."""
+    file = coopos.fdopen(os.open(path, os.O_RDWR), "wb")
+    with HeldPool() as pool:
+        writer = gevent.spawn(file.write, b"x" * 300_000)
+        if not pool.until_held(writer):
+            pytest.skip("it takes no thread here")
+        closer = parked(getattr(file, operation))
+        pool.open()
+        assert result_of(writer) == 300_000
+        result_of(closer)
+    file.close()
+    assert path.read_bytes() == b"x" * 300_000
+
+
+def test_fdopen_close_in_the_hub_while_another_reads():
+    """The hub can't wait: it is a reentrant call, as ever."""
+    with make_pipe() as (reader, writer), coopos.fdopen(reader, "rb", closefd=False) as file:
+        greenlet = parked(file.read, 4)
+        outcome = []
+        get_hub().loop.run_callback(lambda: outcome.append(error_of(file.close)))
+        turn_loop()
+        assert outcome == [(RuntimeError, None)]
+        os.write(writer, b"data")
+        assert result_of(greenlet) == b"data"
+
+
+def test_fdopen_close_in_the_middle_of_ones_own_read():
+    """It could only wait for itself."""
+
+    class Greenlet(gevent.Greenlet):
+        def switch_out(self):
+            if not outcome:
+                outcome.append(error_of(file.close))
+
+    outcome = []
+    with make_pipe() as (reader, writer), coopos.fdopen(reader, "rb", closefd=False) as file:
+        greenlet = Greenlet.spawn(file.read, 4)
+        turn_loop()
+        assert outcome == [(RuntimeError, None)]
+        os.write(writer, b"data")
+        assert result_of(greenlet) == b"data"
+
+
+def test_fdopen_close_while_another_threads_greenlet_reads():
+    """The buffer's own lock is waited for, and the thread stands still."""
+    with make_pipe() as (reader, writer), HubThread() as thread:
+        file = coopos.fdopen(reader, "rb")
+        greenlet = thread.call(parked, file.read, 4)
+        writes = gevent.spawn_later(0, get_hub().threadpool.spawn, os.write, writer, b"data")
+        writes.get(timeout=DEADLINE_S).get(timeout=DEADLINE_S)
+        file.close()
+        assert thread.call(result_of, greenlet) == b"data"
 
 
 def test_fdopen_buffer_times_out_and_reads_on():

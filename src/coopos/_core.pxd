@@ -12,6 +12,7 @@ cdef enum Step:
 cdef enum:
     QUICK = 4096
 
+cdef int fairness
 cdef int be_fair() except -1
 cdef int has_waited() noexcept
 cdef bint is_undecided(int err) noexcept

@@ -22,8 +22,11 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, be_fair, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, write_from)
-from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand
+    QUICK, attempt, attempt_at_once, be_fair, fairness, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer,
+    write_from)
+from coopos._parking cimport (
+    READ, WRITE, Wait, close_fd, give_way, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand, this_greenlet,
+    wrong_switch)
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
 
@@ -69,6 +72,13 @@ cdef object closed_error():
     return ValueError("I/O operation on closed file")
 
 
+cdef object root_of(greenlet):
+    """The main greenlet of its thread."""
+    while greenlet.parent is not None:
+        greenlet = greenlet.parent
+    return greenlet
+
+
 @cython.final
 cdef class Owned:
     """The descriptor."""
@@ -79,6 +89,8 @@ cdef class Owned:
     cdef bint is_stream            # read by what stands here, as far as is known
     cdef bint is_plain             # in non-blocking mode when it was opened
     cdef bint is_drained           # there was nothing more to read a moment ago
+    cdef list inside               # the greenlets, of any thread, that may have given way in a read or write
+    cdef list outside              # the Waits of greenlets that are in wait_for_others()
 
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
@@ -86,6 +98,7 @@ cdef class Owned:
         if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
             raise OSError(errno, os.strerror(errno))
         self.fd = fd
+        self.inside, self.outside = [], []
         self.may_read, self.may_write = may_read, may_write
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
         self.is_plain = self.is_stream and flags & O_NONBLOCK
@@ -102,16 +115,29 @@ cdef class Owned:
     cdef int wait(self) except -1:
         """Until there is something to read, if there was nothing a moment ago."""
         if not self.is_drained:
-            be_fair()
+            self.be_fair()
         elif self.seat is None and reachable_hub() is None:
             stand(self.fd, READ, "read")
         else:
             if self.seat is None:
                 self.take_seat()
-            park_in(self.seat, "read")
+            current = self.enter()
+            try:
+                park_in(self.seat, "read")
+            finally:
+                self.leave(current)
             has_waited()
         if self.fd < 0:
             raise closed_error()
+        return 0
+
+    cdef int be_fair(self) except -1:
+        if fairness > 0:
+            current = self.enter()
+            try:
+                be_fair()
+            finally:
+                self.leave(current)
         return 0
 
     cdef int take_seat(self) except -1:
@@ -162,6 +188,60 @@ cdef class Owned:
             return None
         return data if nread == n and data is not None else PyBytes_FromStringAndSize(buf, nread)
 
+    cdef object enter(self):
+        """The calling greenlet, before what may give way in a read or write; after it, however it ends, comes leave()."""
+        cdef object current = this_greenlet()
+        self.inside.append(current)
+        return current
+
+    cdef int leave(self, current) except -1:
+        cdef Wait wait
+        cdef Py_ssize_t last = len(self.inside) - 1
+        if self.inside[last] is current:
+            self.inside.pop()
+        else:
+            self.inside.remove(current)
+        if self.outside:
+            hub = reachable_hub()
+            for wait in list(self.outside):        # other threads change it
+                # Whoever waited in the parent of a fork is dead in the child.
+                if wait.hub is hub and wait.queued is None and not wait.waiter.dead:
+                    wait.queued = wait.loop.run_callback(wait.switch, wait)
+        return 0
+
+    def wait_for_others(self):
+        """Park until another greenlet of this thread goes on in its read or write, and say True. False: there is none, or no hub.
+
+        The stdlib's buffers hold their lock across such calls, and a greenlet that has it gives way nowhere else.
+        """
+        cdef object hub = reachable_hub()
+        cdef object current = this_greenlet()
+        cdef object root
+        cdef Wait wait
+        if hub is None:
+            return False
+        root = root_of(current)
+        for each in list(self.inside):
+            if each is not current and not each.dead and root_of(each) is root:
+                break
+        else:
+            return False
+        wait = Wait()
+        wait.hub = hub
+        wait.loop = hub.loop
+        wait.waiter = current
+        wait.switch = current.switch
+        self.outside.append(wait)
+        try:
+            came_back = give_way(hub, current)
+            if came_back is not wait:
+                raise wrong_switch(came_back, "another greenlet's read or write")
+        finally:
+            self.outside.remove(wait)
+            if wait.queued is not None:
+                wait.queued.stop()
+        return True
+
     def close(self, bint closes=True):
         """Let go of the descriptor, and close it, unless *closes* is false. Whoever waits gets ``OSError(EBADF)``."""
         cdef int fd = self.fd
@@ -208,7 +288,11 @@ cdef inline object read_from(Owned owned, Py_ssize_t n):
         if data is not None:
             return data
     move = owned.move(False)
-    return read_bytes(&move, n, "read")
+    current = owned.enter()
+    try:
+        return read_bytes(&move, n, "read")
+    finally:
+        owned.leave(current)
 
 
 cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
@@ -223,7 +307,11 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
             return nread
     move = owned.move(False)
     move.iov, move.count = iov, 1
-    return read_into(&move, "readinto")
+    current = owned.enter()
+    try:
+        return read_into(&move, "readinto")
+    finally:
+        owned.leave(current)
 
 
 cdef object read_all_from(Owned owned):
@@ -312,7 +400,7 @@ class Moving:
             move = owned.move(True)
             move.iov, move.count = &iov, 1
             if owned.is_plain:
-                be_fair()
+                owned.be_fair()
                 while True:
                     if owned.fd < 0:
                         raise closed_error()
@@ -320,10 +408,18 @@ class Moving:
                     if written >= 0:
                         return written
                     if err == EAGAIN:
-                        park(owned.fd, WRITE, "write")
+                        current = owned.enter()
+                        try:
+                            park(owned.fd, WRITE, "write")
+                        finally:
+                            owned.leave(current)
                         has_waited()
                     else:
                         raise os_error(err, "write", owned.fd)
-            return write_from(&move, data, "write")
+            current = owned.enter()
+            try:
+                return write_from(&move, data, "write")
+            finally:
+                owned.leave(current)
         finally:
             PyBuffer_Release(&view)

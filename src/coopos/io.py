@@ -205,13 +205,9 @@ class _Lock:
             self._wait_outside(error)
 
     def _wait_outside(self, error: RuntimeError) -> None:
-        """Until whoever is inside, and waits for the file, has had what it waits for. Else *error*: it is the caller itself."""
-        fd = -1 if self.raw.closed else self.raw.fileno()
-        events = _parking.awaited(fd)
-        if not events or not str(error).startswith("reentrant call"):
+        """Until another greenlet that is inside goes on, or leaves. Else *error*: it is the caller itself."""
+        if not str(error).startswith("reentrant call") or not self.raw._owned.wait_for_others():
             raise error
-        _parking.wait_for_any([(fd, each) for each in (_parking.READ, _parking.WRITE) if events & each], "close")
-        _parking.yield_turn()
 
 
 class BufferedReader(_Lock, io.BufferedReader):
