@@ -643,6 +643,8 @@ def test_what_is_thrown_into_system_popen_and_terminals_comes_out(gate, throw):
     'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True).stdout == b"out"',
     'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True, timeout=30).stdout == b"out"',
     'subprocess.run(["sh", "-c", "sleep 0.01; exit 7"], timeout=30).returncode == 7',
+    'subprocess.run(["sh", "-c", "exit 7"], preexec_fn=os.getpid).returncode == 7',
+    'subprocess.Popen(["sh", "-c", "exit 7"], pty=True).wait() == 7',
     'subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
     'gevent.subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
     'os.system("sleep 0.01; exit 7") == 7 << 8',

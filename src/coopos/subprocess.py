@@ -86,9 +86,9 @@ _starting: set[int] = set()
 
 def _read(fd: int, n: int) -> bytes:
     """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent
-    go on and not closed the child's end yet: no moment for a greenlet to be killed in.
+    go on and not closed the child's end yet: no moment for a greenlet to be killed in. A signal handler in the hub can't give way.
     """
-    return _plain_read(fd, n) if _get_ident() in _starting else _core.read(fd, n)
+    return _plain_read(fd, n) if _get_ident() in _starting or not _parking.can_give_way() else _core.read(fd, n)
 
 
 def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
