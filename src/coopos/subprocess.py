@@ -552,8 +552,11 @@ class Popen(_Base[AnyStr]):
         if self.returncode is None:
             _parking.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
         if self._internal_poll() is None and self._child is not None:
-            if timeout is not None and timeout < MAX_POLL_S and not _parking.can_give_way():
-                self._look_in_time(timeout)
+            if timeout is not None and not _parking.can_give_way():
+                if timeout < MAX_POLL_S:
+                    self._look_in_time(timeout)
+                else:
+                    self._child.join()  # communicate() without a timeout; Timeout would make a hub
             elif timeout is None or timeout > 0:
                 in_time(timeout, self._child.join)
             if self._internal_poll() is None:
@@ -650,7 +653,8 @@ class Popen(_Base[AnyStr]):
             ValueError: there is *input* in a call that goes on, as of :meth:`subprocess.Popen.communicate`.
             ChildProcessError: ECHILD, the status is lost.
         """
-        if timeout is None and (input or any(file in self._pipes and not file.closed for file in (self.stdout, self.stderr) if file)):
+        files = [file for file in (self.stdout, self.stderr) if file in self._pipes and file and not file.closed]
+        if timeout is None and (input or files):
             # Then it is the stdlib's way to note how much was written and read. Its short cut for a single pipe notes nothing.
             timeout = MAX_TIMEOUT_S
         return _parking.outright(super().communicate, input, timeout)
