@@ -302,6 +302,27 @@ def test_script_that_is_not_there(tmp_path):
     assert done.returncode != 0 and "nothing.py" in done.stderr
 
 
+@pytest.mark.parametrize("is_absolute", [True, False], ids=["absolute", "relative"])
+def test_script_in_a_directory_that_was_removed(tmp_path, is_absolute):
+    """An absolute path is found, and sys.path is what it would be; a relative one is a file that isn't there."""
+    script = write(tmp_path / "script.py", "import sys; print(sys.path)")
+    shell = ["sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$0" "$@"', sys.executable]
+    plain, under = (
+        subprocess.run([*shell, *options, script if is_absolute else script.name], cwd=tmp_path, capture_output=True, timeout=60)
+        for options in ([], ["-m", "coopos"])
+    )
+    assert (under.returncode, under.stdout) == (plain.returncode, plain.stdout), under.stderr
+    assert plain.returncode == (0 if is_absolute else 2)
+
+
+@pytest.mark.parametrize("arguments", ["there/script.py", "-m there.script"])
+def test_patching_imports_nothing_from_the_working_directory(tmp_path, arguments):
+    write(tmp_path / "grp.py", "print('imported')")
+    write(tmp_path / "queue.py", "print('imported')")
+    write(tmp_path / "there" / "script.py", "print('done')")
+    assert python("-m", "coopos", *arguments.split(), cwd=tmp_path).stdout == "done\n"
+
+
 # ---- modules -----------------------------------------------------------------------------------------------------------------
 
 

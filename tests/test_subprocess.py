@@ -492,6 +492,36 @@ def test_communicate_while_another_closes(name):
     process.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=" ".join)
+@pytest.mark.parametrize("how", ["with", "close"])
+def test_communicate_while_the_number_is_used_again(pipes, how):
+    """It takes nothing from another's pipe."""
+    process = subprocess.Popen(["sleep", "100"], **pipes)
+    other = parked(error_of, process.communicate)
+    process.kill()
+    fds = []
+
+    def use_numbers():
+        for _ in range(3):
+            fds.extend(os.pipe())
+            os.write(fds[-1], b"secret")
+
+    number = process.stdout.fileno()
+    user = gevent.spawn(use_numbers)
+    if how == "with":
+        process.__exit__(None, None, None)
+    else:
+        process.stdout.raw.close()
+    user.join()
+    assert result_of(other) == (OSError, errno.EBADF)
+    assert number in fds
+    for read_end, write_end in zip(fds[::2], fds[1::2], strict=True):
+        assert os.read(read_end, 10) == b"secret"
+        os.close(read_end)
+        os.close(write_end)
+    process.__exit__(None, None, None)
+
+
 def test_wait_does_not_rely_on_poll():
     """Which a subclass may make of wait()."""
 
@@ -574,6 +604,34 @@ def test_communicate_loses_nothing(gate, throw, pipes, text):
     assert process.returncode == 7
 
 
+@pytest.mark.parametrize("text", [False, True], ids=["bytes", "text"])
+def test_communicate_loses_nothing_when_only_the_end_is_waited_for(gate, text):
+    process = sh(f"echo out; exec >&-; {gate.wait}", text=text, stdout=PIPE)
+    waiter = parked(process.communicate)
+    until(lambda: process.stdout.closed)
+    waiter.kill()
+    gate.open()
+    assert process.communicate() == ("out\n" if text else b"out\n", None)
+
+
+@pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=" ".join)
+@pytest.mark.parametrize("kwargs", [{}, {"text": True}, {"encoding": "utf-16"}, {"bufsize": 0}], ids=str)
+@pytest.mark.parametrize("is_killed", [False, True], ids=["", "killed"])
+def test_communicate_has_what_was_read_ahead(gate, tmp_path, kwargs, pipes, is_killed):
+    """By a readline() before it; also the first bytes of a character."""
+    said = "a\n" + "\u20ac" * 5_001 + "\n"
+    data = said.encode(kwargs.get("encoding", "utf-8"))
+    with open(tmp_path / "data", "wb") as file:
+        file.write(data)
+    process = sh(f"head -c 10001 {tmp_path}/data; {gate.wait}; tail -c +10002 {tmp_path}/data", **pipes, **kwargs)
+    is_text = bool(kwargs.keys() - {"bufsize"})
+    line = process.stdout.readline()
+    if is_killed:
+        parked(process.communicate).kill()
+    gate.open()
+    assert line + process.communicate()[0] == (said if is_text else data)
+
+
 @each_thrown
 @pytest.mark.parametrize("pipes", [{}, {"stdout": PIPE}], ids=["stdin", "both"])
 def test_communicate_writes_all_of_its_input(gate, tmp_path, throw, pipes):
@@ -643,6 +701,8 @@ def test_what_is_thrown_into_system_popen_and_terminals_comes_out(gate, throw):
     'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True).stdout == b"out"',
     'subprocess.run(["sh", "-c", "cat; exit 7"], input=b"out", capture_output=True, timeout=30).stdout == b"out"',
     'subprocess.run(["sh", "-c", "sleep 0.01; exit 7"], timeout=30).returncode == 7',
+    'subprocess.run(["sh", "-c", "exit 7"], preexec_fn=os.getpid).returncode == 7',
+    'subprocess.Popen(["sh", "-c", "exit 7"], pty=True).wait() == 7',
     'subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
     'gevent.subprocess.check_output(["sh", "-c", "sleep 0.01; echo out"]) == b"out\\n"',
     'os.system("sleep 0.01; exit 7") == 7 << 8',

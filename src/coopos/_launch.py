@@ -12,8 +12,32 @@ made for ``coopos.__main__``, and nothing of ours stays there.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
+
+
+def _take_working_directory() -> list[str]:
+    """Take out of sys.path what the interpreter has put there for -m, so that no file beside the program is imported by us.
+
+    In a directory that was removed it puts nothing there.
+    https://github.com/python/cpython/blob/main/Modules/main.c (pymain_run_python)
+    """
+    if getattr(sys.flags, "safe_path", sys.flags.isolated):
+        return []
+    try:
+        os.getcwd()
+    except OSError:
+        return []
+    return [sys.path.pop(0)]
+
+
+def _absolute(path: str) -> str:
+    """As the interpreter does it: without a working directory the path stays as it is."""
+    try:
+        return os.path.join(os.getcwd(), path)
+    except OSError:
+        return path
 
 
 def _patch() -> None:
@@ -79,30 +103,29 @@ def main() -> None:
         from coopos import _doctor
 
         sys.exit(_doctor.main())
-    import os
     import pkgutil
 
     if arguments[0] == "-m":
         if len(arguments) < 2:
             print("python -m coopos: -m needs the name of a module", file=sys.stderr)
             sys.exit(2)
+        working_directory = _take_working_directory()
         _patch()
+        sys.path[:0] = working_directory
         sys.argv[:] = ["-m", *arguments[2:]]
         _run_as_main(arguments[1], True)
         return
     if arguments[0].startswith("-"):
         print(f"python -m coopos: unknown option {arguments[0]}", file=sys.stderr)
         sys.exit(2)
+    _take_working_directory()
     _patch()
     sys.argv[:] = arguments
-    is_safe_path = getattr(sys.flags, "safe_path", False)
-    if not is_safe_path:
-        del sys.path[0]  # the working directory, which -m has put there
-    path = os.path.join(os.getcwd(), arguments[0])
+    path = _absolute(arguments[0])
     if pkgutil.get_importer(path) is not None:
         sys.path.insert(0, path)
         _run_as_main("__main__", False)
     else:
-        if not is_safe_path:
-            sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+        if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+            sys.path.insert(0, os.path.dirname(os.path.realpath(path) if os.path.isabs(path) else path))
         _run_script(path)

@@ -437,9 +437,12 @@ def wait_until_ready(int fd, int events, str call):
     park_until_ready(fd, events, call)
 
 
-def wait_for_any(list wanted, str call):
+def wait_for_any(list wanted, str call, list closed=None):
     """For Python: park until something has happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then tells: it
     is ready, or was closed. Not where there is no hub to give way to.
+
+    However the wait ends, it appends to *closed* the numbers that this module's close() closed meanwhile. poll(2) can't tell that:
+    the number may be another file's by now.
     """
     cdef Parking parking = parking_of(get_hub())
     cdef object current = coopos_current_greenlet()
@@ -459,6 +462,8 @@ def wait_for_any(list wanted, str call):
             raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
     finally:
         for wait in waits:
+            if wait.error and closed is not None:
+                closed.append(wait.fd)
             delist(wait)
             wait.switch = None
             if wait.queued is not None:

@@ -62,5 +62,8 @@ class CooperativeSelector(selectors.PollSelector):
             for events in (_parking.READ, _parking.WRITE)
             if key.events & events
         ]
-        in_time(timeout, _parking.wait_for_any, wanted, "select")
+        closed: list[int] = []
+        in_time(timeout, _parking.wait_for_any, wanted, "select", closed)
+        if closed:
+            return [(key, key.events) for key in self.get_map().values() if key.fd in closed]
         return super().select(0)

@@ -34,7 +34,7 @@ from gevent.event import AsyncResult
 from gevent.monkey import get_original
 
 from coopos import _children, _core, _parking
-from coopos._standins import MAX_TIMEOUT_S, CooperativeSelector, in_time, over
+from coopos._standins import MAX_POLL_S, MAX_TIMEOUT_S, CooperativeSelector, in_time, over
 from coopos._wait import waitpid
 from coopos.io import FileIO, fdopen
 
@@ -75,6 +75,7 @@ _USED = {
     "Popen._execute_child": ("preexec_fn", "p2cread", "c2pwrite", "errwrite"),
     "Popen._internal_poll": ("_deadstate",),
     "Popen._handle_exitstatus": ("sts",),
+    "Popen._save_input": ("input",),
 }
 #: What the stdlib's Popen has as attributes; of a version that doesn't name them we don't know where its input is kept.
 _ATTRIBUTES = {"_input", "_input_offset", "_communication_started", "_fileobj2output"}
@@ -86,9 +87,9 @@ _starting: set[int] = set()
 
 def _read(fd: int, n: int) -> bytes:
     """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent
-    go on and not closed the child's end yet: no moment for a greenlet to be killed in.
+    go on and not closed the child's end yet: no moment for a greenlet to be killed in. A signal handler in the hub can't give way.
     """
-    return _plain_read(fd, n) if _get_ident() in _starting else _core.read(fd, n)
+    return _plain_read(fd, n) if _get_ident() in _starting or not _parking.can_give_way() else _core.read(fd, n)
 
 
 def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
@@ -98,16 +99,26 @@ def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
 
 
 class _Selector(CooperativeSelector):
-    """What is thrown in while it waits comes out at the end of the ``with`` block. From Python 3.15 on the stdlib keeps in a local
+    """Of files. Closed ones it reports by EBADF: their numbers may be other files' by now, which the stdlib would read.
+
+    What is thrown in while it waits comes out at the end of the ``with`` block. From Python 3.15 on the stdlib keeps in a local
     variable how much input is written, and notes it for the next communicate() only when its loop has ended.
     https://github.com/python/cpython/blob/v3.15.0/Lib/subprocess.py
     """
 
     _thrown: BaseException | None = None
 
+    def _check_open(self) -> None:
+        for key in self.get_map().values():
+            if key.fileobj.closed:
+                raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: select({key.fd})")
+
     def select(self, timeout: float | None = None) -> Any:
         try:
-            return super().select(timeout)
+            self._check_open()
+            ready = super().select(timeout)
+            self._check_open()
+            return ready
         except BaseException as ex:
             self._thrown = ex
             return []
@@ -290,6 +301,29 @@ def _evict(file: Any) -> None:
         _parking.yield_turn()
 
 
+def _take_read_ahead(file: Any) -> list[bytes]:
+    """The bytes that its buffers have read and nobody has had, as far as *file* is one of ours. Nothing is read or waited for."""
+    buffer = getattr(file, "buffer", file)
+    raw = getattr(buffer, "raw", buffer)
+    if not isinstance(raw, FileIO) or raw.closed or _parking.awaited(raw.fileno()):
+        return []
+    text, rest = "", b""
+    # The buffers have no way to tell without reading on. So the file below says that there is nothing now.
+    vars(raw).update(readinto=lambda _: None, read=lambda _: b"")
+    try:
+        if buffer is not raw:
+            rest = buffer.read1(len(buffer.peek()))
+        if buffer is not file:
+            try:
+                while char := file.read(1):
+                    text += char
+            except UnicodeDecodeError as ex:
+                rest = ex.object + rest  # the beginning of a character
+    finally:
+        del raw.readinto, raw.read
+    return [text.encode(file.encoding, file.errors) if text else b"", rest]
+
+
 class _Link:
     """What :meth:`Popen.rawlink` has been given, as one hub calls it."""
 
@@ -317,6 +351,7 @@ if TYPE_CHECKING:
         def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
         def _handle_exitstatus(self, status: int) -> None: ...
         def _communicate(self, *args: Any) -> Any: ...
+        def _save_input(self, input: Any) -> None: ...
 
 else:
 
@@ -369,6 +404,7 @@ class Popen(_Base[AnyStr]):
     _pid: int | None = None
     _links: list[_Link]
     _reopened: list[int]
+    _pipes: tuple[Any, ...] = ()  # the stdout and stderr that it was made with: a program may put others in their place
     _result: AsyncResult[int] | None = None
     # Whether posix_spawn(3) may be used, which hands on os.environ where execv(3) does the environment that C code sees.
     _may_posix_spawn = True
@@ -456,6 +492,7 @@ class Popen(_Base[AnyStr]):
         return fd
 
     def _execute_child(self, *args: Any, **kwargs: Any) -> None:
+        self._pipes = tuple(file for file in (self.stdout, self.stderr) if file is not None)
         given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
         for name in ("p2cread", "c2pwrite", "errwrite"):
             given[name] = self._in_blocking_mode(given[name])
@@ -516,7 +553,10 @@ class Popen(_Base[AnyStr]):
             _parking.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
         if self._internal_poll() is None and self._child is not None:
             if timeout is not None and not _parking.can_give_way():
-                self._look_in_time(timeout)
+                if timeout < MAX_POLL_S:
+                    self._look_in_time(timeout)
+                else:
+                    self._child.join()  # communicate() without a timeout; Timeout would make a hub
             elif timeout is None or timeout > 0:
                 in_time(timeout, self._child.join)
             if self._internal_poll() is None:
@@ -613,23 +653,26 @@ class Popen(_Base[AnyStr]):
             ValueError: there is *input* in a call that goes on, as of :meth:`subprocess.Popen.communicate`.
             ChildProcessError: ECHILD, the status is lost.
         """
-        if input and timeout is None:
-            timeout = MAX_TIMEOUT_S  # then it is the stdlib's way to note how much was written
-        try:
-            return _parking.outright(super().communicate, input, timeout)
-        except BaseException as ex:
-            self._keep_output(ex)
-            raise
-
-    def _keep_output(self, ex: BaseException) -> None:
-        """What reading to the end of the only pipe has read before it was given up is for the next communicate()."""
-        if not self._communication_started and (file := self.stdout or self.stderr) and hasattr(ex, "partial"):
-            self._communication_started = True
-            self._fileobj2output = {file: [ex.partial]}
+        files = [file for file in (self.stdout, self.stderr) if file in self._pipes and file and not file.closed]
+        if timeout is None and (input or files):
+            # Then it is the stdlib's way to note how much was written and read. Its short cut for a single pipe notes nothing.
+            timeout = MAX_TIMEOUT_S
+        return _parking.outright(super().communicate, input, timeout)
 
     def _communicate(self, input: Any, endtime: Any, orig_timeout: Any) -> Any:
-        if input is None and self._input and self._input_offset < len(self._input) and self.stdin and not self.stdin.closed:
-            input = self._input  # the rest of what a call that timed out was given
+        # What the stdlib does in the first call only, and so that a call which was left anywhere in it can be gone on with.
+        if not self._communication_started:
+            self._communication_started = True
+            self._fileobj2output = {file: _take_read_ahead(file) for file in (self.stdout, self.stderr) if file}
+            self._save_input(input)
+        if self.stdin and not self.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self.stdin.flush()
+            if self._input and self._input_offset < len(self._input):
+                input = self._input  # or the rest of what a call that timed out was given
+            else:
+                with contextlib.suppress(BrokenPipeError):
+                    self.stdin.close()
         return super()._communicate(input, endtime, orig_timeout)
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
