@@ -636,6 +636,35 @@ def test_acquire_from_several_threads_and_in_the_hub():
     """)
 
 
+def test_acquire_in_a_thread_without_a_hub_makes_none():
+    """It would leak with its descriptors when the thread ends."""
+    run("""
+    from gevent._hub_local import get_hub_if_exists
+    start = monkey.get_original("_thread", "start_new_thread")
+    lock, condition, taken = mp.Lock(), mp.Condition(), []
+    lock.acquire()
+
+    def thread():
+        try:
+            taken.append(lock.acquire(timeout=0.001))
+            taken.append(lock.acquire())
+            with condition:
+                taken.append(condition.wait(0.001))
+            taken.append(get_hub_if_exists())
+        finally:
+            done.send()
+
+    done = gevent.get_hub().loop.async_()
+    waiting = parked(gevent.get_hub().wait, done)
+    start(thread, ())
+    while not taken:
+        gevent.sleep(0.001)
+    lock.release()
+    waiting.get()
+    assert taken == [False, True, False, None], taken
+    """)
+
+
 def test_acquire_in_a_forked_child_while_a_greenlet_of_the_parent_has_the_turn():
     """That greenlet isn't there, and its turn is over."""
     run("""

@@ -5,7 +5,7 @@
 2. The owner of a lock is a greenlet, not a thread: two greenlets of a thread exclude each other.
 3. Between the moment a greenlet has got a semaphore and the return to who asked nothing switches. One that is killed or timed out
    has taken nothing.
-4. The hub can't switch: there the stdlib's object waits, plainly.
+4. The hub can't switch, and a thread without a hub has nobody to switch to: there the stdlib's object waits, plainly.
 
 The stdlib's object, which a Semaphore has inside, makes, names and closes the kernel's; its counting of threads isn't used. Knows
 libc, `_blocking`, `_parking` and how gevent waits in turn.
@@ -14,11 +14,10 @@ libc, `_blocking`, `_parking` and how gevent waits in turn.
 from libc.errno cimport EAGAIN, EINTR, ENOSYS, errno
 
 from coopos._blocking cimport wait_semaphore
-from coopos._parking cimport generation, os_error, this_greenlet
+from coopos._parking cimport generation, os_error, reachable_hub, this_greenlet
 from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
 
 from gevent import Greenlet, GreenletExit, Timeout, sleep
-from gevent.hub import _get_hub_noargs as get_hub
 from gevent.lock import Semaphore as _Turns
 
 
@@ -102,7 +101,7 @@ cdef class Semaphore:
     cdef bint wait(self, double seconds) except -1:
         """Wait for one; whether it came in time. Negative: for ever."""
         cdef bint has_one = False
-        if this_greenlet() is get_hub():
+        if reachable_hub() is None:
             has_one = self.plain.acquire(True, None if seconds < 0 else min(seconds, LONGEST_S))
             self.plain._after_fork()               # it forgets who has taken it
             return has_one
@@ -115,7 +114,7 @@ cdef class Semaphore:
         return has_one
 
     cdef int wait_in_turn(self) except -1:
-        hub = get_hub()
+        hub = reachable_hub()
         if self.born != generation:
             self.turns = {}
             self.born = generation
@@ -137,7 +136,7 @@ cdef class Semaphore:
         """Acquire *count* times what its caller has released; then raise *thrown*, if anything. If more is thrown in meanwhile it
         waits on, and a GreenletExit takes the place of anything else.
         """
-        if this_greenlet() is get_hub():
+        if reachable_hub() is None:
             self.take() or self.wait(-1)
         else:
             while not self.take():
