@@ -665,6 +665,27 @@ def test_acquire_in_a_thread_without_a_hub_makes_none():
     """)
 
 
+def test_acquire_without_a_descriptor_to_wait_by_waits_on():
+    """The feeder of a queue would lose what it is to write."""
+    run("""
+    import resource
+    queue = mp.get_context("fork").Queue()
+    queue.put("first")
+    assert queue.get() == "first"
+    queue._wlock.acquire()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    queue.put("second")
+    locked, thrown = parked(queue._wlock.acquire), parked(raises, OSError, queue._wlock.acquire)
+    thrown.kill(OSError("thrown in"), block=False)
+    assert str(thrown.get()) == "thrown in"
+    locked.kill()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    queue._wlock.release()
+    assert queue.get(timeout=60) == "second"
+    """)
+
+
 def test_acquire_in_a_forked_child_while_a_greenlet_of_the_parent_has_the_turn():
     """That greenlet isn't there, and its turn is over."""
     run("""

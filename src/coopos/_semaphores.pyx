@@ -28,7 +28,7 @@ cdef enum:
 #: Nobody is told of a later end, and every loop can count so far.
 cdef double LONGEST_S = 1e9
 
-#: Before a lock is asked for again that no thread could be started for.
+#: Before a lock is asked for again where there was no thread, or no descriptor, to wait by.
 cdef double PAUSE_S = 0.01
 
 
@@ -124,8 +124,8 @@ cdef class Semaphore:
         place[1] += 1
         try:
             with place[0]:
-                if not self.take():
-                    wait_semaphore(self.sem, self.plain.name)
+                while not (self.take() or wait_semaphore(self.sem, self.plain.name)):
+                    sleep(PAUSE_S)
         finally:
             place[1] -= 1
             if place[1] == 0 and self.turns.get(hub) is place:
@@ -157,11 +157,8 @@ cdef class Semaphore:
 
     def wait_for_other(self):
         """For take_back: wait for one, for whoever asked; True."""
-        try:
-            self.wait_in_turn()
-            return True
-        except OSError:        # there is no thread, or no descriptor, to wait by
-            sleep(PAUSE_S)
+        self.wait_in_turn()
+        return True
 
     def release(self):
         """Give one back."""
