@@ -1127,6 +1127,34 @@ def test_signal_handler_in_a_child_calls_a_manager():
     """)
 
 
+def test_signal_handler_in_a_child_has_a_connection_of_its_own_to_a_manager():
+    """The hub, in which it runs, is the parent's, and has one there."""
+    run("""
+    from gevent.hub import get_hub
+    ctx = mp.get_context("fork")
+
+    def call_in_hub():
+        called = gevent.event.AsyncResult()
+        get_hub().loop.run_callback(lambda: called.set((numbers["a"], numbers._tls.connection._connection)))
+        return called.get()
+
+    with ctx.Manager() as manager:
+        numbers = manager.dict(a=1)
+        _, of_parent = call_in_hub()
+
+        def child():
+            assert not hasattr(numbers._tls, "connection")
+            number, of_child = call_in_hub()
+            sys.exit(7 if number == 1 and of_child is not of_parent else 1)
+
+        process = ctx.Process(target=child)
+        process.start()
+        process.join()
+        assert process.exitcode == 7
+        assert call_in_hub() == (1, of_parent)
+    """)
+
+
 # ---- sockets -----------------------------------------------------------------------------------------------------------------
 
 

@@ -393,6 +393,34 @@ def _in_another_greenlet(function: Callable[..., Any]) -> Callable[..., Any]:
     return wait
 
 
+class ForkAwareLocal:
+    """``util.ForkAwareLocal``, each greenlet's own. A forked child has nothing of it, nor has its hub, which was the parent's."""
+
+    def __init__(self) -> None:
+        from multiprocessing.util import register_after_fork
+
+        self._renew()
+        register_after_fork(self, type(self)._renew)
+
+    def _renew(self) -> None:
+        object.__setattr__(self, "_local", threading.local())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._local, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._local, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._local, name)
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+ForkAwareLocal.__module__ = "multiprocessing.util"  # it is pickled by name
+
+
 class _Asking:
     """A proxy's connection, which knows whether the answer to a call is still to come."""
 
@@ -500,10 +528,7 @@ def _in_resource_sharer(sharer: Any) -> _Replacements:
 
 def _in_util(util: Any) -> _Replacements:
     """Each greenlet has its own connection to a manager."""
-    if issubclass(util.ForkAwareLocal, threading.local):
-        return []
-    methods = {name: value for name, value in vars(util.ForkAwareLocal).items() if name in ("__init__", "__reduce__")}
-    return [(util, "ForkAwareLocal", type("ForkAwareLocal", (threading.local,), {**methods, "__module__": util.__name__}))]
+    return [(util, "ForkAwareLocal", ForkAwareLocal)]
 
 
 #: {what a manager makes: (the class, the proxy's class)}, as the stdlib registers them:
@@ -631,7 +656,12 @@ _WANTED = {
         lambda module: [(module.Condition, "wait", _wait_for_condition), (module.Condition, "notify", _notify_condition)],
     ),
     "multiprocessing.util": _Wanted(
-        ("ForkAwareLocal.__init__(self)", "ForkAwareLocal.__reduce__(self)"),
+        (
+            "Finalize.cancel(self)",
+            "is_exiting()",
+            "ForkAwareLocal.__init__(self): register_after_fork",
+            "ForkAwareLocal.__reduce__(self)",
+        ),
         _in_util,
     ),
 }
