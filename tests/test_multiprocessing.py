@@ -878,6 +878,41 @@ def test_manager_call_that_is_broken_off_does_not_answer_the_next():
     """)
 
 
+def test_kill_while_a_proxy_is_dropped_comes_out():
+    """A weakref's callback would swallow it. The manager is told all the same, at the latest when the program ends."""
+    run_throwing("""
+    with mp.get_context("fork").Manager() as manager:
+        pid, before = manager._process.pid, manager._number_of_objects()
+        for error in THROWN:
+            def drop():
+                proxy = manager.dict(a=1)
+                assert proxy["a"] == 1
+                tls = proxy._tls
+                stop(pid)
+                del proxy
+                assert not hasattr(tls, "connection")
+                dropped.append(pid)
+                return raises(error, gevent.sleep, 1000)
+
+            dropped, dropping = [], gevent.spawn(drop)
+            with gevent.Timeout(60):
+                while not dropped:
+                    gevent.sleep(0.001)
+            throw(error, dropping)
+            os.kill(pid, signal.SIGCONT)
+        while manager._number_of_objects() > before:
+            gevent.sleep(0.001)
+
+        def drop_and_end():
+            manager.dict()
+
+        process = mp.get_context("fork").Process(target=drop_and_end)
+        process.start()
+        process.join()
+        assert process.exitcode == 0 and manager._number_of_objects() == before
+    """)
+
+
 def test_manager_call_that_fails_keeps_its_connection():
     """A lock of the manager's belongs to the connection that has acquired it."""
     run("""

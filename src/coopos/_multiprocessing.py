@@ -34,7 +34,7 @@ from errno import ECHILD
 from queue import Full
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gevent import spawn
+from gevent import get_hub, spawn
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original, is_module_patched
 
@@ -474,6 +474,34 @@ def _dropping_the_connection(call_method: Callable[..., Any]) -> Callable[..., A
     return call
 
 
+def _in_a_greenlet_nobody_knows(tell_manager: Callable[..., Any]) -> Callable[..., Any]:
+    """``BaseProxy._decref``, which runs in a weakref's callback, where Python swallows what is thrown in. So a greenlet that drops
+    a proxy doesn't wait. The program's end does.
+    """
+
+    @functools.wraps(tell_manager)
+    def decref(token: Any, authkey: Any, state: Any, tls: Any, idset: Any, client: Any) -> None:
+        from multiprocessing import util
+
+        idset.discard(token.id)
+        # The connection is of the greenlet that is here; the other one is given none.
+        if not idset and hasattr(tls, "connection"):
+            tls.connection.close()
+            del tls.connection
+        args: tuple[Any, ...] = (token, authkey, state, None, set(), client)
+        if not _parking.can_give_way():
+            tell_manager(*args)
+            return
+        greenlet = spawn(tell_manager, *args)
+        if util.is_exiting() or not get_hub().loop.default:  # another thread may end any moment, and its greenlets with it
+            greenlet.join()
+            return
+        at_exit = util.Finalize(None, greenlet.join, exitpriority=10)
+        greenlet.rawlink(lambda _: at_exit.cancel())
+
+    return decref
+
+
 # ---- what there is to replace ------------------------------------------------------------------------------------------------
 
 _Replacements = list[tuple[Any, str, Any]]
@@ -552,6 +580,7 @@ def _in_managers(managers: Any) -> _Replacements:
         managers.SyncManager.register(typeid, _ByName(name), getattr(managers, proxy), create_method=False)
     return [
         (managers.BaseManager, "_finalize_manager", _in_another_greenlet(managers.BaseManager._finalize_manager)),
+        (managers.BaseProxy, "_decref", _in_a_greenlet_nobody_knows(managers.BaseProxy._decref)),
         (managers.BaseProxy, "_connect", _asking(managers.BaseProxy._connect)),
         (managers.BaseProxy, "_callmethod", _dropping_the_connection(managers.BaseProxy._callmethod)),
     ]
@@ -608,6 +637,8 @@ _WANTED = {
             *sorted({proxy for _, proxy in _MADE_BY_NAME.values()}),
             "BaseManager.start: type, _finalize_manager",
             "BaseManager._finalize_manager",
+            "BaseProxy._incref(self): Finalize, _decref, _tls, _idset",
+            "BaseProxy._decref(token, authkey, state, tls, idset, _Client): discard, dispatch, connection",
             "BaseProxy._connect(self): _tls, connection",
             "BaseProxy._callmethod(self, methodname, args, kwds): _tls, connection, _connect, send, recv",
         ),
