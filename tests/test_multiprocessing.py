@@ -802,6 +802,37 @@ def test_send_that_is_broken_off_is_ended_by_the_next():
     """)
 
 
+def test_connection_loses_nothing_to_an_exception_that_refuses_attributes():
+    run("""
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        why: str
+
+    class Refusing(Exception):
+        def __setattr__(self, name, value):
+            raise LookupError(name)
+
+    for error in (Frozen("thrown in"), Refusing("thrown in")):
+        reader, writer = mp.Pipe(duplex=False)
+        os.write(writer.fileno(), (5).to_bytes(4, "big") + b"he")
+        receiver = parked(raises, type(error), reader.recv_bytes)
+        receiver.kill(error, block=False)
+        assert receiver.get() is error
+        os.write(writer.fileno(), b"llo")
+        assert reader.recv_bytes() == b"hello"
+
+        data = bytes(range(250)) * 800
+        sender = parked(raises, type(error), writer.send_bytes, data)
+        sender.kill(error, block=False)
+        assert sender.get() is error
+        sender = gevent.spawn(writer.send_bytes, b"next")
+        assert reader.recv_bytes() == data and reader.recv_bytes() == b"next"
+        sender.get()
+    """)
+
+
 def test_join_close_and_wait_let_out_whatever_is_thrown_in(tmp_path):
     """And the process is waited for afterwards, by several greenlets at once."""
     source = """

@@ -62,10 +62,11 @@ def _read_part(fd: int, parts: list[bytes], index: int, size: int) -> bytes:
     nothing does.
     """
     while len(parts[index]) < size:
+        told: list[bytes] = []
         try:
-            parts[index] += _core.read_exactly(fd, size - len(parts[index]))
+            parts[index] += _core.read_telling(fd, size - len(parts[index]), told)
         except BaseException as ex:
-            parts[index] += getattr(ex, "partial", b"")
+            parts[index] += b"".join(told)
             data = b""
             if isinstance(ex, BlockingSwitchOutError):
                 data = os.read(fd, size - len(parts[index]))
@@ -98,11 +99,10 @@ def _receive_bytes(connection: Any, maxsize: int | None = None) -> io.BytesIO | 
         raise
 
 
-def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseException) -> None:
-    """The first of *parts* was being sent when *ex* came out. In the hub, send them plainly. Otherwise raise it, and if the message
-    *has_begun* keep the rest: the reader would take what follows for it.
+def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseException, done: int) -> None:
+    """*done* bytes of the first of *parts* were sent when *ex* came out. In the hub, send the rest plainly. Otherwise raise it, and
+    if the message *has_begun* keep the rest: the reader would take what follows for it.
     """
-    done = getattr(ex, "characters_written", 0)
     try:
         while True:
             has_begun = has_begun or done > 0
@@ -123,10 +123,11 @@ def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseExcepti
 
 def _send_parts(connection: Any, parts: list[Any], has_begun: bool = False) -> None:
     while parts:
+        told: list[int] = []
         try:
-            _core.write_all(connection._handle, parts[0])
+            _core.write_telling(connection._handle, parts[0], told)
         except BaseException as ex:
-            _send_on(connection, parts, has_begun, ex)
+            _send_on(connection, parts, has_begun, ex, sum(told))
         else:
             del parts[0]
             has_begun = True
@@ -139,11 +140,7 @@ def _send_bytes(connection: Any, buf: Any) -> None:
         if "_coopos_rest" in connection.__dict__:
             _send_parts(connection, [connection.__dict__.pop("_coopos_rest")], has_begun=True)
         if size <= MAX_JOINED:
-            message = _SHORT.pack(size) + buf
-            try:
-                _core.write_all(connection._handle, message)
-            except BaseException as ex:
-                _send_on(connection, [message], False, ex)
+            _send_parts(connection, [_SHORT.pack(size) + buf])
         else:
             _send_parts(connection, [_SHORT.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size), buf])
     except BaseException:

@@ -22,7 +22,8 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, be_fair, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, write_from)
+    QUICK, attempt, attempt_at_once, be_fair, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, tell,
+    write_from)
 from coopos._parking cimport READ, WRITE, Wait, close_fd, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
@@ -252,7 +253,7 @@ cdef object read_all_from(Owned owned):
     except BaseException as ex:
         if data != NULL:
             resize_bytes(&data, total)
-            ex.partial = <object>data
+            tell(ex, "partial", <object>data)
         raise
     finally:
         Py_XDECREF(data)
