@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import errno
 import gc
 import io
@@ -799,6 +800,18 @@ def test_readall_killed_tells_what_it_read():
         with pytest.raises(gevent.Timeout) as caught, gevent.Timeout(0.001):
             reader.readall()
         assert caught.value.partial == b"one"
+
+
+def test_readall_lets_out_an_exception_that_refuses_attributes():
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        why: str
+
+    with pipe_files() as (reader, _):
+        greenlet = parked(reader.readall)
+        greenlet.kill(Frozen("thrown in"), block=False)
+        with pytest.raises(Frozen):
+            result_of(greenlet)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "fifo"], indirect=True)  # a full terminal soon finds room again

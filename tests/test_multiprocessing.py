@@ -636,6 +636,56 @@ def test_acquire_from_several_threads_and_in_the_hub():
     """)
 
 
+def test_acquire_in_a_thread_without_a_hub_makes_none():
+    """It would leak with its descriptors when the thread ends."""
+    run("""
+    from gevent._hub_local import get_hub_if_exists
+    start = monkey.get_original("_thread", "start_new_thread")
+    lock, condition, taken = mp.Lock(), mp.Condition(), []
+    lock.acquire()
+
+    def thread():
+        try:
+            taken.append(lock.acquire(timeout=0.001))
+            taken.append(lock.acquire())
+            with condition:
+                taken.append(condition.wait(0.001))
+            taken.append(get_hub_if_exists())
+        finally:
+            done.send()
+
+    done = gevent.get_hub().loop.async_()
+    waiting = parked(gevent.get_hub().wait, done)
+    start(thread, ())
+    while not taken:
+        gevent.sleep(0.001)
+    lock.release()
+    waiting.get()
+    assert taken == [False, True, False, None], taken
+    """)
+
+
+def test_acquire_without_a_descriptor_to_wait_by_waits_on():
+    """The feeder of a queue would lose what it is to write."""
+    run("""
+    import resource
+    queue = mp.get_context("fork").Queue()
+    queue.put("first")
+    assert queue.get() == "first"
+    queue._wlock.acquire()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    queue.put("second")
+    locked, thrown = parked(queue._wlock.acquire), parked(raises, OSError, queue._wlock.acquire)
+    thrown.kill(OSError("thrown in"), block=False)
+    assert str(thrown.get()) == "thrown in"
+    locked.kill()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    queue._wlock.release()
+    assert queue.get(timeout=60) == "second"
+    """)
+
+
 def test_acquire_in_a_forked_child_while_a_greenlet_of_the_parent_has_the_turn():
     """That greenlet isn't there, and its turn is over."""
     run("""
@@ -752,6 +802,37 @@ def test_send_that_is_broken_off_is_ended_by_the_next():
     """)
 
 
+def test_connection_loses_nothing_to_an_exception_that_refuses_attributes():
+    run("""
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        why: str
+
+    class Refusing(Exception):
+        def __setattr__(self, name, value):
+            raise LookupError(name)
+
+    for error in (Frozen("thrown in"), Refusing("thrown in")):
+        reader, writer = mp.Pipe(duplex=False)
+        os.write(writer.fileno(), (5).to_bytes(4, "big") + b"he")
+        receiver = parked(raises, type(error), reader.recv_bytes)
+        receiver.kill(error, block=False)
+        assert receiver.get() is error
+        os.write(writer.fileno(), b"llo")
+        assert reader.recv_bytes() == b"hello"
+
+        data = bytes(range(250)) * 800
+        sender = parked(raises, type(error), writer.send_bytes, data)
+        sender.kill(error, block=False)
+        assert sender.get() is error
+        sender = gevent.spawn(writer.send_bytes, b"next")
+        assert reader.recv_bytes() == data and reader.recv_bytes() == b"next"
+        sender.get()
+    """)
+
+
 def test_join_close_and_wait_let_out_whatever_is_thrown_in(tmp_path):
     """And the process is waited for afterwards, by several greenlets at once."""
     source = """
@@ -825,6 +906,41 @@ def test_manager_call_that_is_broken_off_does_not_answer_the_next():
             while not stopped:
                 gevent.sleep(0.001)
             throw(error, calling)
+    """)
+
+
+def test_kill_while_a_proxy_is_dropped_comes_out():
+    """A weakref's callback would swallow it. The manager is told all the same, at the latest when the program ends."""
+    run_throwing("""
+    with mp.get_context("fork").Manager() as manager:
+        pid, before = manager._process.pid, manager._number_of_objects()
+        for error in THROWN:
+            def drop():
+                proxy = manager.dict(a=1)
+                assert proxy["a"] == 1
+                tls = proxy._tls
+                stop(pid)
+                del proxy
+                assert not hasattr(tls, "connection")
+                dropped.append(pid)
+                return raises(error, gevent.sleep, 1000)
+
+            dropped, dropping = [], gevent.spawn(drop)
+            with gevent.Timeout(60):
+                while not dropped:
+                    gevent.sleep(0.001)
+            throw(error, dropping)
+            os.kill(pid, signal.SIGCONT)
+        while manager._number_of_objects() > before:
+            gevent.sleep(0.001)
+
+        def drop_and_end():
+            manager.dict()
+
+        process = mp.get_context("fork").Process(target=drop_and_end)
+        process.start()
+        process.join()
+        assert process.exitcode == 0 and manager._number_of_objects() == before
     """)
 
 
@@ -1074,6 +1190,34 @@ def test_signal_handler_in_a_child_calls_a_manager():
         process.start()
         process.join()
         assert process.exitcode == 7 and handled.is_set()
+    """)
+
+
+def test_signal_handler_in_a_child_has_a_connection_of_its_own_to_a_manager():
+    """The hub, in which it runs, is the parent's, and has one there."""
+    run("""
+    from gevent.hub import get_hub
+    ctx = mp.get_context("fork")
+
+    def call_in_hub():
+        called = gevent.event.AsyncResult()
+        get_hub().loop.run_callback(lambda: called.set((numbers["a"], numbers._tls.connection._connection)))
+        return called.get()
+
+    with ctx.Manager() as manager:
+        numbers = manager.dict(a=1)
+        _, of_parent = call_in_hub()
+
+        def child():
+            assert not hasattr(numbers._tls, "connection")
+            number, of_child = call_in_hub()
+            sys.exit(7 if number == 1 and of_child is not of_parent else 1)
+
+        process = ctx.Process(target=child)
+        process.start()
+        process.join()
+        assert process.exitcode == 7
+        assert call_in_hub() == (1, of_parent)
     """)
 
 

@@ -4,6 +4,7 @@ The result, the errno, the bytes and the offset are those of `os`; flags stay; o
 byte; close gives EBADF. A test has a case for each kind, and goes through the functions itself.
 """
 
+import dataclasses
 import errno
 import os
 import posix
@@ -435,6 +436,20 @@ def test_write_of_a_file_killed_twice_in_the_threadpool_says_what_it_wrote_in_th
             result_of(greenlet)
         assert caught.value.characters_written == 3
         assert content_of(fd) == b"abc"
+
+
+def test_exception_that_refuses_attributes_comes_out_all_the_same():
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        why: str
+
+    with make_pipe(blocking=True) as (reader, writer):
+        calls = [(coopos.write, writer, bytes(100_000)), (coopos.write_all, writer, b"x"), (coopos.read_exactly, reader, 10**6)]
+        for call, *args in calls:
+            greenlet = parked(call, *args)
+            greenlet.kill(Frozen("thrown in"), block=False)
+            with pytest.raises(Frozen):
+                result_of(greenlet)
 
 
 @pytest.mark.parametrize("name", ["write", "writev", "pwrite", "pwritev", "read", "pread"])

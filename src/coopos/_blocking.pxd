@@ -2,4 +2,4 @@
 
 from coopos._posix cimport sem_t
 
-cdef int wait_semaphore(sem_t *semaphore, object subject) except -1
+cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1

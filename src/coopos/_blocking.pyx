@@ -31,6 +31,7 @@ cdef struct Call:
     mode_t mode
     off_t length
     int rc                 # -1 until it has succeeded
+    bint has_begun         # there was a thread for it
     bint is_abandoned
     int err
     int bell[2]
@@ -74,13 +75,14 @@ cdef int wait_for_call(Call *call, str name, object subject) except -2:
     while not has_returned:
         born = generation
         call.rc = -1
-        call.is_abandoned = False
+        call.has_begun = call.is_abandoned = False
         if coopos_bell_new(call.bell) < 0:
             raise os_error(errno, name, subject)
         err = coopos_thread_start(&call.thread, make_call, call)
         if err:
             coopos_bell_close(call.bell)
             raise os_error(err, "pthread_create", name)
+        call.has_begun = True
         try:
             park_until_ready(call.bell[0], READ, name)
             # Of a forked child nobody makes the call: what rang was the parent's thread. The child asks for itself.
@@ -134,13 +136,19 @@ def wait_lock(Py_ssize_t fd, off_t length):
         free(call)
 
 
-cdef int wait_semaphore(sem_t *semaphore, object subject) except -1:
-    """sem_wait(3). A greenlet that is killed or timed out has taken nothing from it."""
+cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1:
+    """sem_wait(3). False: there was no thread, or no descriptor, to wait by. A greenlet that is killed or timed out has taken
+    nothing from it.
+    """
     cdef Call *call = new_call(NULL, -1)
     try:
         call.semaphore = semaphore
         if wait_for_call(call, "sem_wait", subject) < 0:
             raise os_error(call.err, "sem_wait", subject)
+        return True
+    except OSError:
+        if call.has_begun:     # the call's own, or thrown in
+            raise
+        return False
     finally:
         free(call)
-    return 0

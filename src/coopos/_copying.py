@@ -135,7 +135,8 @@ if _sendfile and not _TAKES_HEADERS:
         except BaseException as ex:
             sent += getattr(ex, "characters_written", 0)
             if sent:
-                ex.characters_written = sent  # type: ignore[attr-defined]
+                with contextlib.suppress(Exception):  # some classes refuse attributes
+                    ex.characters_written = sent  # type: ignore[attr-defined]
             raise
         finally:
             if offset is None and sent:

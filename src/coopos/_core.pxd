@@ -22,4 +22,5 @@ cdef ssize_t attempt(Move *move, int *err) except -2
 cdef ssize_t attempt_at_once(Move *move, int *err) except -2
 cdef object read_bytes(Move *move, Py_ssize_t n, str call)
 cdef Py_ssize_t read_into(Move *move, str call) except -1
-cdef Py_ssize_t write_from(Move *move, object source, str call) except -1
+cdef int tell(ex, str name, value) except -1
+cdef Py_ssize_t write_from(Move *move, object source, str call, Py_ssize_t *told=*) except -1

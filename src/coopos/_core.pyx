@@ -499,18 +499,23 @@ cdef int advance(Move *move, Py_ssize_t written) noexcept:
     return 0
 
 
-cdef int tell_written(ex, Py_ssize_t done) except -1:
-    """Have an exception say how much was written before it came: one object may come more than once, as Timeouts do."""
-    if done:
-        ex.characters_written = done
-    elif hasattr(ex, "characters_written"):
-        del ex.characters_written
+cdef int tell(ex, str name, value) except -1:
+    """Have an exception say what was moved before it came; None: nothing. One object may come more than once, as Timeouts do. Some
+    classes refuse attributes, as a frozen dataclass does: what was thrown in comes out all the same.
+    """
+    try:
+        if value is not None:
+            setattr(ex, name, value)
+        elif hasattr(ex, name):
+            delattr(ex, name)
+    except Exception:
+        pass
     return 0
 
 
-cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
+cdef Py_ssize_t write_from(Move *move, object source, str call, Py_ssize_t *told=NULL) except -1:
     """From the buffers of *move*, which are those of *source*; how many bytes. All of them, where the descriptor is in blocking
-    mode, as write(2) does it.
+    mode, as write(2) does it. If anything is raised, *told* has how many were written.
     """
     cdef Py_ssize_t written
     cdef Py_ssize_t done = 0
@@ -532,7 +537,9 @@ cdef Py_ssize_t write_from(Move *move, object source, str call) except -1:
                 return done
             advance(move, written)
     except BaseException as ex:
-        tell_written(ex, done + late)
+        tell(ex, "characters_written", (done + late) or None)
+        if told != NULL:
+            told[0] = done + late
         raise
 
 
@@ -1056,6 +1063,11 @@ def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
 
     .. versionadded:: 0.1.0
     """
+    return read_telling(fd, n, None)
+
+
+def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
+    """read_exactly, which also appends to *told* what was read if anything is raised: an exception may refuse attributes."""
     cdef int number = as_int(fd)
     cdef Move move
     cdef Py_ssize_t nread
@@ -1081,7 +1093,9 @@ def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
                 end.is_at_end = True       # an EOFError that is thrown in isn't
                 raise end
     except BaseException as ex:
-        ex.partial = data[:done]
+        tell(ex, "partial", data[:done])
+        if told is not None:
+            told.append(data[:done])
         raise
 
 
@@ -1109,11 +1123,17 @@ def write_all(Py_ssize_t fd, data, /):
 
     .. versionadded:: 0.1.0
     """
+    write_telling(fd, data, None)
+
+
+def write_telling(Py_ssize_t fd, data, list told, /):
+    """write_all, which also appends to *told* how much was written if anything is raised: an exception may refuse attributes."""
     cdef int number = as_int(fd)
     cdef Move move
     cdef Py_buffer view
     cdef iovec iov
     cdef Py_ssize_t done = 0
+    cdef Py_ssize_t late = 0
     take_buffer(data, &view, False, &iov)
     try:
         while True:
@@ -1123,11 +1143,13 @@ def write_all(Py_ssize_t fd, data, /):
             move.iov, move.count = &iov, 1
             if view.len == 0:
                 choose_for_nothing(&move)
-            done += write_from(&move, memoryview(data).cast("B")[done:] if done else data, "write_all")
+            done += write_from(&move, memoryview(data).cast("B")[done:] if done else data, "write_all", &late)
             if done >= view.len:
                 return
     except BaseException as ex:
-        tell_written(ex, done + getattr(ex, "characters_written", 0))
+        tell(ex, "characters_written", (done + late) or None)
+        if told is not None:
+            told.append(done + late)
         raise
     finally:
         PyBuffer_Release(&view)

@@ -34,7 +34,7 @@ from errno import ECHILD
 from queue import Full
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gevent import spawn
+from gevent import get_hub, spawn
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original, is_module_patched
 
@@ -62,10 +62,11 @@ def _read_part(fd: int, parts: list[bytes], index: int, size: int) -> bytes:
     nothing does.
     """
     while len(parts[index]) < size:
+        told: list[bytes] = []
         try:
-            parts[index] += _core.read_exactly(fd, size - len(parts[index]))
+            parts[index] += _core.read_telling(fd, size - len(parts[index]), told)
         except BaseException as ex:
-            parts[index] += getattr(ex, "partial", b"")
+            parts[index] += b"".join(told)
             data = b""
             if isinstance(ex, BlockingSwitchOutError):
                 data = os.read(fd, size - len(parts[index]))
@@ -98,11 +99,10 @@ def _receive_bytes(connection: Any, maxsize: int | None = None) -> io.BytesIO | 
         raise
 
 
-def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseException) -> None:
-    """The first of *parts* was being sent when *ex* came out. In the hub, send them plainly. Otherwise raise it, and if the message
-    *has_begun* keep the rest: the reader would take what follows for it.
+def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseException, done: int) -> None:
+    """*done* bytes of the first of *parts* were sent when *ex* came out. In the hub, send the rest plainly. Otherwise raise it, and
+    if the message *has_begun* keep the rest: the reader would take what follows for it.
     """
-    done = getattr(ex, "characters_written", 0)
     try:
         while True:
             has_begun = has_begun or done > 0
@@ -123,10 +123,11 @@ def _send_on(connection: Any, parts: list[Any], has_begun: bool, ex: BaseExcepti
 
 def _send_parts(connection: Any, parts: list[Any], has_begun: bool = False) -> None:
     while parts:
+        told: list[int] = []
         try:
-            _core.write_all(connection._handle, parts[0])
+            _core.write_telling(connection._handle, parts[0], told)
         except BaseException as ex:
-            _send_on(connection, parts, has_begun, ex)
+            _send_on(connection, parts, has_begun, ex, sum(told))
         else:
             del parts[0]
             has_begun = True
@@ -139,11 +140,7 @@ def _send_bytes(connection: Any, buf: Any) -> None:
         if "_coopos_rest" in connection.__dict__:
             _send_parts(connection, [connection.__dict__.pop("_coopos_rest")], has_begun=True)
         if size <= MAX_JOINED:
-            message = _SHORT.pack(size) + buf
-            try:
-                _core.write_all(connection._handle, message)
-            except BaseException as ex:
-                _send_on(connection, [message], False, ex)
+            _send_parts(connection, [_SHORT.pack(size) + buf])
         else:
             _send_parts(connection, [_SHORT.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size), buf])
     except BaseException:
@@ -393,6 +390,34 @@ def _in_another_greenlet(function: Callable[..., Any]) -> Callable[..., Any]:
     return wait
 
 
+class ForkAwareLocal:
+    """``util.ForkAwareLocal``, each greenlet's own. A forked child has nothing of it, nor has its hub, which was the parent's."""
+
+    def __init__(self) -> None:
+        from multiprocessing.util import register_after_fork
+
+        self._renew()
+        register_after_fork(self, type(self)._renew)
+
+    def _renew(self) -> None:
+        object.__setattr__(self, "_local", threading.local())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._local, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._local, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._local, name)
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+ForkAwareLocal.__module__ = "multiprocessing.util"  # it is pickled by name
+
+
 class _Asking:
     """A proxy's connection, which knows whether the answer to a call is still to come."""
 
@@ -444,6 +469,34 @@ def _dropping_the_connection(call_method: Callable[..., Any]) -> Callable[..., A
             raise
 
     return call
+
+
+def _in_a_greenlet_nobody_knows(tell_manager: Callable[..., Any]) -> Callable[..., Any]:
+    """``BaseProxy._decref``, which runs in a weakref's callback, where Python swallows what is thrown in. So a greenlet that drops
+    a proxy doesn't wait. The program's end does.
+    """
+
+    @functools.wraps(tell_manager)
+    def decref(token: Any, authkey: Any, state: Any, tls: Any, idset: Any, client: Any) -> None:
+        from multiprocessing import util
+
+        idset.discard(token.id)
+        # The connection is of the greenlet that is here; the other one is given none.
+        if not idset and hasattr(tls, "connection"):
+            tls.connection.close()
+            del tls.connection
+        args: tuple[Any, ...] = (token, authkey, state, None, set(), client)
+        if not _parking.can_give_way():
+            tell_manager(*args)
+            return
+        greenlet = spawn(tell_manager, *args)
+        if util.is_exiting() or not get_hub().loop.default:  # another thread may end any moment, and its greenlets with it
+            greenlet.join()
+            return
+        at_exit = util.Finalize(None, greenlet.join, exitpriority=10)
+        greenlet.rawlink(lambda _: at_exit.cancel())
+
+    return decref
 
 
 # ---- what there is to replace ------------------------------------------------------------------------------------------------
@@ -500,10 +553,7 @@ def _in_resource_sharer(sharer: Any) -> _Replacements:
 
 def _in_util(util: Any) -> _Replacements:
     """Each greenlet has its own connection to a manager."""
-    if issubclass(util.ForkAwareLocal, threading.local):
-        return []
-    methods = {name: value for name, value in vars(util.ForkAwareLocal).items() if name in ("__init__", "__reduce__")}
-    return [(util, "ForkAwareLocal", type("ForkAwareLocal", (threading.local,), {**methods, "__module__": util.__name__}))]
+    return [(util, "ForkAwareLocal", ForkAwareLocal)]
 
 
 #: {what a manager makes: (the class, the proxy's class)}, as the stdlib registers them:
@@ -527,6 +577,7 @@ def _in_managers(managers: Any) -> _Replacements:
         managers.SyncManager.register(typeid, _ByName(name), getattr(managers, proxy), create_method=False)
     return [
         (managers.BaseManager, "_finalize_manager", _in_another_greenlet(managers.BaseManager._finalize_manager)),
+        (managers.BaseProxy, "_decref", _in_a_greenlet_nobody_knows(managers.BaseProxy._decref)),
         (managers.BaseProxy, "_connect", _asking(managers.BaseProxy._connect)),
         (managers.BaseProxy, "_callmethod", _dropping_the_connection(managers.BaseProxy._callmethod)),
     ]
@@ -583,6 +634,8 @@ _WANTED = {
             *sorted({proxy for _, proxy in _MADE_BY_NAME.values()}),
             "BaseManager.start: type, _finalize_manager",
             "BaseManager._finalize_manager",
+            "BaseProxy._incref(self): Finalize, _decref, _tls, _idset",
+            "BaseProxy._decref(token, authkey, state, tls, idset, _Client): discard, dispatch, connection",
             "BaseProxy._connect(self): _tls, connection",
             "BaseProxy._callmethod(self, methodname, args, kwds): _tls, connection, _connect, send, recv",
         ),
@@ -631,7 +684,12 @@ _WANTED = {
         lambda module: [(module.Condition, "wait", _wait_for_condition), (module.Condition, "notify", _notify_condition)],
     ),
     "multiprocessing.util": _Wanted(
-        ("ForkAwareLocal.__init__(self)", "ForkAwareLocal.__reduce__(self)"),
+        (
+            "Finalize.cancel(self)",
+            "is_exiting()",
+            "ForkAwareLocal.__init__(self): register_after_fork",
+            "ForkAwareLocal.__reduce__(self)",
+        ),
         _in_util,
     ),
 }

@@ -22,7 +22,7 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, be_fair, fairness, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer,
+    QUICK, attempt, attempt_at_once, be_fair, fairness, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, tell,
     write_from)
 from coopos._parking cimport (
     READ, WRITE, Wait, close_fd, give_way, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand, this_greenlet,
@@ -340,7 +340,7 @@ cdef object read_all_from(Owned owned):
     except BaseException as ex:
         if data != NULL:
             resize_bytes(&data, total)
-            ex.partial = <object>data
+            tell(ex, "partial", <object>data)
         raise
     finally:
         Py_XDECREF(data)

@@ -594,6 +594,7 @@ cdef int park_in(Wait seat, str call) except -1:
         came_back = give_way(seat.hub, current)
         if came_back is not <object>PyTuple_GET_ITEM(seat.token, 0):
             raise wrong_switch(came_back, f"fd {seat.fd} in {call}")
+        PyErr_CheckSignals()       # as in park()
     finally:
         seat.waiter = None
         if seat.queued is not None:

@@ -5,7 +5,7 @@
 2. The owner of a lock is a greenlet, not a thread: two greenlets of a thread exclude each other.
 3. Between the moment a greenlet has got a semaphore and the return to who asked nothing switches. One that is killed or timed out
    has taken nothing.
-4. The hub can't switch: there the stdlib's object waits, plainly.
+4. The hub can't switch, and a thread without a hub has nobody to switch to: there the stdlib's object waits, plainly.
 
 The stdlib's object, which a Semaphore has inside, makes, names and closes the kernel's; its counting of threads isn't used. Knows
 libc, `_blocking`, `_parking` and how gevent waits in turn.
@@ -14,11 +14,10 @@ libc, `_blocking`, `_parking` and how gevent waits in turn.
 from libc.errno cimport EAGAIN, EINTR, ENOSYS, errno
 
 from coopos._blocking cimport wait_semaphore
-from coopos._parking cimport generation, os_error, this_greenlet
+from coopos._parking cimport generation, os_error, reachable_hub, this_greenlet
 from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
 
 from gevent import Greenlet, GreenletExit, Timeout, sleep
-from gevent.hub import _get_hub_noargs as get_hub
 from gevent.lock import Semaphore as _Turns
 
 
@@ -29,7 +28,7 @@ cdef enum:
 #: Nobody is told of a later end, and every loop can count so far.
 cdef double LONGEST_S = 1e9
 
-#: Before a lock is asked for again that no thread could be started for.
+#: Before a lock is asked for again where there was no thread, or no descriptor, to wait by.
 cdef double PAUSE_S = 0.01
 
 
@@ -102,7 +101,7 @@ cdef class Semaphore:
     cdef bint wait(self, double seconds) except -1:
         """Wait for one; whether it came in time. Negative: for ever."""
         cdef bint has_one = False
-        if this_greenlet() is get_hub():
+        if reachable_hub() is None:
             has_one = self.plain.acquire(True, None if seconds < 0 else min(seconds, LONGEST_S))
             self.plain._after_fork()               # it forgets who has taken it
             return has_one
@@ -115,7 +114,7 @@ cdef class Semaphore:
         return has_one
 
     cdef int wait_in_turn(self) except -1:
-        hub = get_hub()
+        hub = reachable_hub()
         if self.born != generation:
             self.turns = {}
             self.born = generation
@@ -125,8 +124,8 @@ cdef class Semaphore:
         place[1] += 1
         try:
             with place[0]:
-                if not self.take():
-                    wait_semaphore(self.sem, self.plain.name)
+                while not (self.take() or wait_semaphore(self.sem, self.plain.name)):
+                    sleep(PAUSE_S)
         finally:
             place[1] -= 1
             if place[1] == 0 and self.turns.get(hub) is place:
@@ -137,7 +136,7 @@ cdef class Semaphore:
         """Acquire *count* times what its caller has released; then raise *thrown*, if anything. If more is thrown in meanwhile it
         waits on, and a GreenletExit takes the place of anything else.
         """
-        if this_greenlet() is get_hub():
+        if reachable_hub() is None:
             self.take() or self.wait(-1)
         else:
             while not self.take():
@@ -158,11 +157,8 @@ cdef class Semaphore:
 
     def wait_for_other(self):
         """For take_back: wait for one, for whoever asked; True."""
-        try:
-            self.wait_in_turn()
-            return True
-        except OSError:        # there is no thread, or no descriptor, to wait by
-            sleep(PAUSE_S)
+        self.wait_in_turn()
+        return True
 
     def release(self):
         """Give one back."""
