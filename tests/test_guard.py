@@ -114,7 +114,7 @@ def test_wait_after_a_signal_handler_has_raised():
     """It comes with the byte and ends the read. The loop still makes the read's callback, which the next wait doesn't hear."""
     run_script(
         """
-        import os, signal, gevent, coopos
+        import os, select, signal, gevent, coopos
 
         class Interrupt(BaseException):
             pass
@@ -139,20 +139,18 @@ def test_wait_after_a_signal_handler_has_raised():
                 os.write(writer, b"x")
                 os.kill(parent, signal.SIGUSR1)
             os._exit(0)
-        interrupted = 0
         for _ in range(200):
-            may_raise, got = True, b""
-            os.write(start, b"g")
             try:
-                got = coopos.nb_read(reader, 1)
+                may_raise = True
+                os.write(start, b"g")
+                coopos.nb_read(reader, 1)
                 while may_raise:
                     os.getpid()
             except Interrupt:
-                interrupted += 1
                 gevent.sleep(0.002)
-                got = got or coopos.nb_read(reader, 1)
-            may_raise = False
-            assert got == b"x"
+            # As with os.read, the byte is lost if the handler raises when it was read and not yet assigned.
+            while select.select([reader], [], [], 0)[0]:
+                os.read(reader, 1)
         os.close(start)
         coopos.waitpid(child, 0)
         """,

@@ -115,7 +115,7 @@ cdef class Owned:
     cdef int wait(self) except -1:
         """Until there is something to read, if there was nothing a moment ago."""
         if not self.is_drained:
-            self.be_fair()
+            self.take_turn()
         elif self.seat is None and reachable_hub() is None:
             stand(self.fd, READ, "read")
         else:
@@ -131,7 +131,7 @@ cdef class Owned:
             raise closed_error()
         return 0
 
-    cdef int be_fair(self) except -1:
+    cdef int take_turn(self) except -1:
         if fairness > 0:
             current = self.enter()
             try:
@@ -400,7 +400,7 @@ class Moving:
             move = owned.move(True)
             move.iov, move.count = &iov, 1
             if owned.is_plain:
-                owned.be_fair()
+                owned.take_turn()
                 while True:
                     if owned.fd < 0:
                         raise closed_error()
