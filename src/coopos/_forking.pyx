@@ -98,13 +98,25 @@ def put_first(*hooks):
     https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c. NotImplementedError, and nothing changed, if not each of the
     hooks is the last in exactly one list.
     """
+    cdef list found = []
+    cdef list lists
     referrers = [referrer for referrer in gc.get_referrers(*hooks) if type(referrer) is list]
-    found = [[listed for listed in referrers if any(each is hook for each in listed)] for hook in hooks]
-    if not all(len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook for hook, lists in zip(hooks, found)):
+    for hook in hooks:
+        lists = [listed for listed in referrers if has(listed, hook)]
+        if len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook:
+            found.append(lists[0])
+    if len(found) < len(hooks):
         raise NotImplementedError(
             f"keep_greenlets=False: this coopos doesn't find where Python {sys.version.split()[0]} keeps at-fork hooks")
-    for lists in found:
-        lists[0].insert(0, lists[0].pop())
+    for listed in found:
+        listed.insert(0, listed.pop())
+
+
+cdef bint has(list listed, hook):
+    for each in listed:
+        if each is hook:
+            return True
+    return False
 
 
 # ---- leaving the parent's greenlets behind -----------------------------------------------------------------------------------
