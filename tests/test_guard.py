@@ -139,13 +139,18 @@ def test_wait_after_a_signal_handler_has_raised():
                 os.write(writer, b"x")
                 os.kill(parent, signal.SIGUSR1)
             os._exit(0)
+
+        def read():  # a call of its own, so that no instruction which can be interrupted lies outside the try
+            global may_raise
+            may_raise = True
+            os.write(start, b"g")
+            coopos.nb_read(reader, 1)
+            while may_raise:
+                os.getpid()
+
         for _ in range(200):
             try:
-                may_raise = True
-                os.write(start, b"g")
-                coopos.nb_read(reader, 1)
-                while may_raise:
-                    os.getpid()
+                read()
             except Interrupt:
                 gevent.sleep(0.002)
             # As with os.read, the byte is lost if the handler raises when it was read and not yet assigned.

@@ -1485,6 +1485,7 @@ print("end", flush=True)
     assert out == "end\n"
 
 
+@pytest.mark.smoke
 def test_multiprocessing_that_was_imported_before_the_patches(tmp_path):
     """Its locks and locals are greenlets' all the same, and a manager serves who waits for one."""
     first = "import multiprocessing, multiprocessing.managers, multiprocessing.pool, concurrent.futures.process\n"
@@ -1495,7 +1496,7 @@ owners = [forkserver._forkserver, heap.BufferWrapper._heap, managers.BaseProxy._
 for owner in (*owners, resource_tracker._resource_tracker):
     assert type(owner._lock).__module__ != "_thread", owner
 assert managers.BaseProxy._mutex.acquire.__self__ is managers.BaseProxy._mutex._lock
-assert isinstance(context._tls, threading.local) and issubclass(util.ForkAwareLocal, threading.local)
+assert isinstance(context._tls, threading.local) and util.ForkAwareLocal.__init__.__globals__["threading"].local is threading.local
 
 ctx = mp.get_context("fork")
 with ctx.Manager() as manager:

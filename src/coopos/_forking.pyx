@@ -112,7 +112,7 @@ def put_first(*hooks):
         listed.insert(0, listed.pop())
 
 
-cdef bint has(list listed, hook):
+cdef bint has(list listed, hook) noexcept:
     for each in listed:
         if each is hook:
             return True

@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
+import inspect
 import io
 import os
 import signal
@@ -476,20 +477,24 @@ def _in_a_greenlet_nobody_knows(tell_manager: Callable[..., Any]) -> Callable[..
     a proxy doesn't wait. The program's end does.
     """
 
+    parameters = inspect.signature(tell_manager)
+
     @functools.wraps(tell_manager)
-    def decref(token: Any, authkey: Any, state: Any, tls: Any, idset: Any, client: Any) -> None:
+    def decref(*values: Any) -> None:
         from multiprocessing import util
 
-        idset.discard(token.id)
+        args = parameters.bind(*values).arguments
+        tls, idset = args["tls"], args["idset"]
+        idset.discard(args.get("serial", args["token"].id))
         # The connection is of the greenlet that is here; the other one is given none.
         if not idset and hasattr(tls, "connection"):
             tls.connection.close()
             del tls.connection
-        args: tuple[Any, ...] = (token, authkey, state, None, set(), client)
+        args.update(tls=None, idset=set())
         if not _parking.can_give_way():
-            tell_manager(*args)
+            tell_manager(**args)
             return
-        greenlet = spawn(tell_manager, *args)
+        greenlet = spawn(tell_manager, **args)
         if util.is_exiting() or not get_hub().loop.default:  # another thread may end any moment, and its greenlets with it
             greenlet.join()
             return
@@ -634,8 +639,8 @@ _WANTED = {
             *sorted({proxy for _, proxy in _MADE_BY_NAME.values()}),
             "BaseManager.start: type, _finalize_manager",
             "BaseManager._finalize_manager",
-            "BaseProxy._incref(self): Finalize, _decref, _tls, _idset",
-            "BaseProxy._decref(token, authkey, state, tls, idset, _Client): discard, dispatch, connection",
+            "BaseProxy._incref(self): Finalize, _decref, _tls",
+            "BaseProxy._decref: token, tls, idset, discard, dispatch, connection",
             "BaseProxy._connect(self): _tls, connection",
             "BaseProxy._callmethod(self, methodname, args, kwds): _tls, connection, _connect, send, recv",
         ),

@@ -57,7 +57,7 @@ def test_names_of_gevent_os():
 def test_modules():
     """What needs the core is not installed, and all that is can be imported."""
     installed = {module.name for module in pkgutil.iter_modules(coopos.__path__)}
-    assert installed == {"__main__", "_doctor", "_patch", "_threadpool"}
+    assert installed == {"__main__", "_doctor", "_launch", "_patch", "_threadpool"}
     for name in installed:
         __import__(f"coopos.{name}")
     files = [str(file) for file in importlib.metadata.files("coopos")]
