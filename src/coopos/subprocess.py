@@ -110,7 +110,7 @@ class _Selector(CooperativeSelector):
 
     def _check_open(self) -> None:
         for key in self.get_map().values():
-            if key.fileobj.closed:
+            if key.fileobj.closed is True:
                 raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: select({key.fd})")
 
     def select(self, timeout: float | None = None) -> Any:
@@ -404,7 +404,7 @@ class Popen(_Base[AnyStr]):
     _pid: int | None = None
     _links: list[_Link]
     _reopened: list[int]
-    _pipes: tuple[Any, ...] = ()  # the stdout and stderr that it was made with: a program may put others in their place
+    _pipes: tuple[Any, ...] = ()  # those that it was made with: a program may put others in their place
     _result: AsyncResult[int] | None = None
     # Whether posix_spawn(3) may be used, which hands on os.environ where execv(3) does the environment that C code sees.
     _may_posix_spawn = True
@@ -446,7 +446,7 @@ class Popen(_Base[AnyStr]):
         def pid(self, pid):
             # The stdlib's code says it when there is the child, before anything else can happen.
             self._pid = pid
-            if pid is not None:
+            if pid is not None and pid > 0:  # in other people's tests the start is a mock, which has made no child
                 try:
                     self._child = self._watch(pid)
                 except BaseException:
@@ -492,7 +492,7 @@ class Popen(_Base[AnyStr]):
         return fd
 
     def _execute_child(self, *args: Any, **kwargs: Any) -> None:
-        self._pipes = tuple(file for file in (self.stdout, self.stderr) if file is not None)
+        self._pipes = tuple(file for file in (self.stdin, self.stdout, self.stderr) if file is not None)
         given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
         for name in ("p2cread", "c2pwrite", "errwrite"):
             given[name] = self._in_blocking_mode(given[name])
@@ -653,8 +653,8 @@ class Popen(_Base[AnyStr]):
             ValueError: there is *input* in a call that goes on, as of :meth:`subprocess.Popen.communicate`.
             ChildProcessError: ECHILD, the status is lost.
         """
-        files = [file for file in (self.stdout, self.stderr) if file in self._pipes and file and not file.closed]
-        if timeout is None and (input or files):
+        files = (self.stdin if input else None, self.stdout, self.stderr)
+        if timeout is None and any(file in self._pipes and not file.closed for file in files):
             # Then it is the stdlib's way to note how much was written and read. Its short cut for a single pipe notes nothing.
             timeout = MAX_TIMEOUT_S
         return _parking.outright(super().communicate, input, timeout)
@@ -665,7 +665,7 @@ class Popen(_Base[AnyStr]):
             self._communication_started = True
             self._fileobj2output = {file: _take_read_ahead(file) for file in (self.stdout, self.stderr) if file}
             self._save_input(input)
-        if self.stdin and not self.stdin.closed:
+        if self.stdin and self.stdin.closed is not True:  # a mock neither says so nor denies it
             with contextlib.suppress(BrokenPipeError):
                 self.stdin.flush()
             if self._input and self._input_offset < len(self._input):

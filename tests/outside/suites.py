@@ -25,8 +25,6 @@ _PRIVATE_GREENLETS = (
     "to leave the with block while another greenlet reads raises nothing and leaves nobody waiting"
 )
 
-_NO_CHILD = "has a mock of the fork return pid 0, which no wait of ours takes for a child"
-_MOCKED_PIPES = "has a mock instead of a pipe, which is asked here for what has been read ahead or whether it is closed"
 _NOBODY_HAS_TO_ASK = (
     "expects returncode to be None although the child has ended, since nobody has polled; the hub has seen the end and set it, as "
     "with gevent's Popen"
@@ -64,11 +62,6 @@ SUITES = {
     "test.test_subprocess": {
         "POSIXProcessTestCase.test_stopped": "has a mock of os.waitpid say what became of the child; a pidfd tells it here",
         "POSIXProcessTestCase.test_send_signal_race": _NOBODY_HAS_TO_ASK,
-        "POSIXProcessTestCase.test_communicate_BrokenPipeError_stdin_close_with_timeout": _MOCKED_PIPES,
-        "POSIXProcessTestCase.test_communicate_BrokenPipeError_stdin_flush": _MOCKED_PIPES,
-        "POSIXProcessTestCase.test_communicate_BrokenPipeError_stdin_write": _MOCKED_PIPES,
-        "POSIXProcessTestCase.test_exception_errpipe_bad_data": _NO_CHILD,
-        "POSIXProcessTestCase.test_exception_errpipe_normal": _NO_CHILD,
         "POSIXProcessTestCase.test_zombie_fast_process_del": _LIST_OF_THE_DROPPED,
         "POSIXProcessTestCase.test_leak_fast_process_del_killed": _LIST_OF_THE_DROPPED,
     },
