@@ -436,7 +436,7 @@ def test_fork_without_memory(name, keep, count):
             if pid is not None:
                 # In the child CPython itself may have given up: it can't make the locks that it makes anew.
                 assert coopos.waitpid(pid, 0)[0] == pid
-            elif not {count} or make is plain_fork or sys.version_info < (3, 12):
+            elif not {count} or make is plain_fork:
                 try:
                     coopos.waitpid(-1, 0)
                 except ChildProcessError:

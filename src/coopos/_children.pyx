@@ -1171,22 +1171,27 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict not
     """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
     *notes*: what has happened to children in the meantime, as _forking tells it. Never switches greenlets. Returns the
-    :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has no hub.
+    :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has no hub. What is raised has the *pid*:
+    else nobody would know whom to wait for.
     """
     cdef int number = as_int(pid)
-    cdef Child before = <Child>children.get(number)
-    cdef Child note = <Child>notes.get(number) if notes else None
-    if note is not None:
+    cdef Child before
+    cdef Child note
+    try:
+        before = <Child>children.get(number)
+        note = <Child>notes.get(number) if notes else None
+        if note is None and before is not None:
+            # The pid is used again. Only a pidfd still knows the child that had it before.
+            if before.state == ALIVE:
+                if before.pidfd() >= 0:
+                    before.collect(False, NULL)
+                else:
+                    before.lose()
+            before.drop()
         return record(number, callback, loop, ref, note, needs_hub)
-    if before is not None:
-        # The pid is used again. Only a pidfd still knows the child that had it before.
-        if before.state == ALIVE:
-            if before.pidfd() >= 0:
-                before.collect(False, NULL)
-            else:
-                before.lose()
-        before.drop()
-    return record(number, callback, loop, ref, None, needs_hub)
+    except BaseException as ex:
+        ex.pid = pid
+        raise
 
 
 def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):

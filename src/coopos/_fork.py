@@ -199,14 +199,6 @@ def _check(callback: object, loop: object) -> None:
         _children.check_loop(loop)
 
 
-def _watch_new(pid: int, callback: Callable[[Any], object] | None, loop: Any, ref: bool, notes: dict[int, Any]) -> None:
-    try:
-        _children.watch_new(pid, callback, loop, ref, notes)
-    except BaseException as ex:
-        ex.pid = pid  # type: ignore[attr-defined]  # or nobody would know whom to wait for
-        raise
-
-
 def fork_and_watch(
     callback: Callable[[Any], object] | None = None,
     loop: Any = None,
@@ -243,7 +235,7 @@ def fork_and_watch(
     notes: dict[int, Any] = {}
     pid = _forking.fork_to_watch(fork, notes, keep_greenlets)
     if pid:
-        _watch_new(pid, callback, loop, ref, notes)
+        _children.watch_new(pid, callback, loop, ref, notes)
     return pid
 
 
@@ -285,7 +277,7 @@ def forkpty_and_watch(
     pid, master_fd = _forking.fork_to_watch(forkpty, notes, keep_greenlets, **how)
     if pid:
         try:
-            _watch_new(pid, callback, loop, ref, notes)
+            _children.watch_new(pid, callback, loop, ref, notes)
         except BaseException:
             os.close(master_fd)
             raise
