@@ -312,6 +312,29 @@ def test_fork_while_a_thread_of_the_pool_has_a_hub():
     """)
 
 
+@pytest.mark.parametrize("fork", ["fork", "plain_fork", "lambda: coopos.fork(keep_greenlets=False)"])
+def test_fork_while_threads_tell_the_loop_something(fork):
+    """libev notes that its loop was told before it is. The child's hears of its own threads all the same."""
+    run(f"""
+        import time
+        fork = {fork}
+        told = get_hub().loop.async_()
+        told.start(int)
+        get_hub().threadpool.apply(int)
+
+        def tell():
+            while True:
+                told.send()
+                time.sleep(0)
+
+        threading.Thread(target=tell, daemon=True).start()
+        for _ in range(60):
+            gevent.sleep(0)
+            in_child(lambda: gevent.with_timeout(10, get_hub().threadpool.apply, int), fork)
+        os._exit(0)
+    """)
+
+
 def test_sigchld_handlers_are_left_behind():
     """Those given to gevent.signal_handler, as every other handler of the parent's."""
     run("""

@@ -482,10 +482,17 @@ cdef int revive_child() except -1:
 
 cdef int reinit_loop() except -1:
     reinit()
-    if get_hub_if_exists() is None:
-        loop = get_loop()              # of a hub that was destroyed
-        if loop is not None and loop.ptr:
-            loop.reinit()
+    hub = get_hub_if_exists()
+    loop = get_loop() if hub is None else hub.loop
+    if loop is None or not loop.ptr:
+        return 0
+    if hub is None:
+        loop.reinit()              # of a hub that was destroyed
+    if not hasattr(loop, "_keepaliveset"):
+        # Where a thread of the parent had just told libev of something, libev still takes its loop for told, and hears of no thread
+        # until something else ends its first wait: `async_pending` in http://cvs.schmorp.de/libev/ev.c
+        timer = loop.timer(0.0)
+        timer.start(timer.close)
     return 0
 
 
