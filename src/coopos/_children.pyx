@@ -1171,7 +1171,7 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict not
     """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
 
     *notes*: what has happened to children in the meantime, as _forking tells it. Never switches greenlets. Returns the
-    :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has no hub. What is raised has the *pid*:
+    :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has no hub. What is raised has the pid:
     else nobody would know whom to wait for.
     """
     cdef int number = as_int(pid)

@@ -654,7 +654,7 @@ class Popen(_Base[AnyStr]):
             ChildProcessError: ECHILD, the status is lost.
         """
         files = (self.stdin if input else None, self.stdout, self.stderr)
-        if timeout is None and any(file in self._pipes and not file.closed for file in files):
+        if timeout is None and any(file is not None and file in self._pipes and not file.closed for file in files):
             # Then it is the stdlib's way to note how much was written and read. Its short cut for a single pipe notes nothing.
             timeout = MAX_TIMEOUT_S
         return _parking.outright(super().communicate, input, timeout)
