@@ -335,6 +335,34 @@ def test_fork_while_threads_tell_the_loop_something(fork):
     """)
 
 
+@pytest.mark.parametrize("had", ["coopos.waitpid(fork() or os._exit(0), 0)", "greenlet.getcurrent()"])
+def test_fork_while_another_thread_ends(had):
+    """A fork waits for the import lock, and lets other threads run. greenlet looks who refers to what a thread that ends has had."""
+    run(f"""
+        import _imp, time, greenlet
+
+        def use_greenlets():
+            {had}
+            is_forking.wait(20)
+
+        def fork_and_wait():
+            is_about_to_fork.set()
+            in_child(lambda: None, lambda: coopos.fork(keep_greenlets=False))
+
+        is_forking, is_about_to_fork = threading.Event(), threading.Event()
+        user, forker = threading.Thread(target=use_greenlets), threading.Thread(target=fork_and_wait)
+        user.start()
+        _imp.acquire_lock()
+        forker.start()
+        is_about_to_fork.wait(20)
+        time.sleep(0.1)
+        is_forking.set()
+        user.join()
+        _imp.release_lock()
+        forker.join()
+    """)
+
+
 def test_sigchld_handlers_are_left_behind():
     """Those given to gevent.signal_handler, as every other handler of the parent's."""
     run("""

@@ -62,6 +62,34 @@ def test_system_command_that_is_too_long():
     assert coopos.system(command) == os.system(command)
 
 
+def test_what_a_signal_handler_raises_while_the_shell_starts_comes_out():
+    """And is not taken for an error of the start."""
+    run_script(
+        """
+        import signal, gevent, coopos
+
+        def handle(*_):
+            raise TimeoutError("raised")
+
+        gevent.sleep(0.001)        # a handler that raises while gevent's hub begins ends it
+
+        signal.signal(signal.SIGALRM, handle)
+        outcomes = []
+        for n in range(100):
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.00001 * (n + 1))
+                    outcomes.append(coopos.system("exit 4"))
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except TimeoutError:
+                pass
+        assert set(outcomes) <= {4 << 8}, outcomes
+        """,
+        may_complain=True,  # the hub prints what handlers raise in it
+    )
+
+
 @pytest.mark.parametrize(
     "arguments", [(), (None,), (1,), ("a\0b",), (b"a\0b",), ("\ud800",), (bytearray(b"x"),), (["x"],), ("x", "y")], ids=repr
 )

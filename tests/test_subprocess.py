@@ -1228,6 +1228,71 @@ def test_signal_after_the_pid_is_used_again():
     """, under=["unshare", "--fork", "--pid", "--mount-proc"])
 
 
+@pytest.mark.skipif(not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK), reason="may not choose pids")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("call", ["process.poll()", "process.wait()", "process.kill()", "process.communicate()", "del process"])
+def test_popen_of_the_parent_in_a_child_that_has_a_child_of_that_pid(call, keep):
+    """The child's own child is nobody's but its own."""
+    run_script(f"""
+        import os, time, gevent, coopos
+        from coopos import subprocess
+
+        process = subprocess.Popen(["sleep", "0.1"])
+        reader, writer = os.pipe()
+        child = coopos.fork(keep_greenlets={keep})
+        if child == 0:
+            os.read(reader, 1)     # the parent has waited for it
+            with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+                file.write(str(process.pid - 1))
+            other = os.fork()
+            if other == 0:
+                os._exit(7)
+            assert other == process.pid
+            os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT)
+            try:
+                with gevent.Timeout(5):
+                    {call}
+            except ChildProcessError:
+                pass
+            assert os.waitpid(other, 0) == (other, 7 << 8)
+            os._exit(0)
+        process.wait()
+        os.write(writer, b"x")
+        assert coopos.waitpid(child, 0) == (child, 0)
+    """, under=["unshare", "--fork", "--pid", "--mount-proc"], may_complain=call == "del process")
+
+
+def test_popen_of_the_parent_tells_nobody_in_a_forked_child():
+    """What was given to rawlink() is the parent's; and no child is said to have ended, also where SIGCHLD is ignored."""
+    run_script("""
+        import os, signal, gevent, coopos
+        from coopos import subprocess
+
+        told = []
+        processes = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
+        processes[0].rawlink(told.append)
+        child = coopos.fork(keep_greenlets=False)
+        if child == 0:
+            for process in processes:
+                try:
+                    process.poll()
+                except ChildProcessError as ex:
+                    assert "the process that has forked this one" in str(ex)
+                else:
+                    os._exit(2)
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            gevent.sleep(0.01)
+            os._exit(3 if told else 0)
+        assert coopos.waitpid(child, 0) == (child, 0)
+        for process in processes:
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+        gevent.sleep(0.01)
+        assert told == processes[:1]
+    """)
+
+
 # ---- what is left ------------------------------------------------------------------------------------------------------------
 
 

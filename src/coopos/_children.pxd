@@ -21,7 +21,9 @@ cdef class Child:
     cdef ino_t inode               # of its pidfd, where that is its own; 0
     cdef object home               # the Watch in the loop where it was watched first
     cdef list watches              # a Watch in each loop that waits for it
+    cdef int born                  # generation
 
+    cdef bint is_parents(self) except -1
     cdef bint wait(self) except -1
     cdef ino_t pidfd_inode(self) except? 0
     cdef int pidfd(self) except -2
@@ -39,7 +41,7 @@ cdef class Child:
 cdef dict children
 cdef dict ended
 
-cdef object lost_child(int pid)
+cdef object lost_child(Child child)
 cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -2
 cdef bint is_used_again(int pid) except -1
 cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1

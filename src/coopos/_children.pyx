@@ -795,6 +795,7 @@ cdef class Child:
     def __cinit__(self, int pid):
         self.pid = pid
         self.watches = []
+        self.born = generation
 
     @property
     def rpid(self):
@@ -803,7 +804,7 @@ cdef class Child:
     @property
     def rstatus(self):
         if self.state == LOST:
-            raise lost_child(self.pid)
+            raise lost_child(self)
         return self.report.status
 
     @property
@@ -823,6 +824,11 @@ cdef class Child:
     def mechanism(self):
         """What tells that the child has ended: ``"pidfd"`` or ``"thread"``."""
         return self.told_by
+
+    @property
+    def is_ours(self):
+        """Whether this process has made it, and not its parent."""
+        return not self.is_parents()
 
     @property
     def active(self):
@@ -853,10 +859,6 @@ cdef class Child:
         """kill(2), never to another process that has got its pid. Nothing is sent, and nothing raised, once it has ended."""
         cdef int number = as_int(signum)
         cdef int pidfd, rc
-        cdef Watch watch
-        for watch in self.watches:
-            if watch.born != generation:
-                return         # in a forked child, where it is no child
         self.collect(False, NULL)
         if self.state != ALIVE:
             return
@@ -899,6 +901,15 @@ cdef class Child:
     def __repr__(self):
         state = ("alive", "ended", "waited for", "lost")[self.state]
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
+
+    cdef bint is_parents(self) except -1:
+        """Whether this is a forked child, and the record its parent's: nobody's here, of whom nobody is told, whoever has the pid."""
+        if self.born == generation:
+            return False
+        if self.state == ALIVE:
+            self.state = LOST
+            self.watches = []
+        return True
 
     cdef bint wait(self) except -1:
         """Wait, in this thread's hub if there is one that can run, until the child may have ended. False, at once, if there is no
@@ -971,7 +982,7 @@ cdef class Child:
         """
         cdef Report report
         cdef int pidfd, rc
-        if self.state != ALIVE:
+        if self.state != ALIVE or self.is_parents():
             return False
         # A zombie still has its group, a collected child hasn't: ask before.
         if not claims:
@@ -1079,6 +1090,7 @@ cdef class Child:
         cdef Watch watch
         cdef Watch found = None
         cdef bint is_new
+        self.is_parents()
         for watch in self.watches:
             if watch.loop is loop and (watch.is_lasting or not watch.is_closed):
                 found = watch
@@ -1120,8 +1132,10 @@ cdef dict ended = {}
 cdef list _parents = []
 
 
-cdef object lost_child(int pid):
-    return OSError(ECHILD, f"{strerror(ECHILD).decode()}: somebody else in this process collected child {pid}, and this kernel "
+cdef object lost_child(Child child):
+    if child.born != generation:
+        return OSError(ECHILD, f"{strerror(ECHILD).decode()}: {child.pid} is a child of the process that has forked this one")
+    return OSError(ECHILD, f"{strerror(ECHILD).decode()}: somebody else in this process collected child {child.pid}, and this kernel "
                            f"doesn't tell its status. gevent.subprocess does that unless coopos.patch() was called; so does "
                            f"whoever calls waitpid(-1), and ignoring SIGCHLD")
 

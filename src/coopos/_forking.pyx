@@ -26,10 +26,9 @@ The module knows `_children`, the hub and its loop, and greenlet's object struct
 
 cimport cython
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
-from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.errno cimport errno
 from libc.signal cimport SIGCHLD
-from libc.stdlib cimport free
 from posix.signal cimport sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t
 from posix.unistd cimport close as c_close, fork as c_fork
 
@@ -190,6 +189,7 @@ cdef class Leaving:
     cdef object loop           # the thread's
     cdef object main           # the thread's
     cdef object dead           # a greenlet that has ended
+    cdef list objects          # that were found. Where the collector sees who refers to them: greenlet asks it when a thread ends
     cdef bint was_frozen
     cdef coopos_finds finds
 
@@ -225,19 +225,13 @@ cdef class Leaving:
         self.was_frozen = gc.get_freeze_count() > 0
         if self.was_frozen:
             gc.unfreeze()
+        self.objects = []
+        self.finds.objects = <PyObject *>self.objects
         coopos_find(&self.finds)
-
-    def __dealloc__(self):
-        cdef Py_ssize_t i
-        for i in range(self.finds.n):
-            Py_DECREF(<object>self.finds.objects[i])
-        free(self.finds.objects)
 
     cdef int empty_loops(self) except -1:
         """In the child, whose hub was re-initialised: nothing that the parent has asked a loop for happens here."""
-        cdef Py_ssize_t i
-        for i in range(self.finds.n):
-            each = <object>self.finds.objects[i]
+        for each in self.objects:
             if isinstance(each, greenlet):
                 continue
             if self.finds.watcher != NULL and PyObject_TypeCheck(each, self.finds.watcher):

@@ -39,10 +39,7 @@ struct coopos_finds {
     PyGreenlet *current;       /* the two that go on in the child; the hub may be NULL */
     PyGreenlet *hub;
     PyGreenlet *dead;          /* has ended: the others take its state */
-    PyObject **objects;        /* owned */
-    Py_ssize_t n;
-    Py_ssize_t room;
-    int is_short_of_memory;
+    PyObject *objects;         /* a list of what was found */
 };
 
 /* Take *op* if it is a greenlet or may resume one. 1: go on. */
@@ -59,19 +56,7 @@ static inline int coopos_look_at(PyObject *op, void *arg)
             && !(finds->main != NULL && (PyObject_TypeCheck(op, finds->waiter)
                                          || (PyCFunction_Check(op) && PyCFunction_GET_SELF(op) == finds->main))))
         return 1;
-    if (finds->n == finds->room) {
-        size_t room = 2 * (size_t)finds->room + 64;
-        PyObject **objects = realloc(finds->objects, room * sizeof *objects);
-        if (objects == NULL) {
-            finds->is_short_of_memory = 1;
-            return 0;
-        }
-        finds->objects = objects;
-        finds->room = (Py_ssize_t)room;
-    }
-    Py_INCREF(op);
-    finds->objects[finds->n++] = op;
-    return 1;
+    return PyList_Append(finds->objects, op) == 0;
 }
 
 /* Look at every object that the garbage collector knows. -1 with an exception set.
@@ -99,14 +84,8 @@ static inline int coopos_find(struct coopos_finds *finds)
     }
     if (is_enabled)
         PyGC_Enable();
-    if (all == NULL)
-        return -1;
 #endif
-    if (finds->is_short_of_memory) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    return 0;
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 /* Nobody frees it, and the garbage collector doesn't go through it. */
@@ -126,15 +105,16 @@ static inline void coopos_leave(const struct coopos_finds *finds)
 {
     Py_ssize_t i;
     coopos_keep_for_good((PyObject *)finds->dead);
-    for (i = 0; i < finds->n; i++) {
-        PyGreenlet *each = (PyGreenlet *)finds->objects[i];
-        if (!PyObject_TypeCheck(finds->objects[i], finds->greenlet) || each == finds->current || each == finds->hub)
+    for (i = 0; i < PyList_GET_SIZE(finds->objects); i++) {
+        PyObject *found = PyList_GET_ITEM(finds->objects, i);
+        PyGreenlet *each = (PyGreenlet *)found;
+        if (!PyObject_TypeCheck(found, finds->greenlet) || each == finds->current || each == finds->hub)
             continue;
         if (PyGreenlet_ACTIVE(each)) {
             coopos_keep_for_good((PyObject *)each);
             /* Another thread's hub is not made to look finished: gevent destroys those of its pool's threads, by throwing into them,
              * and what is thrown into a dead greenlet comes out in our hub. */
-            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(finds->objects[i], finds->hub_type))
+            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(found, finds->hub_type))
                 each->pimpl = finds->dead->pimpl;
         } else if (!PyGreenlet_STARTED(each)) {
             Py_INCREF(each);       /* known to the collector: whoever starts it here has it left behind in a fork */
@@ -152,8 +132,9 @@ static inline void coopos_bind_to(PyObject *method, PyObject *other)
     Py_DECREF(before);
 }
 
-/* A fork of this thread, from the last of the hooks before it until the child is revived, or fork(2) is over in the parent. The
- * thread holds the GIL throughout. The hooks themselves may be skipped: without memory the interpreter can't copy their list.
+/* A fork of this thread, from the last of the hooks before it until the child is revived, or fork(2) is over in the parent. Other
+ * threads may run, and end, while it waits for the import lock. The hooks themselves may be skipped: without memory the interpreter
+ * can't copy their list.
  */
 struct coopos_pending {
     int is_prepared;

@@ -174,8 +174,7 @@ cdef extern from "_greenlets.h":
         PyGreenlet *current
         PyGreenlet *hub
         PyGreenlet *dead
-        PyObject **objects
-        Py_ssize_t n
+        PyObject *objects
     int coopos_find(coopos_finds *finds) except -1
     void coopos_leave(const coopos_finds *finds)
     void coopos_keep_for_good(PyObject *op)

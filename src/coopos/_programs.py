@@ -327,7 +327,11 @@ def system(command: StrOrBytesPath) -> int:
     try:
         pid = shell(("sh", "-c", argument), executable="/bin/sh", close_fds=False, restore_signals=False).pid
     except OSError as ex:
-        return -1 if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE) else 127 << 8
+        if ex.filename == "/bin/sh":
+            return 127 << 8
+        if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            return -1
+        raise  # a signal's handler has raised it
     return _parking.outright(_status_of, pid)
 
 

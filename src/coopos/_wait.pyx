@@ -66,7 +66,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             if child.state == CLAIMED:
                 raise os_error(ECHILD, call, pid)
             if child.state == LOST:
-                raise lost_child(pid)
+                raise lost_child(child)
         if child is None or is_special:
             if ask_now(P_PID, pid, options, report) < 0:
                 raise os_error(errno, call, pid)
@@ -180,7 +180,7 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
                 if child.state == ENDED:
                     return take(child, options, report)
                 if child.state == LOST:
-                    raise lost_child(child.pid)
+                    raise lost_child(child)
     raise os_error(err, call, fd)
 
 

@@ -487,8 +487,9 @@ class Popen(_Base[AnyStr]):
                     self._reopened.append(again)
                     fd = again
             os.set_blocking(fd, True)
-        except OSError:
-            pass
+        except OSError as ex:
+            if ex.errno is None:  # a signal's handler has raised it
+                raise
         return fd
 
     def _execute_child(self, *args: Any, **kwargs: Any) -> None:
@@ -529,7 +530,7 @@ class Popen(_Base[AnyStr]):
             status = child.rstatus
         except ChildProcessError:
             # It is lost, and poll() says so; but a program that ignores SIGCHLD has asked for that, and gets the stdlib's answer.
-            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            if child.is_ours and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
                 self.returncode = 0
         else:
             self._handle_exitstatus(status)
