@@ -337,7 +337,7 @@ def test_fork_while_threads_tell_the_loop_something(fork):
 
 @pytest.mark.parametrize("had", ["coopos.waitpid(fork() or os._exit(0), 0)", "greenlet.getcurrent()"])
 def test_fork_while_another_thread_ends(had):
-    """A fork waits for the import lock, and lets other threads run. greenlet looks who refers to what a thread that ends has had."""
+    """A fork waits for the import lock, and lets others run. greenlet looks who refers to what a thread that ends has had."""
     run(f"""
         import _imp, time, greenlet
 

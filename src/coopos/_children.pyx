@@ -903,7 +903,7 @@ cdef class Child:
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
     cdef bint is_parents(self) except -1:
-        """Whether this is a forked child, and the record its parent's: nobody's here, of whom nobody is told, whoever has the pid."""
+        """Whether this is a forked child, and the record its parent's: nobody's here, whoever has the pid, and nobody is told."""
         if self.born == generation:
             return False
         if self.state == ALIVE:
@@ -1135,8 +1135,8 @@ cdef list _parents = []
 cdef object lost_child(Child child):
     if child.born != generation:
         return OSError(ECHILD, f"{strerror(ECHILD).decode()}: {child.pid} is a child of the process that has forked this one")
-    return OSError(ECHILD, f"{strerror(ECHILD).decode()}: somebody else in this process collected child {child.pid}, and this kernel "
-                           f"doesn't tell its status. gevent.subprocess does that unless coopos.patch() was called; so does "
+    return OSError(ECHILD, f"{strerror(ECHILD).decode()}: somebody else in this process collected child {child.pid}, and this "
+                           f"kernel doesn't tell its status. gevent.subprocess does that unless coopos.patch() was called; so does "
                            f"whoever calls waitpid(-1), and ignoring SIGCHLD")
 
 
