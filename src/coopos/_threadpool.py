@@ -397,6 +397,9 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
         fd: int, or an object with a ``fileno()`` method.
         operation: int, fcntl.LOCK_SH, LOCK_EX or LOCK_UN; with ``| LOCK_NB`` it doesn't wait.
 
+    Returns:
+        None
+
     Raises:
         OSError: EBADF if *fd* is not open, or :func:`close` closes it during the wait; EINVAL, another *operation*.
         BlockingIOError: EWOULDBLOCK, somebody has the lock (LOCK_NB).

@@ -471,10 +471,10 @@ def wait_open(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, su
     return result_of(job, None, subject)
 
 
-def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, Py_ssize_t kind=F_WRLCK):
+def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, kind=None):
     """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out has no lock by it."""
     cdef Job job = new_job(COOPOS_SETLK, "lockf", as_int(fd))
-    job.job.flags, job.job.whence = as_int(kind), as_int(whence)
+    job.job.flags, job.job.whence = F_WRLCK if kind is None else as_int(kind), as_int(whence)
     job.job.offset, job.job.length = start, length
     job.job.waits_for_peer = True
     run(job)

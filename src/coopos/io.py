@@ -77,7 +77,8 @@ class FileIO(Moving, io.FileIO):
     """Open a file without a buffer, whose reads and writes let other greenlets run.
 
     Used exactly as :class:`io.FileIO`, of which it is a kind, on every kind of file. The descriptor's flags don't matter and are
-    not touched; in non-blocking mode too a read or write waits, and never returns None. ``close()`` wakes the greenlets that wait
+    not touched; in non-blocking mode too a read or write waits, and never returns None. ``write`` makes one move and returns how
+    many bytes that took, also in blocking mode; a buffer over the file writes the rest. ``close()`` wakes the greenlets that wait
     for the file, in any thread's hub, with ``OSError(EBADF)``.
 
     As long as the file is open its descriptor is its own: don't put another file in its place with dup2, nor take it out of
@@ -98,7 +99,9 @@ class FileIO(Moving, io.FileIO):
 
     Opening switches greenlets only for a FIFO or character device, reading and writing only if they have to wait. A greenlet killed
     or timed out in ``read``, ``readinto`` or ``write`` has moved no byte, as in :func:`coopos.read` and :func:`coopos.write`; in
-    ``readall`` the exception has what was read as its attribute ``partial``. Works in any thread's hub and in a forked child.
+    ``readall`` the exception has what was read as its attribute ``partial``. A write that a thread has begun is undone: the file's
+    offset goes back. Where the file is open for appending that can't be done, and the exception has an attribute
+    ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: open(2), preadv2(2), RWF_NOWAIT; ``gevent.fileobject``.
 
