@@ -683,6 +683,24 @@ def test_patch_puts_the_locks_into_fcntl(path):
     """)
 
 
+def test_write_without_a_descriptor_or_a_thread_to_wait_by_is_made_all_the_same():
+    run_script("""
+        import os, resource, tempfile, gevent, coopos
+        from coopos import _workers
+        gevent.get_hub()
+        with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+            lowest = os.dup(file.fileno())
+            os.close(lowest)
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most))
+            assert coopos.write(file.fileno(), b"content") == 7
+            coopos.fsync(file.fileno())
+            assert coopos.pread(file.fileno(), 100, 0) == b"content"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, most))
+            coopos.fsync(file.fileno())
+    """)
+
+
 # ---- what was shared ---------------------------------------------------------------------------------------------------------
 
 

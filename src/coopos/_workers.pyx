@@ -160,7 +160,7 @@ cdef Mailbox mailbox_of(loop):
             if not is_alive(other.loop):
                 other.shut()
         mailbox = Mailbox(loop)
-    elif not mailbox.waiting:
+    elif not mailbox.watcher.active:
         mailbox.watcher.start(mailbox.look)
     return mailbox
 
@@ -295,18 +295,29 @@ cdef bint has_answer(Job job) noexcept:
     return moves_bytes(job) or not job.job.waits_for_peer
 
 
-cdef bint wait_for(Job job, object hub) except -1:
-    """Whether it is over, or has to be asked once more."""
-    cdef Mailbox mailbox = mailbox_of(hub.loop)
-    cdef bint has_arrived = False
-    cdef object current = coopos_current_greenlet()
-    cdef int err
-    if job.error:
-        return True
-    err = coopos_job_submit(job.job, mailbox.box)
+cdef Mailbox submit(Job job, loop):
+    cdef Mailbox mailbox = mailbox_of(loop)
+    cdef int err = coopos_job_submit(job.job, mailbox.box)
     if err:
         mailbox.rest()
         raise os_error(err, "pthread_create", job.name)
+    return mailbox
+
+
+cdef bint wait_for(Job job, object hub) except -1:
+    """Whether it is over, or has to be asked once more."""
+    cdef Mailbox mailbox
+    cdef bint has_arrived = False
+    cdef object current = coopos_current_greenlet()
+    if job.error:
+        return True
+    try:
+        mailbox = submit(job, hub.loop)
+    except OSError:
+        if job.job.waits_for_peer:
+            raise
+        make_here(job)             # without a thread, or a descriptor, to wait by: a disk comes to an end
+        return True
     job.has_begun = True
     job.mailbox = mailbox
     job.born = generation
