@@ -9,6 +9,7 @@ Knows `_owned`, `_threadpool` for the opening of paths, `_parking`, and the stdl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import operator
 import os
@@ -22,7 +23,7 @@ from coopos._owned import Moving, Owned, use_slot, warn_unclosed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from _typeshed import FileDescriptorOrPath
+    from _typeshed import FileDescriptorOrPath, ReadableBuffer
 
 #: Bytes. What is read ahead from a pipe, FIFO or socket, for which the stdlib before 3.14 has 4096: half of what a pipe holds. With
 #: all of it the reader finds the pipe full and leaves it empty, so that he and the writer work by turns, and not at the same time.
@@ -175,6 +176,29 @@ class FileIO(Moving, io.FileIO):
 
 
 use_slot(FileIO, FileIO.__dict__["_owned"])
+
+
+class WholeFileIO(FileIO):
+    """A file whose ``write`` writes all of its data, in blocking mode: for those who don't look how much was written."""
+
+    __slots__ = ()
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        written = 0
+        with memoryview(data) as view, view.cast("B") as octets:
+            try:
+                while written < len(octets) or not written:
+                    with octets[written:] as rest:
+                        written += super().write(rest)
+                    if not len(octets) or not os.get_blocking(self.fileno()):
+                        break
+            except BaseException as ex:
+                written += getattr(ex, "characters_written", 0)
+                if written:
+                    with contextlib.suppress(Exception):  # some classes refuse attributes
+                        ex.characters_written = written  # type: ignore[attr-defined]
+                raise
+        return written
 
 
 # ---- under the stdlib's buffers ----------------------------------------------------------------------------------------------
