@@ -358,6 +358,7 @@ def test_fileio_used_again(path):
             before = open_fds()
             file.__init__(path, "r+")
             assert file.read(3) == b"012"
+            turn_loop()
             assert open_fds() == before
 
 

@@ -16,7 +16,7 @@ import gevent
 import pytest
 
 import coopos
-from coopos import _workers
+from coopos import _parking, _workers
 
 from .descriptors import HeldPool, StandingWorkers, until
 from .support import (
@@ -133,6 +133,7 @@ def test_sendfile_that_waits_for_room_when_its_file_is_closed():
     with make_file(b"x" * 100) as source, make_file(b"y" * 100) as other, make_pipe() as (_, writer):
         clog(writer)
         greenlet = parked(coopos.sendfile, writer, source, 0, 100)
+        until(lambda: _parking.awaited(writer))
         coopos.close(source)
         assert os.dup(other) == source
         assert outcome_of(greenlet) == BAD_FD

@@ -126,7 +126,9 @@ cdef class Mailbox:
         """In the hub: some jobs are over."""
         cdef CJob *done
         cdef Job job
-        if self.box == NULL or self.born != generation:
+        if self.born != generation:
+            self.shut()            # in the child of C code that runs no at-fork hooks
+        if self.box == NULL:
             return
         coopos_bell_hush(self.box.bell)
         while self.box != NULL and (done := coopos_mailbox_take(self.box)) != NULL:
