@@ -208,6 +208,20 @@ static inline void coopos_job_undo(struct coopos_job *job)
 
 /* ---- jobs and mailboxes ---- */
 
+/* Leave the low numbers to the program: what it closes and opens again gets the lowest one that is free. */
+static inline void coopos_mailbox_step_aside(struct coopos_mailbox *mailbox)
+{
+    const int lowest = 512, is_one = mailbox->bell[0] == mailbox->bell[1];
+    int i, moved;
+    for (i = 0; i < 2 - is_one; i++)
+        if ((moved = fcntl(mailbox->bell[i], F_DUPFD_CLOEXEC, lowest)) >= 0) {
+            (void)close(mailbox->bell[i]);
+            mailbox->bell[i] = moved;
+        }
+    if (is_one)
+        mailbox->bell[1] = mailbox->bell[0];
+}
+
 static inline struct coopos_mailbox *coopos_mailbox_new(void)
 {
     struct coopos_mailbox *mailbox = calloc(1, sizeof *mailbox);
@@ -217,8 +231,10 @@ static inline struct coopos_mailbox *coopos_mailbox_new(void)
         errno = err;
         return NULL;
     }
-    if (mailbox != NULL)
+    if (mailbox != NULL) {
+        coopos_mailbox_step_aside(mailbox);
         mailbox->refs = 1;
+    }
     return mailbox;
 }
 
