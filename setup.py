@@ -81,7 +81,7 @@ extensions = [
         extra_link_args=["-pthread"],
         libraries=LIBRARIES.get(sys.platform, ["util"]),
     )
-    for name in ("_parking", "_blocking", "_core", "_owned", "_semaphores", "_children", "_wait", "_forking")
+    for name in ("_parking", "_workers", "_core", "_owned", "_semaphores", "_children", "_wait", "_forking")
 ]
 for extension in extensions:
     # setuptools hands these to Cython when it builds the extension, and only then: asking for metadata compiles nothing.

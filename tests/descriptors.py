@@ -18,15 +18,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import tty
 from collections.abc import Callable
 
 import gevent
 import pytest
-from gevent.hub import get_hub
 
 import coopos
+from coopos import _workers
 
 from .support import DEADLINE_S, HAS_RWF_NOWAIT, TookTooLong, closing
 
@@ -343,42 +342,47 @@ def flags_of(*fds):
     return [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in fds]
 
 
-# ---- the hub's threadpool ----------------------------------------------------------------------------------------------------
+# ---- workers -----------------------------------------------------------------------------------------------------------------
 
 
 class HeldPool:
-    """The threadpool while its tasks stand still before they do anything; a context manager."""
-
-    def __init__(self):
-        self._open = threading.Event()
-        self._held = 0
+    """The workers while none begins with anything that a disk is waited for; a context manager."""
 
     def __enter__(self):
-        self._class = type(get_hub().threadpool)
-        self._spawn = self._class.spawn
-
-        def spawn(pool, function, *args, **kwargs):
-            return self._spawn(pool, self._run, function, args, kwargs)
-
-        self._class.spawn = spawn
+        self._calls = _workers.count_calls()
+        self._limit = _workers.set_limit(0)
         return self
 
     def __exit__(self, *exc_info):
         self.open()
-        self._class.spawn = self._spawn
-
-    def _run(self, function, args, kwargs):
-        self._held += 1
-        assert self._open.wait(DEADLINE_S)
-        return function(*args, **kwargs)
 
     def open(self):
-        """Let the tasks go on, and those that come later too."""
-        self._open.set()
+        """Let them go on."""
+        _workers.set_limit(self._limit)
 
     def until_held(self, greenlet):
-        """Let the hub run until a task stands still; False if *greenlet* is over without one."""
-        until(lambda: self._held or greenlet.ready())
+        """Let the hub run until a call is queued; False if *greenlet* is over without one."""
+        until(lambda: _workers.count_calls() > self._calls or greenlet.ready())
+        return not greenlet.ready()
+
+
+class StandingWorkers:
+    """The workers while they stand still just before the system call, which they have begun; a context manager."""
+
+    def __enter__(self):
+        assert _workers.count_begun() == 0
+        _workers.hold(True)
+        return self
+
+    def __exit__(self, *exc_info):
+        self.go_on()
+
+    def go_on(self):
+        _workers.hold(False)
+
+    def until_begun(self, greenlet, count=1):
+        """Let the hub run until so many calls have begun; False if *greenlet* is over without."""
+        until(lambda: _workers.count_begun() >= count or greenlet.ready())
         return not greenlet.ready()
 
 
@@ -389,8 +393,8 @@ def until(holds):
 
 
 def let_threads_end():
-    """Let the threadpool's threads do all that they were given."""
-    get_hub().threadpool.join()
+    """Let the workers do all that they were given."""
+    until(lambda: not _workers.count_begun())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import pathlib
+import posix
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from gevent.hub import get_hub
 import coopos
 
 from .children import until
+from .descriptors import StandingWorkers
 from .support import DEADLINE_S, HubThread, closing, error_of, make_pipe, open_fds, parked, result_of, run_script, turn_loop
 
 CENSUS = pathlib.Path(__file__).resolve().parent.parent / "docs" / "census.rst"
@@ -161,12 +163,6 @@ class Standstill:
 IN_POOL = {
     name: args
     for name, args in {
-        "fsync": (3,),
-        "fdatasync": (3,),
-        "sync": (),
-        "posix_fallocate": (3, 0, 1),
-        "truncate": ("path", 0),
-        "ftruncate": (3, 0),
         "getlogin": (),
         "getgrouplist": ("name", 0),
         "initgroups": ("name", 0),
@@ -218,54 +214,30 @@ def test_call_in_pool_from_the_event_loop(stand_still, name, args):
     assert slow.calls == []
 
 
-def test_call_in_pool_killed_before_it_begins(monkeypatch):
-    """Its descriptor's number may be another file's by the time that a thread is free."""
-    queued = []
-
-    class Pool:
-        def apply(self, call):
-            queued.append(call)
-            raise gevent.GreenletExit
-
-    class Hub:
-        threadpool = Pool()
-
-    made = Standstill()
-    made.let_go()
-    monkeypatch.setattr("posix.ftruncate", made)
-    monkeypatch.setattr("coopos._threadpool.get_hub_if_exists", Hub)
-    with pytest.raises(gevent.GreenletExit):
-        coopos.ftruncate(3, 0)
-    assert queued.pop()() == (None, None)
-    assert made.calls == []
-
-
 def test_call_in_pool_killed_while_it_waits_for_a_thread(stand_still, monkeypatch):
     pool = get_hub().threadpool
     monkeypatch.setattr(pool, "maxsize", 1)
     try:
-        slow = stand_still("fsync")
-        first = parked(coopos.fsync, 1)
-        second = parked(coopos.fsync, 2)
+        slow = stand_still("getgrouplist", [])
+        first = parked(coopos.getgrouplist, "first", 0)
+        second = parked(coopos.getgrouplist, "second", 0)
         second.kill()
         slow.let_go()
         result_of(first)
-        coopos.fsync(3)
-        assert slow.calls == [(1,), (3,)]
+        coopos.getgrouplist("third", 0)
+        assert slow.calls == [("first", 0), ("third", 0)]
     finally:
         pool.maxsize = 10
 
 
-def test_fsync_asks_for_the_descriptor_in_its_own_thread(stand_still):
+def test_fsync_asks_for_the_descriptor_in_its_own_thread(fd):
     class File:
         def fileno(self):
             self.thread = threading.get_ident()
-            return 3
+            return fd
 
-    file, slow = File(), stand_still("fsync")
-    slow.let_go()
+    file = File()
     coopos.fsync(file)
-    assert slow.calls == [(3,)]
     assert file.thread == threading.get_ident()
 
 
@@ -548,10 +520,10 @@ def test_open_wrong_arguments(fifo, monkeypatch, path, args, dir_fd):
     assert errors[0] == errors[1]
 
 
-def test_open_error_of_a_fifo_tells_the_path_as_given(fifo):
+def test_open_error_of_a_fifo_tells_the_path(fifo):
     with pytest.raises(NotADirectoryError) as info:
         coopos.open(fifo, os.O_RDONLY | os.O_DIRECTORY)
-    assert info.value.filename == fifo
+    assert info.value.filename == os.fspath(fifo)
     assert info.value.strerror == os.strerror(info.value.errno)
 
 
@@ -773,32 +745,31 @@ def test_eventfd_of_an_object_with_fileno_and_a_semaphore():
 
 
 @pytest.fixture
-def no_entropy_yet(monkeypatch, stand_still):
-    """The machine has just started: Standstills in the places of getrandom and urandom."""
-    slow = {name: stand_still(name, result=b"random") for name in ("getrandom", "urandom")}
+def no_entropy_yet(monkeypatch):
+    """The machine has just started, as far as anybody can tell without waiting."""
+    getrandom = posix.getrandom
 
-    def getrandom(size, flags=0):
+    def not_yet(size, flags=0):
         if flags & os.GRND_NONBLOCK:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        return slow["getrandom"](size, flags)
+        return getrandom(size, flags)
 
-    monkeypatch.setattr("posix.getrandom", getrandom)
-    return slow
+    monkeypatch.setattr("posix.getrandom", not_yet)
 
 
 @needs_getrandom
 @pytest.mark.parametrize(("name", "args"), [("getrandom", (6, 0)), ("urandom", (6,))])
-def test_random_bytes_when_the_machine_has_just_started(no_entropy_yet, name, args):
-    greenlet = parked(getattr(coopos, name), *args)
-    no_entropy_yet[name].wait_for_call()
-    no_entropy_yet[name].let_go()
-    assert result_of(greenlet) == b"random"
-    assert no_entropy_yet[name].calls == [args]
-    assert threading.get_ident() not in no_entropy_yet[name].threads
+@pytest.mark.usefixtures("no_entropy_yet")
+def test_random_bytes_when_the_machine_has_just_started(name, args):
+    with StandingWorkers() as workers:
+        greenlet = parked(getattr(coopos, name), *args)
+        workers.go_on()
+        assert len(result_of(greenlet)) == 6
 
 
 @needs_getrandom
-def test_getrandom_that_must_not_wait(no_entropy_yet):
+@pytest.mark.usefixtures("no_entropy_yet")
+def test_getrandom_that_must_not_wait():
     assert error_of(coopos.getrandom, 6, os.GRND_NONBLOCK) == (BlockingIOError, 11)
 
 

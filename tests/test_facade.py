@@ -340,7 +340,7 @@ def test_sources_of_the_compiled_modules_are_not_installed():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("module", ["_parking", "_blocking", "_core", "_owned", "_children", "_wait"])
+@pytest.mark.parametrize("module", ["_parking", "_workers", "_core", "_owned", "_children", "_wait"])
 def test_stub_has_the_names_and_parameters_of_the_compiled_module(module):
     """In short; stubtest says the rest."""
     stub = ast.parse((importlib.resources.files("coopos") / f"{module}.pyi").read_text())

@@ -286,6 +286,7 @@ def test_fileio_wrong_arguments(tmp_path, monkeypatch, arguments):
         outcomes.append((type(caught.value), getattr(caught.value, "errno", None), getattr(caught.value, "filename", None)))
     assert outcomes[1] == outcomes[0]
     assert os.listdir() == []
+    turn_loop()
     assert open_fds() == before
 
 
@@ -357,6 +358,7 @@ def test_fileio_used_again(path):
             before = open_fds()
             file.__init__(path, "r+")
             assert file.read(3) == b"012"
+            turn_loop()
             assert open_fds() == before
 
 
@@ -703,7 +705,7 @@ def test_file_in_the_hub_stands_still(mode, has_waited):
             args = (100,) if mode == "rb" else (b"x" * 300_000,)
             get_hub().loop.run_callback(lambda: outcome.append((file.read if mode == "rb" else file.write)(*args)))
             turn_loop()
-        assert outcome == [b"out\n" if mode == "rb" else 300_000]
+        assert outcome == [b"out\n"] if mode == "rb" else 0 < outcome[0] <= 300_000
         os.close(writer)
         os.kill(pid, 9)
         os.waitpid(pid, 0)

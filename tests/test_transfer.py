@@ -7,10 +7,8 @@ byte; close gives EBADF. A test has a case for each kind, and goes through the f
 import dataclasses
 import errno
 import os
-import posix
 import select
 import termios
-import threading
 
 import gevent
 import pytest
@@ -25,9 +23,9 @@ from .descriptors import (
     WRITES,
     HeldPool,
     Observer,
+    StandingWorkers,
     by_name,
     content_of,
-    drop_from_cache,
     each_kind,
     each_mode,
     each_of,
@@ -45,7 +43,6 @@ from .descriptors import (
     until_readable,
 )
 from .support import (
-    DEADLINE_S,
     HubThread,
     clog,
     closing,
@@ -155,12 +152,12 @@ def test_writev_of_any_buffers_is_that_of_os(blocking, kind, tmp_path):
 @each_mode
 def test_read_waits_while_others_run_and_takes_no_thread(blocking, kind, tmp_path):
     with make_ends(kind, tmp_path, blocking) as ends:
-        flags, in_pool = flags_of(ends.reader), coopos._core.count_pool_calls()
+        flags, in_pool = flags_of(ends.reader), coopos._workers.count_calls()
         for read, _os_read in READS.values():
             greenlet = parked(read, ends.reader, 100)
             assert flags_of(ends.reader) == flags
             assert result_of(greenlet) == ends.feed() if greenlet.ready() else ends.feed() == result_of(greenlet)
-        assert coopos._core.count_pool_calls() == in_pool
+        assert coopos._workers.count_calls() == in_pool
 
 
 @each_kind
@@ -277,14 +274,14 @@ def test_write_of_what_fits_is_that_of_os(blocking, kind, tmp_path):
 @each_mode
 def test_write_waits_for_room_while_others_run_and_takes_no_thread(blocking, kind, tmp_path):
     with make_ends(kind, tmp_path, blocking) as ends:
-        flags, in_pool = flags_of(ends.writer), coopos._core.count_pool_calls()
+        flags, in_pool = flags_of(ends.writer), coopos._workers.count_calls()
         for write, _os_write in WRITES.values():
             size = clog(ends.writer)
             greenlet = parked(write, ends.writer, b"y")
             assert flags_of(ends.writer) == flags
             assert take(ends.reader, size + 1).endswith(b"xy")
             assert result_of(greenlet) == 1
-        assert coopos._core.count_pool_calls() == in_pool
+        assert coopos._workers.count_calls() == in_pool
 
 
 @each_fillable
@@ -389,49 +386,31 @@ def test_call_with_an_offset_on_what_has_none_is_espipe(blocking, kind, tmp_path
 # ---- regular files and devices -----------------------------------------------------------------------------------------------
 
 
-def mid_call(monkeypatch, *names):
-    """Functions of os stand still in their thread, at their beginning: (whether one does, what lets them go on)."""
-    has_begun, may_go_on = threading.Event(), threading.Event()
-
-    def held(function):
-        def call(*args):
-            has_begun.set()
-            assert may_go_on.wait(DEADLINE_S)
-            return function(*args)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(posix, name, held(getattr(posix, name)))
-    return has_begun.is_set, may_go_on.set
-
-
-def test_read_of_a_file_killed_in_the_threadpool_leaves_the_offset(monkeypatch):
-    has_begun, go_on = mid_call(monkeypatch, "pread")
-    with make_file(b"0123456789") as fd:
-        drop_from_cache(fd)
+def test_read_of_a_file_killed_while_a_worker_reads_leaves_the_offset():
+    with make_file(b"0123456789", MEMORY) as fd, StandingWorkers() as workers:
         greenlet = gevent.spawn(coopos.read, fd, 4)
-        until(lambda: has_begun() or greenlet.ready())
-        if greenlet.ready():
-            pytest.skip("this file system has read it again by itself")
-        greenlet.kill()
-        go_on()
+        if not workers.until_begun(greenlet):
+            pytest.skip("it takes no thread here")
+        greenlet.kill(block=False)
+        turn_loop()
+        workers.go_on()
+        greenlet.join()
         assert coopos.read(fd, 4) == b"0123"
 
 
-def test_write_of_a_file_killed_twice_in_the_threadpool_says_what_it_wrote_in_the_last_exception(monkeypatch):
+def test_write_of_a_file_killed_twice_while_a_worker_writes_says_what_it_wrote_in_the_last_exception():
     class Second(Exception):
         pass
 
-    has_begun, go_on = mid_call(monkeypatch, "writev")
-    with make_file() as fd:
+    with make_file(b"", MEMORY) as fd, StandingWorkers() as workers:
         greenlet = gevent.spawn(coopos.write, fd, b"abc")
-        until(has_begun)
+        if not workers.until_begun(greenlet):
+            pytest.skip("it takes no thread here")
         greenlet.kill(block=False)
         turn_loop()
         greenlet.kill(Second, block=False)
         turn_loop()
-        go_on()
+        workers.go_on()
         with pytest.raises(Second) as caught:
             result_of(greenlet)
         assert caught.value.characters_written == 3
@@ -466,21 +445,21 @@ def test_close_of_a_file_whose_call_no_thread_has_begun_is_ebadf_and_leaves_the_
         assert (content_of(fd), os.lseek(fd, 0, os.SEEK_CUR)) == (b"another's", 0)
 
 
-def test_close_of_a_file_that_a_thread_writes_is_done_when_it_has_written(monkeypatch):
-    has_begun, go_on = mid_call(monkeypatch, "writev")
-    with make_file() as fd, closing(os.dup(fd)) as (same,), HubThread() as thread:
+def test_close_of_a_file_that_a_thread_writes_is_done_when_it_has_written():
+    with make_file(b"", MEMORY) as fd, closing(os.dup(fd)) as (same,), HubThread() as thread, StandingWorkers() as workers:
         greenlet = gevent.spawn(coopos.write, fd, b"abc")
         elsewhere = thread.call(gevent.spawn, coopos.write, fd, b"def")
-        until(has_begun)
+        if not workers.until_begun(greenlet, 2):
+            pytest.skip("it takes no thread here")
         coopos.close(fd)
         assert error_of(coopos.close, fd) == BAD_FD
         with closing(os.dup(same)) as (other,):
             assert other != fd
-        go_on()
-        assert outcome_of(greenlet) in [(None, 3), BAD_FD]
-        assert error_of(thread.result_of, elsewhere) in [(None, 3), BAD_FD]
+        workers.go_on()
+        assert outcome_of(greenlet) == (None, 3)
+        assert error_of(thread.result_of, elsewhere) == (None, 3)
         until(lambda: error_of(os.fstat, fd) == BAD_FD)
-        assert content_of(same) in [b"abcdef", b"defabc", b"abc", b"def"]
+        assert content_of(same) in [b"abcdef", b"defabc"]
 
 
 @needs_nowait_in_use
@@ -488,11 +467,11 @@ def test_read_of_a_cached_file_takes_no_thread():
     with make_file(b"x" * 100) as fd:
         if not tells_whether_cached(fd):
             pytest.skip("this file system can't tell")
-        before = coopos._core.count_pool_calls()
+        before = coopos._workers.count_calls()
         for read, _os_read in READS.values():
             assert read(fd, 10) == b"x" * 10
         assert coopos.pread(fd, 10, 0) == b"x" * 10
-        assert coopos._core.count_pool_calls() == before
+        assert coopos._workers.count_calls() == before
 
 
 DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/urandom", "/proc/self/stat", "/proc/self/status"]

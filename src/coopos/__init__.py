@@ -12,6 +12,8 @@ Environment variables, read when the module is imported:
     Wait for children with threads instead of pidfds, as on systems that have none.
 ``COOPOS_NOWAIT=0``
     Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
+``COOPOS_THREADS``
+    How many reads, writes and other calls may wait for disks at once, in threads: 64 by default.
 ``COOPOS_FAIRNESS``
     A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
 ``COOPOS_KEEP_GREENLETS=0``
@@ -81,6 +83,7 @@ if hasattr(_os, "fork"):
         eventfd_read as eventfd_read,
         eventfd_write as eventfd_write,
         fdatasync as fdatasync,
+        flock as flock,
         fsync as fsync,
         ftruncate as ftruncate,
         getgrouplist as getgrouplist,
@@ -126,7 +129,7 @@ if hasattr(_os, "fork"):
     __implements__ += ["fork", "close", "system", "popen"]
     __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
-    __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO"]
+    __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO", "flock"]
     (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
         from coopos._fork import (

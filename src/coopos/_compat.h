@@ -29,6 +29,7 @@
 #  include <sys/epoll.h>
 #  include <sys/eventfd.h>
 #  include <sys/ioctl.h>
+#  include <sys/sendfile.h>
 #  include <sys/syscall.h>
 #  include <sys/vfs.h>
 #elif defined(__APPLE__) || defined(__NetBSD__) || defined(__OpenBSD__)
@@ -386,6 +387,16 @@ static inline void coopos_bell_ring(const int *bell)
         ;
 }
 
+/* Until the next ring it is not readable. */
+static inline void coopos_bell_hush(const int *bell)
+{
+    uint64_t rings[8];
+    ssize_t nread;
+    do
+        nread = read(bell[0], rings, sizeof rings);
+    while ((nread < 0 && errno == EINTR) || (bell[0] != bell[1] && nread == (ssize_t)sizeof rings));
+}
+
 static inline void coopos_bell_close(const int *bell)
 {
     (void)close(bell[0]);
@@ -454,25 +465,6 @@ static inline void coopos_thread_be_interruptible(sigset_t *before)
     sigemptyset(&set);
     sigaddset(&set, SIGURG);
     (void)pthread_sigmask(SIG_UNBLOCK, &set, before);
-}
-
-/* Have a thread's system call fail with EINTR, until the thread has rung its bell; join it. Call it with the GIL held.
- *
- * Not pthread_cancel: in glibc before 2.41 it also takes effect when the call has just succeeded, and what was got is lost. A
- * signal that comes before the thread is in its system call ends nothing, hence the loop.
- */
-static inline void coopos_thread_interrupt(pthread_t thread, const int *bell)
-{
-    struct sigaction before;
-    struct pollfd rung;
-    coopos_handler_begin(&before);
-    rung.fd = bell[0];
-    rung.events = POLLIN;
-    do
-        (void)pthread_kill(thread, SIGURG);
-    while (poll(&rung, 1, 1) <= 0);
-    (void)pthread_join(thread, NULL);
-    coopos_handler_end(&before);
 }
 
 /* sem_getvalue(3), which macOS has by name only. */
@@ -687,6 +679,84 @@ static inline ssize_t coopos_move(const struct coopos_move *move)
         return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
     }
     return move->how == COOPOS_GUARDED ? coopos_move_guarded(move) : coopos_move_plainly(move);
+}
+
+/* ---- what only a thread can make ---- */
+
+static inline int coopos_fdatasync(int fd)
+{
+#if defined(__APPLE__)
+    return fsync(fd);
+#else
+    return fdatasync(fd);
+#endif
+}
+
+/* posix_fallocate(3): 0, or an errno. */
+static inline int coopos_fallocate(int fd, off_t offset, off_t length)
+{
+#if defined(__APPLE__)
+    (void)fd; (void)offset; (void)length;
+    return ENOSYS;
+#else
+    return posix_fallocate(fd, offset, length);
+#endif
+}
+
+/* Of these an offset of -1 is the descriptor's own. */
+static inline ssize_t coopos_copy(int source, off_t offset, int target, off_t target_offset, size_t size)
+{
+#if defined(__linux__) && defined(SYS_copy_file_range)
+    int64_t from = offset, to = target_offset;
+    return syscall(SYS_copy_file_range, source, from < 0 ? NULL : &from, target, to < 0 ? NULL : &to, size, 0u);
+#else
+    (void)source; (void)offset; (void)target; (void)target_offset; (void)size;
+    return coopos_unsupported();
+#endif
+}
+
+static inline ssize_t coopos_sendfile(int target, int source, off_t offset, size_t size)
+{
+#if defined(__linux__)
+    return sendfile(target, source, offset < 0 ? NULL : &offset, size);
+#else
+    (void)target; (void)source; (void)offset; (void)size;
+    return coopos_unsupported();
+#endif
+}
+
+static inline ssize_t coopos_splice(int source, off_t offset, int target, off_t target_offset, size_t size, unsigned flags)
+{
+#if defined(__linux__)
+    int64_t from = offset, to = target_offset;
+    return syscall(SYS_splice, source, from < 0 ? NULL : &from, target, to < 0 ? NULL : &to, size, flags);
+#else
+    (void)source; (void)offset; (void)target; (void)target_offset; (void)size; (void)flags;
+    return coopos_unsupported();
+#endif
+}
+
+/* getrandom(2). */
+static inline ssize_t coopos_random(char *buf, size_t size, unsigned flags)
+{
+#if defined(__linux__) && defined(SYS_getrandom)
+    return syscall(SYS_getrandom, buf, size, flags);
+#else
+    (void)buf; (void)size; (void)flags;
+    return coopos_unsupported();
+#endif
+}
+
+/* Whether a descriptor was opened for reads and writes that bypass the page cache, from and to aligned memory. */
+static inline int coopos_is_direct(int fd)
+{
+#if defined(O_DIRECT)
+    int flags = fcntl(fd, F_GETFL);
+    return flags >= 0 && (flags & O_DIRECT) != 0;
+#else
+    (void)fd;
+    return 0;
+#endif
 }
 
 /* Whether a read or write of this descriptor, at this offset, could come to anything: 0, or -1 with errno. Moves no byte. */

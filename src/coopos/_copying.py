@@ -1,9 +1,10 @@
 """sendfile, splice and copy_file_range: bytes that go from one descriptor to another inside the kernel. POSIX only.
 
 The kernel has no form of them that is sure not to wait. So each is made in the hub only where nothing can hold it up (pipes, which
-SPLICE_F_NONBLOCK is about, what is in non-blocking mode, a file whose pages have been read); otherwise in the threadpool, once what
+SPLICE_F_NONBLOCK is about, what is in non-blocking mode, a file whose pages have been read); otherwise by a worker, once what
 can be waited for is ready. sendfile to a descriptor in blocking mode, which would wait for its reader with all of it, is made of
-pread and write. Knows `_core`, `_parking` and `_threadpool`.
+pread and write. Knows `_core`, `_parking`, `_workers`, and `_threadpool` for a
+system whose sendfile has headers.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ import posix
 import stat
 from typing import Any
 
-from gevent.hub import sleep
-
-from coopos import _core
-from coopos._parking import READ, WRITE, wait_until_ready
-from coopos._threadpool import _ask_thread, _in_thread
+from coopos import _core, _workers
+from coopos._parking import READ, WRITE, InFlight, wait_until_ready, yield_turn
+from coopos._threadpool import _ask_thread
 
 #: Bytes. What sendfile moves at a time: no more than the kernel reads ahead, and than a socket takes.
 CHUNK = 128 * 1024
@@ -68,7 +67,7 @@ if _sendfile and not _TAKES_HEADERS:
         """Send a part of a file to another descriptor, letting other greenlets run while that takes no more.
 
         Like :func:`os.sendfile`. To a descriptor in blocking mode all *count* bytes are sent, if the file has them; also of a file
-        in /proc and others that sendfile(2) refuses. What isn't in the page cache is read in the hub's threadpool.
+        in /proc and others that sendfile(2) refuses. What isn't in the page cache is read by a thread.
 
         Args:
             out_fd: int, open for writing: a socket, a pipe, a file.
@@ -93,41 +92,51 @@ if _sendfile and not _TAKES_HEADERS:
         """
         if not _is_plausible(out_fd, in_fd, count, offset) or not count or _appends(out_fd):
             return posix.sendfile(out_fd, in_fd, offset, count)
-        if not _is_file(in_fd):
-            if offset is not None or not _is_pipe(out_fd):
-                return posix.sendfile(out_fd, in_fd, offset, count)  # which says what is wrong
-            while not os.get_blocking(in_fd) and not os.get_blocking(out_fd):
+        if not _is_file(in_fd) and (offset is not None or not _is_pipe(out_fd)):
+            return posix.sendfile(out_fd, in_fd, offset, count)  # which says what is wrong
+        with InFlight("sendfile", in_fd, out_fd) as call:
+            if not _is_file(in_fd):
+                return _send_through_pipe(call, out_fd, in_fd, count)
+            if os.get_blocking(out_fd) or _is_file(out_fd):
+                return _send_by_hand(call, out_fd, in_fd, offset, count)
+            while True:
+                call.check()
+                start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
+                chunk = min(count, CHUNK)
+                # Both ends of it: then the kernel has read ahead what stands in between.
+                _core.pread(in_fd, 1, start)
+                call.check()
+                _core.pread(in_fd, 1, start + chunk - 1)
+                call.check()
                 try:
-                    return posix.sendfile(out_fd, in_fd, offset, count)
+                    return posix.sendfile(out_fd, in_fd, offset, chunk)
                 except BlockingIOError:
-                    wait_until_ready(in_fd, READ, "sendfile")
                     wait_until_ready(out_fd, WRITE, "sendfile")
-                    sleep(0)
-            wait_until_ready(in_fd, READ, "sendfile")
-            wait_until_ready(out_fd, WRITE, "sendfile")
-            result: int = _in_thread(posix.sendfile, out_fd, in_fd, offset, count)
-            return result
-        if os.get_blocking(out_fd) or _is_file(out_fd):
-            return _send_by_hand(out_fd, in_fd, offset, count)
-        while True:
-            start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
-            chunk = min(count, CHUNK)
-            # Both ends of it: then the kernel has read ahead what stands in between.
-            _core.pread(in_fd, 1, start)
-            _core.pread(in_fd, 1, start + chunk - 1)
-            try:
-                return posix.sendfile(out_fd, in_fd, offset, chunk)
-            except BlockingIOError:
-                wait_until_ready(out_fd, WRITE, "sendfile")
 
-    def _send_by_hand(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
+    def _send_through_pipe(call: InFlight, out_fd: int, in_fd: int, count: int) -> int:
+        is_plain = not os.get_blocking(in_fd) and not os.get_blocking(out_fd)
+        while True:
+            wait_until_ready(in_fd, READ, "sendfile")
+            call.check()
+            wait_until_ready(out_fd, WRITE, "sendfile")
+            call.check()
+            if not is_plain:
+                return _workers.transfer("sendfile", in_fd, None, out_fd, None, count, waits_for_peer=True)
+            with contextlib.suppress(BlockingIOError):
+                return posix.sendfile(out_fd, in_fd, None, count)
+            yield_turn()
+            call.check()
+
+    def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
         start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
         sent = 0
         try:
             while sent < count:
+                call.check()
                 data = _core.pread(in_fd, min(count - sent, CHUNK), start + sent)
                 if not data:
                     break
+                call.check()
                 written = _core.write(out_fd, data)
                 sent += written
                 if written < len(data):
@@ -139,7 +148,7 @@ if _sendfile and not _TAKES_HEADERS:
                     ex.characters_written = sent  # type: ignore[attr-defined]
             raise
         finally:
-            if offset is None and sent:
+            if offset is None and sent and not call.is_closed(in_fd):
                 os.lseek(in_fd, start + sent, os.SEEK_SET)
         return sent
 
@@ -216,26 +225,28 @@ if hasattr(posix, "splice"):
             return posix.splice(src, dst, count, offset_src, offset_dst, flags)  # which says what is wrong
         args = (offset_src, offset_dst, flags | os.SPLICE_F_NONBLOCK)
         ends = [(fd, _is_pipe(fd), _is_file(fd)) for fd in (src, dst)]
-        if not any(is_pipe for _, is_pipe, _ in ends):
+        if flags & os.SPLICE_F_NONBLOCK or not any(is_pipe for _, is_pipe, _ in ends):
             return posix.splice(src, dst, count, *args)
-        while True:
-            if flags & os.SPLICE_F_NONBLOCK:
-                return posix.splice(src, dst, count, *args)
-            if all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends):
+        is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
+        waits_for_peer = not any(is_file for _, _, is_file in ends)
+        with InFlight("splice", src, dst) as call:
+            while True:
+                if not is_sure:
+                    for (fd, is_pipe, is_file), events in zip(ends, (READ, WRITE), strict=True):
+                        if not is_pipe and not is_file:
+                            wait_until_ready(fd, events, "splice")
+                            call.check()
                 with contextlib.suppress(BlockingIOError):
-                    return posix.splice(src, dst, count, *args)
-            else:
-                for (fd, is_pipe, is_file), events in zip(ends, (READ, WRITE), strict=True):
-                    if not is_pipe and not is_file:
-                        wait_until_ready(fd, events, "splice")
-                result, error = _ask_thread(posix.splice, src, dst, count, *args)
-                if error is None:
-                    return int(result)
-                if not isinstance(error, BlockingIOError):
-                    raise error
-            wait_until_ready(src, READ, "splice")
-            wait_until_ready(dst, WRITE, "splice")
-            sleep(0)
+                    if is_sure:
+                        return posix.splice(src, dst, count, *args)
+                    return _workers.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer)
+                call.check()
+                wait_until_ready(src, READ, "splice")
+                call.check()
+                wait_until_ready(dst, WRITE, "splice")
+                call.check()
+                yield_turn()
+                call.check()
 
 
 if hasattr(posix, "copy_file_range"):
@@ -243,7 +254,7 @@ if hasattr(posix, "copy_file_range"):
     def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = None, offset_dst: int | None = None) -> int:
         """Copy a part of a file to another, letting other greenlets run meanwhile.
 
-        Like :func:`os.copy_file_range`, in the hub's threadpool.
+        Like :func:`os.copy_file_range`, in a thread.
 
         Args:
             src: int, open for reading.
@@ -268,5 +279,4 @@ if hasattr(posix, "copy_file_range"):
         """
         if not _is_plausible(dst, src, count, offset_src, offset_dst):
             return posix.copy_file_range(src, dst, count, offset_src, offset_dst)  # which says what is wrong
-        result: int = _in_thread(posix.copy_file_range, src, dst, count, offset_src, offset_dst)
-        return result
+        return _workers.transfer("copy_file_range", src, offset_src, dst, offset_dst, count)

@@ -6,12 +6,12 @@ The kernel is asked, per call, whether the call would block; a descriptor's flag
 2. Where the kernel can't tell (EOPNOTSUPP): a descriptor in non-blocking mode is read plainly, a socket with MSG_DONTWAIT.
 3. Blocking FIFOs, terminals, inotify: wait on the hub until they are ready, then read under a guard, a timer whose signal ends the
    call should a rival have been quicker. EAGAIN: as above.
-4. Files that are not in the page cache, those whose file system can't tell, and devices, ready or not: the threadpool.
+4. Files that are not in the page cache, those whose file system can't tell, and devices, ready or not: a worker thread.
 
 Nothing is remembered of a rung that was refused: another file of the same kind may well answer. A greenlet that is killed or timed
 out while it waits has moved no byte, and the offset of a file is moved only once the greenlet has the bytes that a thread has read.
 
-The module knows libc, `_parking`, the hub's threadpool, and nothing else of coopos or gevent.
+The module knows libc, `_parking` and `_workers`, and nothing else of coopos or gevent.
 """
 
 cimport cython
@@ -25,23 +25,20 @@ from libc.limits cimport INT_MAX
 from libc.stdio cimport SEEK_CUR
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
+from posix.fcntl cimport F_GETFL, F_SETFL, O_APPEND, O_NONBLOCK, fcntl
 from posix.types cimport off_t
 from posix.unistd cimport isatty, lseek, read as c_read, write as c_write
 
 from coopos._parking cimport (
-    KNOWN_SIZE, READ, WRITE, PoolCall, as_int, is_known_nonblocking, note_mode, os_error, park, park_until_ready,
-    reachable_hub, refusal, take_turns)
+    KNOWN_SIZE, READ, WRITE, as_int, check_open, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
 from coopos._posix cimport (
     COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT, Move,
-    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_may_move,
-    coopos_move, fstat, iovec, stat_t)
+    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_is_direct,
+    coopos_may_move, coopos_move, fstat, iovec, stat_t)
+from coopos._workers cimport COOPOS_MOVE, Job, new_job, run
 
 import os
 import posix
-from time import monotonic
-
-from gevent.hub import _get_hub as get_hub_if_exists
 
 
 # ---- what this process can do ------------------------------------------------------------------------------------------------
@@ -74,14 +71,15 @@ cdef int fairness = int(os.environ.get("COOPOS_FAIRNESS") or 0)
 cdef int ready_calls = 0
 
 
-cdef int be_fair() except -1:
+cdef int be_fair(int fd, str call) except -1:
     """At the start of each call: a greenlet that is killed here has moved no byte."""
     global ready_calls
+    check_open(fd, call)
     if fairness > 0:
         ready_calls += 1
         if ready_calls > fairness:
             ready_calls = 1
-            take_turns()
+            take_turns(fd, call)
     return 0
 
 
@@ -253,7 +251,9 @@ cdef int step(Move *move, int err, str call) except -1:
         if is_pollable(move.fd, call):
             wait_until_ready(move.fd, events, call, move.may_stand)
             return AGAIN
-        return IN_POOL
+        return IN_THREAD
+    if err == EINVAL and coopos_is_direct(move.fd):
+        return IN_THREAD           # whose buffer is aligned
     if not is_undecided(err) or move.how > COOPOS_NOWAIT:
         raise os_error(err, call, move.fd)
     return step_down(move, call)
@@ -273,7 +273,7 @@ cdef int step_down(Move *move, str call) except -1:
     if move.count > IOV_MAX:
         raise os_error(errno if coopos_may_move(move.fd, move.writes, move.offset) < 0 else EINVAL, call, move.fd)
     if not can_wait:
-        return IN_POOL
+        return IN_THREAD
     if is_nonblocking(move.fd):
         move.how = COOPOS_PLAIN
         return AGAIN
@@ -284,7 +284,7 @@ cdef int step_down(Move *move, str call) except -1:
         raise os_error(errno, call, move.fd)
     if is_slow(move.fd, move.writes):
         park_until_ready(move.fd, WRITE if move.writes else READ, call)
-        return IN_POOL
+        return IN_THREAD
     move.how = COOPOS_GUARDED
     guarded_calls += 1
     return AGAIN
@@ -299,128 +299,61 @@ cdef int choose_for_nothing(Move *move) noexcept:
     return 0
 
 
-# ---- the threadpool ----------------------------------------------------------------------------------------------------------
+# ---- workers -----------------------------------------------------------------------------------------------------------------
 
-cdef long pool_calls = 0
-
-
-def count_pool_calls():
-    """How many reads and writes only a thread could make cooperative, in this process."""
-    return pool_calls
+# Bytes that a worker is given at a time to write: they are copied.
+cdef enum:
+    PIECE = 1 << 20
 
 
-cdef object threadpool():
-    """The hub's, or None in a thread that has no hub, and can make the call itself."""
-    global pool_calls
-    hub = reachable_hub()
-    if hub is not None:
-        pool_calls += 1
-        return hub.threadpool
-    if get_hub_if_exists() is not None:
-        # Before the thread is asked: what it would move then would be nobody's.
-        raise refusal()
+cdef bytes read_in_thread(Move *move, Py_ssize_t n, str call):
+    """Up to *n* bytes, read by a worker in one system call. If the greenlet is killed meanwhile, the offset is moved back."""
+    cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
+    job.job.offset, job.job.flags = move.offset, move.flags
+    job.job.is_undoable = True
+    job.job.waits_for_peer = is_pollable(move.fd, call)
+    run(job)
+    if job.job.rc < 0:
+        raise os_error(job.job.err, call, move.fd)
+    return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
 
 
-cdef object in_pool(int fd, function, tuple args):
-    cdef PoolCall call
-    pool = threadpool()
-    if pool is None:
-        return function(*args)
-    call = PoolCall(fd, function, args)
-    try:
-        result = pool.apply(call)
-    finally:
-        call.take_back()
-    if call.error is not None:
-        raise call.error
-    return result
-
-
-cdef bytes read_in_pool(Move *move, Py_ssize_t n, str call):
-    """Up to *n* bytes, read by a thread. Of what has no offset, and nothing to wait for, they are lost if the greenlet is killed
-    meanwhile: a tape, say.
+cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize_t *late) except -1:
+    """How many bytes a worker has written of the buffers of *move*, in one system call; in *late*, if the greenlet was killed
+    meanwhile.
     """
-    cdef int fd = move.fd
-    cdef off_t offset
-    if move.offset >= 0:
-        return pread_in_pool(fd, n, move.offset, move.flags)
-    if is_pollable(fd, call):
-        return in_pool(fd, posix.read, (fd, n))
-    offset = lseek(fd, 0, SEEK_CUR)
-    while offset >= 0:
-        data = pread_in_pool(fd, n, offset, move.flags)
-        # Others may have read meanwhile, and then this is theirs.
-        if lseek(fd, 0, SEEK_CUR) == offset:
-            if lseek(fd, len(data), SEEK_CUR) < 0:
-                raise os_error(errno, call, fd)
-            return data
-        offset = lseek(fd, 0, SEEK_CUR)
-    return in_pool(fd, posix.read, (fd, n))
-
-
-cdef bytes pread_in_pool(int fd, Py_ssize_t n, off_t offset, int flags):
-    if not flags:
-        return in_pool(fd, posix.pread, (fd, n, offset))
-    buffer = bytearray(n)
-    nread = in_pool(fd, posix.preadv, (fd, [buffer], offset, flags))
-    return bytes(buffer[:nread])
-
-
-# A greenlet that is killed while a thread writes for it waits for that so long, to say how much was written.
-cdef double LAST_WRITE_S = 1.0
-
-
-cdef object last_word(result):
-    """Wait for what a thread has begun to write for a greenlet that was killed. What is thrown into it meanwhile, or None."""
-    cdef double deadline = monotonic() + LAST_WRITE_S
-    thrown = None
-    while not result.ready() and monotonic() < deadline:
-        try:
-            result.wait(deadline - monotonic())
-        except BaseException as ex:
-            thrown = ex
-    return thrown
-
-
-cdef Py_ssize_t write_by_thread(int fd, function, tuple args, Py_ssize_t *late) except -1:
-    """How many bytes a thread has written; in *late*, if the greenlet was killed meanwhile."""
-    cdef PoolCall call
-    pool = threadpool()
-    if pool is None:
-        return function(*args)
-    call = PoolCall(fd, function, args)
-    result = thrown = None
+    cdef Py_ssize_t n = min(total_of(move), <Py_ssize_t>PIECE)
+    cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
+    gather(move, job.job.buf, n)
+    job.job.offset, job.job.flags, job.job.writes = move.offset, move.flags, True
+    job.job.is_undoable = is_undoable and not appends(move.fd)
+    job.job.waits_for_peer = is_pollable(move.fd, call)
     try:
-        result = pool.spawn(call)
-        written = result.get()
+        run(job)
     except BaseException:
-        call.take_back()
-        if call.has_begun:
-            thrown = last_word(result)
-            late[0] = (result.value or 0) if result.ready() else 0
-        if thrown is not None:
-            raise thrown       # the latest word, as of who is killed again in a `finally`
+        if job.job.rc > 0 and not job.job.is_undoable:
+            late[0] = job.job.rc
         raise
-    if call.error is not None:
-        raise call.error
-    return written
+    if job.job.rc < 0:
+        raise os_error(job.job.err, call, move.fd)
+    return job.job.rc
 
 
-cdef Py_ssize_t write_in_pool(Move *move, object source, Py_ssize_t done, Py_ssize_t *late) except -1:
-    """How many bytes a thread has written of *source*, one buffer or a sequence of them, after the *done* bytes that are written.
-    The thread's views of it keep it alive, whatever becomes of the greenlet.
-    """
-    cdef list views = []
-    for buffer in source if isinstance(source, (list, tuple)) else (source,):
-        view = memoryview(buffer).cast("B")
-        if len(view) > done:
-            views.append(view[done:])
-        done = max(done - len(view), 0)
-    if move.offset < 0 and not move.flags:
-        return write_by_thread(move.fd, posix.writev, (move.fd, views), late)
-    if not move.flags and len(views) == 1:
-        return write_by_thread(move.fd, posix.pwrite, (move.fd, views[0], move.offset), late)
-    return write_by_thread(move.fd, posix.pwritev, (move.fd, views, move.offset, move.flags), late)
+cdef bint appends(int fd) noexcept:
+    cdef int flags = fcntl(fd, F_GETFL)
+    return flags >= 0 and flags & O_APPEND
+
+
+cdef int gather(const Move *move, char *target, Py_ssize_t left) noexcept:
+    """Copy the first bytes of the buffers."""
+    cdef Py_ssize_t n
+    cdef int i
+    for i in range(move.count):
+        n = min(left, <Py_ssize_t>move.iov[i].iov_len)
+        memcpy(target, move.iov[i].iov_base, <size_t>n)
+        target += n
+        left -= n
+    return 0
 
 
 # ---- reads and writes, whole -------------------------------------------------------------------------------------------------
@@ -433,7 +366,7 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     if n == 0:
         choose_for_nothing(move)
-    be_fair()
+    be_fair(move.fd, call)
     while True:
         data = read_once(move, move.fd, n, &err)
         if data is None:
@@ -441,7 +374,7 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
                 continue
         elif data or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
             return data
-        return read_in_pool(move, n, call)
+        return read_in_thread(move, n, call)
 
 
 cdef Py_ssize_t total_of(const Move *move) noexcept:
@@ -471,7 +404,7 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
     cdef Py_ssize_t nread
     cdef Py_ssize_t n = total_of(move)
     cdef int err = 0
-    be_fair()
+    be_fair(move.fd, call)
     while True:
         nread = attempt(move, &err)
         if nread < 0:
@@ -480,7 +413,7 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
         elif nread or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
             return nread
         # Into a buffer of the thread's own: ours may be gone before it has read.
-        return fill(move, read_in_pool(move, n, call))
+        return fill(move, read_in_thread(move, n, call))
 
 
 cdef int advance(Move *move, Py_ssize_t written) noexcept:
@@ -513,25 +446,20 @@ cdef int tell(ex, str name, value) except -1:
     return 0
 
 
-cdef Py_ssize_t write_from(Move *move, object source, str call, Py_ssize_t *told=NULL) except -1:
-    """From the buffers of *move*, which are those of *source*; how many bytes. All of them, where the descriptor is in blocking
-    mode, as write(2) does it. If anything is raised, *told* has how many were written.
+cdef Py_ssize_t write_from(Move *move, str call, Py_ssize_t *told=NULL) except -1:
+    """From the buffers of *move*; how many bytes. All of them, where the descriptor is in blocking mode, as write(2) does it. If
+    anything is raised, *told* has how many were written.
     """
     cdef Py_ssize_t written
     cdef Py_ssize_t done = 0
     cdef Py_ssize_t late = 0
     cdef Py_ssize_t n = total_of(move)
-    cdef int err = 0
     try:
-        be_fair()
+        be_fair(move.fd, call)
         while True:
-            written = attempt(move, &err)
+            written = write_once(move, call, False, &late, done > 0)
             if written < 0:
-                if done and err != EAGAIN and not is_undecided(err):
-                    return done
-                if step(move, err, call) == AGAIN:
-                    continue
-                return done + write_in_pool(move, source, done, &late)
+                return done
             done += written
             if done >= n or move.flags & RWF_NOWAIT or not writes_on(move.fd):
                 return done
@@ -541,6 +469,20 @@ cdef Py_ssize_t write_from(Move *move, object source, str call, Py_ssize_t *told
         if told != NULL:
             told[0] = done + late
         raise
+
+
+cdef Py_ssize_t write_once(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint is_later=False) except -2:
+    """One move from the buffers; how many bytes. -1: it failed, and *is_later*, so that the first ones are the answer."""
+    cdef Py_ssize_t written
+    cdef int err = 0
+    while True:
+        written = attempt(move, &err)
+        if written >= 0:
+            return written
+        if is_later and err != EAGAIN and not is_undecided(err) and not (err == EINVAL and coopos_is_direct(move.fd)):
+            return -1
+        if step(move, err, call) == IN_THREAD:
+            return write_in_thread(move, call, is_undoable, late)
 
 
 cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) except -1:
@@ -554,7 +496,6 @@ cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) 
 @cython.internal
 cdef class Buffers:
     """A sequence of buffers, locked, as readv and writev take it."""
-    cdef tuple sources
     cdef Py_buffer *views
     cdef iovec *iov
     cdef int count             # of views that are held
@@ -562,14 +503,14 @@ cdef class Buffers:
     def __cinit__(self, str call, buffers, bint writable):
         if not PySequence_Check(buffers):
             raise TypeError(f"{call}() arg 2 must be a sequence")
-        self.sources = tuple(buffers)
-        if len(self.sources) > INT_MAX:
+        cdef tuple sources = tuple(buffers)
+        if len(sources) > INT_MAX:
             raise OverflowError("signed integer is greater than maximum")
-        self.views = <Py_buffer *>calloc(len(self.sources) + 1, sizeof(Py_buffer))
-        self.iov = <iovec *>calloc(len(self.sources) + 1, sizeof(iovec))
+        self.views = <Py_buffer *>calloc(len(sources) + 1, sizeof(Py_buffer))
+        self.iov = <iovec *>calloc(len(sources) + 1, sizeof(iovec))
         if self.views == NULL or self.iov == NULL:
             raise MemoryError
-        for buffer in self.sources:
+        for buffer in sources:
             take_buffer(buffer, &self.views[self.count], writable, &self.iov[self.count])
             self.count += 1
 
@@ -622,7 +563,7 @@ def nb_read(Py_ssize_t fd, Py_ssize_t n):
     if n < 0:
         raise os_error(EINVAL, "nb_read", fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
-    be_fair()
+    be_fair(number, "nb_read")
     while True:
         data = read_once(NULL, number, n, &err)
         if data is not None:
@@ -664,8 +605,8 @@ def nb_write(Py_ssize_t fd, buf):
     PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
     try:
         if not is_known(number) and not note_mode(number):
-            return write_as_blocking(number, buf, &view)
-        be_fair()
+            return write_as_blocking(number, &view)
+        be_fair(number, "nb_write")
         while True:
             with nogil:
                 written = c_write(number, view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX))
@@ -692,14 +633,14 @@ cdef object read_as_blocking(int fd, Py_ssize_t n):
     return read_bytes(&move, n, "nb_read")
 
 
-cdef Py_ssize_t write_as_blocking(int fd, object buf, const Py_buffer *view) except -1:
+cdef Py_ssize_t write_as_blocking(int fd, const Py_buffer *view) except -1:
     cdef Move move = move_of(fd, True, -1, 0)
     cdef iovec iov
     iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
     move.iov, move.count = &iov, 1
     if view.len == 0:
         choose_for_nothing(&move)
-    return write_from(&move, buf, "nb_write")
+    return write_from(&move, "nb_write")
 
 
 def make_nonblocking(fd):
@@ -738,8 +679,8 @@ def read(Py_ssize_t fd, Py_ssize_t length, /):
     """Read up to *length* bytes from any descriptor, letting other greenlets run while there are none.
 
     Like :func:`os.read`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. What is there
-    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest is read in
-    the hub's threadpool.
+    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest is read by a
+    worker thread.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -809,7 +750,7 @@ def write(Py_ssize_t fd, data, /):
 
     Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As
     write(2) does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once, and
-    the hub waits for room; other files are written in the hub's threadpool.
+    the hub waits for room; other files are written by a worker thread.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -838,7 +779,7 @@ def write(Py_ssize_t fd, data, /):
     if view.len == 0:
         choose_for_nothing(&move)
     try:
-        return write_from(&move, data, "write")
+        return write_from(&move, "write")
     finally:
         PyBuffer_Release(&view)
 
@@ -899,13 +840,13 @@ def writev(Py_ssize_t fd, buffers, /):
     cdef Move move = move_of(as_int(fd), True, -1, 0)
     cdef Buffers locked = Buffers("writev", buffers, False)
     locked.give(&move)
-    return write_from(&move, locked.sources, "writev")
+    return write_from(&move, "writev")
 
 
 def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
     """Read up to *length* bytes from a place in a file, letting other greenlets run while it would block.
 
-    Like :func:`os.pread`. What is in the page cache is read at once, the rest in the hub's threadpool.
+    Like :func:`os.pread`. What is in the page cache is read at once, the rest by a worker thread.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -934,7 +875,7 @@ def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
 def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
     """Write a buffer to a place in a file, letting other greenlets run while it would block.
 
-    Like :func:`os.pwrite`. Where the kernel can't tell whether that would block, it is done in the hub's threadpool.
+    Like :func:`os.pwrite`. Where the kernel can't tell whether that would block, a worker thread does it.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -964,7 +905,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
     try:
         if offset < 0:
             raise os_error(EINVAL, "pwrite", fd)
-        return write_from(&move, buffer, "pwrite")
+        return write_from(&move, "pwrite")
     finally:
         PyBuffer_Release(&view)
 
@@ -1034,7 +975,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
     if offset < -1:
         raise os_error(EINVAL, "pwritev", fd)
     locked.give(&move)
-    return write_from(&move, locked.sources, "pwritev")
+    return write_from(&move, "pwritev")
 
 
 # ---- all of it ---------------------------------------------------------------------------------------------------------------
@@ -1143,7 +1084,7 @@ def write_telling(Py_ssize_t fd, data, list told, /):
             move.iov, move.count = &iov, 1
             if view.len == 0:
                 choose_for_nothing(&move)
-            done += write_from(&move, memoryview(data).cast("B")[done:] if done else data, "write_all", &late)
+            done += write_from(&move, "write_all", &late)
             if done >= view.len:
                 return
     except BaseException as ex:

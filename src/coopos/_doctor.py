@@ -60,10 +60,10 @@ def _any_mode(read_fd: int) -> str:
     if not HAS_CORE:
         _expect(coopos.tp_read(read_fd, 100), MESSAGE)
         return "the threadpool"
-    in_pool, guarded = coopos._core.count_pool_calls(), coopos._core.count_guarded_calls()
+    in_thread, guarded = coopos._workers.count_calls(), coopos._core.count_guarded_calls()
     _expect(coopos.read(read_fd, len(MESSAGE)), MESSAGE)
-    if coopos._core.count_pool_calls() > in_pool:
-        return "the threadpool"
+    if coopos._workers.count_calls() > in_thread:
+        return "a worker thread"
     return "poll(2), and a guard" if coopos._core.count_guarded_calls() > guarded else "RWF_NOWAIT"
 
 

@@ -33,12 +33,13 @@ from posix.signal cimport sigaction, sigaction_t, sigaddset, sigemptyset, sigset
 from posix.unistd cimport close as c_close, fork as c_fork
 
 from coopos._children cimport Child, forget_parent_loops, forget_parent, note_new, take_note
-from coopos._parking cimport forget_other_threads, os_error
+from coopos._parking cimport forget_calls, forget_other_threads, os_error
 from coopos._posix cimport (
     DICT_OFFSET, SIG_BLOCK, SIG_SETMASK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
     PySys_Audit, Py_Exit, coopos_bind_to, coopos_find, coopos_finds, coopos_hear_of_forks, coopos_import_greenlet,
     coopos_keep_for_good, coopos_leave, coopos_pending as pending, coopos_unblock_signals,
     forkpty as c_forkpty, pthread_sigmask, sigfillset, winsize)
+from coopos._workers cimport ask_again
 
 import atexit
 import gc
@@ -456,7 +457,9 @@ cdef int revive_child() except -1:
         else:
             reinit_loop()
             forget_parent_loops()
+            ask_again()
         if leaving is not None:
+            forget_calls(True)
             leaving.empty_loops()
             leaving.replace_main()
             for hook in _left_hooks:

@@ -23,7 +23,7 @@ from posix.unistd cimport lseek
 
 from coopos._core cimport (
     QUICK, attempt, attempt_at_once, be_fair, fairness, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, tell,
-    write_from)
+    write_once)
 from coopos._parking cimport (
     READ, WRITE, Wait, close_fd, give_way, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand, this_greenlet,
     wrong_switch)
@@ -135,7 +135,7 @@ cdef class Owned:
         if fairness > 0:
             current = self.enter()
             try:
-                be_fair()
+                be_fair(self.fd, "read")
             finally:
                 self.leave(current)
         return 0
@@ -386,8 +386,9 @@ class Moving:
             PyBuffer_Release(&view)
 
     def write(self, data, /):
-        """Write *data*: all of it in blocking mode, else as much as one system call takes; how many bytes."""
+        """Write as much of *data* as one system call takes; how many bytes. Fewer than there are is no error."""
         cdef Owned owned = owned_by(self)
+        cdef Py_ssize_t late = 0
         cdef Move move
         cdef Py_buffer view
         cdef iovec iov
@@ -418,7 +419,11 @@ class Moving:
                         raise os_error(err, "write", owned.fd)
             current = owned.enter()
             try:
-                return write_from(&move, data, "write")
+                be_fair(owned.fd, "write")
+                return write_once(&move, "write", True, &late)
+            except BaseException as ex:
+                tell(ex, "characters_written", late or None)
+                raise
             finally:
                 owned.leave(current)
         finally:

@@ -2,6 +2,8 @@
 
 from cpython.object cimport PyObject
 
+from coopos._posix cimport Closing
+
 cdef enum:
     READ = 1
     WRITE = 2
@@ -15,16 +17,15 @@ cdef enum:
 cdef char[KNOWN_SIZE] is_known_nonblocking
 
 
-cdef class PoolCall:
+cdef class Call:
     cdef int fd
-    cdef object function
-    cdef tuple args
-    cdef object error          # what it raised, or EBADF
-    cdef bint is_taken_back
-    cdef bint has_begun
-    cdef list closes           # [PutOffClose, ...] that wait for its end
-    cdef int forget(self) except -1
-    cdef int take_back(self) except -1
+    cdef int other             # -1: there is none
+    cdef int error             # errno that it has to raise; 0
+    cdef object loop           # of the greenlet that calls
+    cdef int enter(self, str name) except -1
+    cdef int leave(self) except -1
+    cdef int forget(self, int fd) except -1
+    cdef int hear_of_close(self, int fd, Closing *closing) except -1
 
 
 cdef class Wait:
@@ -60,7 +61,9 @@ cdef int leave_seat(Wait seat) except -1
 cdef int close_fd(int fd) except -1
 cdef int set_ref(watcher, bint ref) except -1
 cdef bint note_mode(int fd) noexcept
-cdef int take_turns() except -1
+cdef int take_turns(int fd=*, str name=*) except -1
+cdef int check_open(int fd, str call) except -1
+cdef int forget_calls(bint all_of_them) except -1
 cdef object this_greenlet()
 
 

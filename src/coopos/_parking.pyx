@@ -19,8 +19,9 @@ from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
 from coopos._posix cimport (
-    POLLIN, POLLOUT, PyErr_CheckSignals, coopos_current_greenlet, coopos_import_greenlet, coopos_switch, dev_t, fstat, ino_t, poll,
-    pollfd, pthread_atfork, stat_t)
+    POLLIN, POLLOUT, Closing, PyErr_CheckSignals, coopos_closing_drop, coopos_closing_enter, coopos_closing_is_due,
+    coopos_closing_leave, coopos_closing_new, coopos_current_greenlet, coopos_import_greenlet, coopos_switch, poll, pollfd,
+    pthread_atfork)
 
 import os
 import sys
@@ -222,7 +223,7 @@ cdef int forget_other_threads() except -1:
     cdef PutOffClose later
     for later in list(_put_off.values()):
         later.forget_other_threads()
-    _pool_calls.clear()
+    forget_calls(False)
 
 
 cdef bint is_alive(object loop) noexcept:
@@ -391,6 +392,7 @@ cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
         if not may_stand and get_hub_if_exists() is not None:
             raise refusal()
         return stand(fd, events, call)
+    check_open(fd, call)
     cdef Parking parking = parking_of(hub)
     cdef Wait wait = parking.aim(fd, events)
     cdef object current = coopos_current_greenlet()
@@ -419,6 +421,7 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
     """Park, unless *fd* is ready at this moment. What can't be waited for is always ready to poll(2)."""
     cdef pollfd request
     cdef int rc
+    check_open(fd, call)
     request.fd = fd
     request.events = POLLIN if events == READ else POLLOUT
     request.revents = 0
@@ -611,28 +614,6 @@ cdef int park_in(Wait seat, str call) except -1:
     return 0
 
 
-cdef int take_turns() except -1:
-    """Let the other greenlets that are ready run once. Where there is no hub to give way to: nothing."""
-    cdef object hub = reachable_hub()
-    if hub is None:
-        return 0
-    cdef object current = coopos_current_greenlet()
-    cdef object switch = current.switch
-    queued = hub.loop.run_callback(switch, switch)
-    try:
-        came_back = give_way(hub, current)
-        if came_back is not switch:
-            raise wrong_switch(came_back, "its turn")
-    finally:
-        queued.stop()
-    return 0
-
-
-def yield_turn():
-    """For Python: let the other greenlets that are ready run once."""
-    take_turns()
-
-
 # ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
 
 # The one thing of the kernel's that is remembered, because asking each time would cost a read of a ready pipe half its time
@@ -650,73 +631,140 @@ cdef bint note_mode(int fd) noexcept:
     return True
 
 
-# ---- calls in the threadpool -------------------------------------------------------------------------------------------------
+# ---- calls in flight ---------------------------------------------------------------------------------------------------------
 
-# {fd: [PoolCall, ...]}
-_pool_calls = {}
+# {descriptor: the Calls that use it}. The parked are in the table above.
+cdef dict _calls = {}
 
 
-@cython.final
-cdef class PoolCall:
-    """A call that a thread is to make with a descriptor, called by the pool. If the descriptor is closed, or the greenlet killed,
-    before it has begun, it is not made: the number may be another file's by then. What has begun keeps the number until it is over.
-
-    The thread has no descriptor of its own for it: to close a second one would take the file's locks from the process (fcntl(2)).
+cdef class Call:
+    """A call that uses a descriptor, or two, and may give way elsewhere than in park(): from before its first system call to its
+    end. If it has not begun, or only waits, when the number is closed, it has an *error* and goes on no more: the number may be
+    another file's. What a thread has begun keeps the number open until it is over.
     """
 
-    def __init__(self, int fd, function, tuple args):
-        self.fd = fd
-        self.function = function
-        self.args = args
-        _pool_calls.setdefault(fd, []).append(self)
+    cdef int enter(self, str name) except -1:
+        """Leave by leave(), in a `finally`."""
+        check_open(self.fd, name)
+        check_open(self.other, name)
+        hub = get_hub_if_exists()
+        self.loop = None if hub is None else hub.loop
+        self.error = 0
+        if self.fd >= 0:
+            _calls.setdefault(self.fd, []).append(self)
+        if self.other >= 0 and self.other != self.fd:
+            _calls.setdefault(self.other, []).append(self)
+        return 0
 
-    def __call__(self):
-        cdef PutOffClose later
-        if self.is_taken_back:
-            return None
-        self.has_begun = True
-        try:
-            return self.function(*self.args)
-        except BaseException as ex:
-            self.error = ex    # which the pool would print
-        finally:
-            self.forget()
-            if self.closes is not None:
-                for later in self.closes:
-                    later.stopped()
+    cdef int leave(self) except -1:
+        self.forget(self.fd)
+        if self.other != self.fd:
+            self.forget(self.other)
+        return 0
 
-    cdef int forget(self) except -1:
-        cdef list calls = _pool_calls.get(self.fd)
+    cdef int forget(self, int fd) except -1:
+        cdef list calls = _calls.get(fd)
         if calls is not None and self in calls:
             calls.remove(self)
             if not calls:
-                del _pool_calls[self.fd]
+                del _calls[fd]
         return 0
 
-    cdef int take_back(self) except -1:
-        """Its greenlet is gone, or its descriptor: then it has the error that tells of it."""
-        if not self.has_begun:
-            self.is_taken_back = True
-            self.forget()
+    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+        """The number is being closed, by any thread. A call that has to be over first enters *closing*."""
+        self.error = EBADF
         return 0
 
 
-cdef PutOffClose take_back_calls(int fd, PutOffClose later):
-    """Before *fd* is closed: the close that those which have begun put off, or *later*."""
-    cdef PoolCall call
-    for call in list(_pool_calls[fd]):
-        if call.has_begun:
-            if later is None:
-                later = put_off(fd)
-                later.parties = 1
-            later.parties += 1
-            if call.closes is None:
-                call.closes = []
-            call.closes.append(later)
-        else:
-            call.error = os_error(EBADF, "close", fd)
-            call.take_back()
-    return later
+@cython.final
+cdef class InFlight(Call):
+    """For Python: a call of several steps, as a context. If a descriptor is closed OSError(EBADF) comes out of its waits."""
+    cdef str name
+    cdef object greenlet
+    cdef list closed
+
+    def __init__(self, str name not None, int fd, int other=-1):
+        self.closed = []
+        self.name = name
+        self.fd = fd
+        self.other = other
+
+    def __enter__(self):
+        self.greenlet = this_greenlet()
+        self.enter(self.name)
+        return self
+
+    def __exit__(self, exc_type, exc_value, exc_tb):
+        self.leave()
+        self.greenlet = None
+
+    def check(self):
+        """Raise EBADF if a descriptor was closed."""
+        if self.error:
+            raise os_error(self.error, self.name, self.fd)
+
+    def is_closed(self, int fd):
+        """Whether that one was."""
+        return fd in self.closed
+
+    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+        self.error = EBADF
+        self.closed.append(fd)
+        if self.loop is not None:
+            post(self.loop, self.tell)
+        return 0
+
+    def tell(self):
+        """In the hub: the greenlet may be waiting for the other descriptor."""
+        if self.greenlet is not None and self.greenlet is not this_greenlet():
+            self.greenlet.throw(os_error(EBADF, self.name, self.fd))
+
+
+cdef int tell_calls(int fd, Closing *closing) except -1:
+    cdef Call call
+    for call in list(_calls[fd]):
+        call.hear_of_close(fd, closing)
+    return 0
+
+
+cdef int forget_calls(bint all_of_them) except -1:
+    """In a forked child: other threads' calls, or all, whose greenlets aren't here."""
+    cdef Call call
+    hub = get_hub_if_exists()
+    for calls in list(_calls.values()):
+        for call in list(calls):
+            if all_of_them or hub is None or call.loop is not hub.loop:
+                call.leave()
+    return 0
+
+
+cdef int take_turns(int fd=-1, str name="") except -1:
+    """Let the other greenlets that are ready run once, for a call that is going to use *fd*. Without a hub: nothing."""
+    cdef object hub = reachable_hub()
+    cdef Call call
+    if hub is None:
+        return 0
+    cdef object current = coopos_current_greenlet()
+    cdef object switch = current.switch
+    call = Call.__new__(Call)
+    call.fd, call.other = fd, -1
+    call.enter(name)
+    queued = hub.loop.run_callback(switch, switch)
+    try:
+        came_back = give_way(hub, current)
+        if came_back is not switch:
+            raise wrong_switch(came_back, "its turn")
+    finally:
+        queued.stop()
+        call.leave()
+    if call.error:
+        raise os_error(call.error, name, fd)
+    return 0
+
+
+def yield_turn():
+    """For Python: let the other greenlets that are ready run once."""
+    take_turns()
 
 
 # ---- close -------------------------------------------------------------------------------------------------------------------
@@ -724,31 +772,26 @@ cdef PutOffClose take_back_calls(int fd, PutOffClose later):
 @cython.final
 @cython.internal
 cdef class PutOffClose:
-    """A close(2) that has to wait until other parties' watchers on the number have been stopped."""
-    cdef int fd
-    cdef int parties       # how many have still to stop theirs
-    cdef bint is_polled    # whether the loop of the thread that called close() is one of them
-    cdef dev_t dev
-    cdef ino_t ino
+    """A close(2) that has to wait: until others' watchers on the number have been stopped, and workers are done with it."""
+    cdef Closing *closing
+    cdef bint is_polled    # whether the loop of the thread that called close() is one of the parties
 
-    cdef bint is_same_file(self) noexcept:
-        cdef stat_t st
-        return fstat(self.fd, &st) == 0 and st.st_dev == self.dev and st.st_ino == self.ino
+    def __dealloc__(self):
+        if self.closing != NULL:
+            coopos_closing_drop(self.closing)
 
     cdef int stopped(self) except -1:
-        self.parties -= 1
-        if self.parties == 0:
-            if _put_off.get(self.fd) is self:
-                del _put_off[self.fd]
-            # Somebody may have closed and re-used the number behind our back: then it is not ours to close.
-            if self.is_same_file():
-                c_close(self.fd)
+        """One party less."""
+        cdef int fd = self.closing.fd
+        coopos_closing_leave(self.closing)
+        if self.closing.is_made and _put_off.get(fd) is self:
+            del _put_off[fd]
         return 0
 
     cdef int forget_other_threads(self) except -1:
         """In a forked child."""
-        if self.parties > self.is_polled:
-            self.parties = 1 + self.is_polled
+        if self.closing.parties > self.is_polled:
+            self.closing.parties = 1 + self.is_polled
             self.stopped()
         return 0
 
@@ -763,19 +806,28 @@ cdef class PutOffClose:
         self.stopped()
 
 
+# {descriptor: its PutOffClose, made or not}
 cdef dict _put_off = {}
 
 
 cdef PutOffClose put_off(int fd):
     cdef PutOffClose later = PutOffClose.__new__(PutOffClose)
-    cdef stat_t st
-    if fstat(fd, &st) < 0:
+    later.closing = coopos_closing_new(fd)
+    if later.closing == NULL:
         raise os_error(errno, "close", fd)
-    later.fd = fd
-    later.dev = st.st_dev
-    later.ino = st.st_ino
     _put_off[fd] = later
     return later
+
+
+cdef int check_open(int fd, str call) except -1:
+    """A number whose close is put off is closed for everybody from the moment close() has returned."""
+    cdef PutOffClose later
+    if _put_off and (<object>fd) in _put_off:
+        later = <PutOffClose>_put_off[fd]
+        if coopos_closing_is_due(later.closing):
+            raise os_error(EBADF, call, fd)
+        del _put_off[fd]
+    return 0
 
 
 def close(Py_ssize_t fd):
@@ -784,8 +836,9 @@ def close(Py_ssize_t fd):
     Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
     in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
     gevent socket or selector), or of another thread, is active on *fd* is the system call put off to the next turn of that
-    loop, because closing a descriptor under an active watcher can abort the process; and while a thread of the pool reads or
-    writes a file by it, until that is over.
+    loop, because closing a descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call
+    that it has begun, until that is over. Even then *fd* is EBADF for whoever comes later. A call that no thread has begun yet
+    is not made, and gets ``OSError(EBADF)``.
 
     Args:
         fd: int, the descriptor.
@@ -807,6 +860,7 @@ cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
     cdef dict elsewhere = None
     cdef int rc, err
+    check_open(fd, "close")
     try:
         hub = get_hub_if_exists()
     except TypeError:
@@ -814,25 +868,21 @@ cdef int close_fd(int fd) except -1:
     loop = None if hub is None else hub.loop
     if 0 <= fd < KNOWN_SIZE:
         is_known_nonblocking[fd] = False
-    if _put_off and (<object>fd) in _put_off:
-        later = <PutOffClose>_put_off[fd]
-        if later.is_same_file():
-            raise os_error(EBADF, "close", fd)
-        del _put_off[fd]
-        later = None
     if 0 <= fd < _parked_size and _parked[fd] != NULL:
         elsewhere = evict_all(fd, loop)
     if elsewhere:
         later = put_off(fd)
-        later.parties = 1
         for other, waits in elsewhere.items():
-            later.parties += post(other, later.evict_there, (waits,))
-    if _pool_calls and (<object>fd) in _pool_calls:
-        later = take_back_calls(fd, later)
+            coopos_closing_enter(later.closing)
+            if not post(other, later.evict_there, (waits,)):
+                later.stopped()
+    if _calls and (<object>fd) in _calls:
+        if later is None:
+            later = put_off(fd)
+        tell_calls(fd, later.closing)
     if loop is not None and loop.closing_fd(fd):
         if later is None:
             later = put_off(fd)
-            later.parties = 1
         later.is_polled = True
         check = loop.check()
         check.start(later.after_polling, check)

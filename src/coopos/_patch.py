@@ -136,7 +136,9 @@ def _find_replacements() -> list[_Replacement]:
                 # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
                 found.append(_Replacement(os, name, gevents, ours))
     if hasattr(os, "fork"):
-        from coopos import _imports, subprocess as coopos_subprocess
+        import fcntl
+
+        from coopos import _imports, _parking, _threadpool, subprocess as coopos_subprocess
 
         popen = _gevents_popen()
         found.append(_Replacement(subprocess, "Popen", popen, coopos_subprocess.Popen))
@@ -148,7 +150,10 @@ def _find_replacements() -> list[_Replacement]:
             gevents, ours = getattr(gevent_subprocess, name), getattr(coopos_subprocess, name)
             if ours is not gevents:
                 found.append(_Replacement(gevent_subprocess, name, gevents, ours))
+        lockf = _parking.as_builtin(_threadpool.lock_range, "(fd, cmd, len=0, start=0, whence=0, /)", "fcntl")
         found += [
+            _Replacement(fcntl, "flock", fcntl.flock, coopos.flock, is_plain=True),
+            _Replacement(fcntl, "lockf", fcntl.lockf, lockf, is_plain=True),
             _Replacement(_imp, "acquire_lock", _imports.plain_acquire, _imports.acquire_lock, is_plain=True),
             _Replacement(_imp, "release_lock", _imports.plain_release, _imports.release_lock, is_plain=True),
             _Replacement(gevent, "fork", gevent.os.fork, coopos.fork),

@@ -14,6 +14,10 @@ cdef extern from "Python.h":
     void Py_Exit(int status)
 
 
+cdef extern from "<errno.h>" nogil:
+    int ECANCELED
+
+
 cdef extern from "<limits.h>" nogil:
     int IOV_MAX
 
@@ -69,6 +73,7 @@ cdef extern from "<sys/stat.h>" nogil:
     bint S_ISREG(mode_t mode)
     bint S_ISBLK(mode_t mode)
     bint S_ISCHR(mode_t mode)
+    bint S_ISFIFO(mode_t mode)
     bint S_ISSOCK(mode_t mode)
     bint S_ISDIR(mode_t mode)
 
@@ -101,6 +106,18 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cancel(pthread_t thread)
     int pthread_join(pthread_t thread, void **value)
     int pthread_setcancelstate(int state, int *old)
+
+
+cdef extern from "_closing.h" nogil:
+    ctypedef struct Closing "struct coopos_closing":
+        int fd
+        int parties
+        int is_made
+    Closing *coopos_closing_new(int fd)
+    void coopos_closing_drop(Closing *closing)
+    void coopos_closing_enter(Closing *closing)
+    void coopos_closing_leave(Closing *closing)
+    bint coopos_closing_is_due(Closing *closing)
 
 
 cdef extern from "_compat.h" nogil:
@@ -147,8 +164,7 @@ cdef extern from "_compat.h" nogil:
     bint coopos_can_poll(int fd)
     int RWF_NOWAIT
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
-    void coopos_thread_be_interruptible(void *before)
-    void coopos_thread_interrupt(pthread_t thread, const int *bell)
+    bint coopos_is_direct(int fd)
     int coopos_sem_value(sem_t *semaphore, int *value)
 
 

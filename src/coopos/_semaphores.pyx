@@ -8,14 +8,14 @@
 4. The hub can't switch, and a thread without a hub has nobody to switch to: there the stdlib's object waits, plainly.
 
 The stdlib's object, which a Semaphore has inside, makes, names and closes the kernel's; its counting of threads isn't used. Knows
-libc, `_blocking`, `_parking` and how gevent waits in turn.
+libc, `_parking`, `_workers` and how gevent waits in turn.
 """
 
 from libc.errno cimport EAGAIN, EINTR, ENOSYS, errno
 
-from coopos._blocking cimport wait_semaphore
 from coopos._parking cimport generation, os_error, reachable_hub, this_greenlet
 from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
+from coopos._workers cimport wait_semaphore
 
 from gevent import Greenlet, GreenletExit, Timeout, sleep
 from gevent.lock import Semaphore as _Turns

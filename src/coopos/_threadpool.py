@@ -1,9 +1,9 @@
 """The calls that only a thread can make cooperative: tp_read and tp_write, which every platform has, and what else in os may wait.
 
 A thread is the last step. Where the kernel can say that a call would not block, it is made at once; where readiness means anything,
-the hub waits for it, and no thread is held. What waits for a disk or a directory service goes to the hub's threadpool; what waits
-for another party, who may never come, is `_blocking`'s. Arguments are left to os to refuse. It is asked by the name of its builtin
-module, which nobody replaces functions of. Knows `_core` and `_blocking` (where there are such) and the hub's threadpool.
+the hub waits for it, and no thread is held. The rest is for the threads of `_workers`. The hub's threadpool has only what must run
+code of a directory service, and all there is on Windows. The builtin module of os is asked by its own name, since nobody replaces
+functions there. Knows `_core` and `_workers` (where there are such) and the hub's threadpool.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from gevent.monkey import get_original
 from greenlet import getcurrent
 
 try:
+    import fcntl
     import posix
+    from fcntl import flock as fcntl_flock, lockf as fcntl_lockf
 
-    from coopos import _blocking, _core
+    from coopos import _core, _workers
 except ImportError:
     if hasattr(os, "fork"):
         raise  # a POSIX system without the core is a broken installation
@@ -83,7 +85,8 @@ def tp_read(fd: int, n: int) -> bytes:
 
     Like :func:`os.read`. The descriptor's flags don't matter and are not touched. Data that is there already, the page cache
     included, is read at once without a thread. What can be waited for (pipes, sockets, FIFOs, terminals) is waited for on the hub.
-    The rest is read in the hub's threadpool. On Windows everything is, and what a killed or timed-out call reads later is lost.
+    The rest is read by a thread. On Windows the hub's threadpool reads everything, and what a killed or timed-out call reads later
+    is lost.
 
     Args:
         fd: int, an open descriptor.
@@ -112,7 +115,7 @@ def tp_write(fd: int, buf: Buffer) -> int:
     """Write a buffer to any descriptor, letting other greenlets run while it would block.
 
     Like :func:`os.write`. The descriptor's flags don't matter and are not touched. What fits into a pipe or socket is written at
-    once, and the hub waits for room; other files are written in the hub's threadpool. As write(2) does, it writes all of *buf* to a
+    once, and the hub waits for room; other files are written by a thread. As write(2) does, it writes all of *buf* to a
     descriptor in blocking mode.
 
     Args:
@@ -150,7 +153,7 @@ def _number(fd: FileDescriptorLike) -> int:
 def fsync(fd: FileDescriptorLike) -> None:
     """Have a file's data and metadata written to the disk, letting other greenlets run until they are there.
 
-    Like :func:`os.fsync`, in the hub's threadpool.
+    Like :func:`os.fsync`, in a thread.
 
     Args:
         fd: int, or an object with a ``fileno()`` method.
@@ -166,13 +169,13 @@ def fsync(fd: FileDescriptorLike) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _in_thread(posix.fsync, _number(fd))
+    _workers.on_file("fsync", fd)
 
 
 def fdatasync(fd: FileDescriptorLike) -> None:
     """Have a file's data written to the disk, letting other greenlets run until it is there.
 
-    Like :func:`os.fdatasync`, in the hub's threadpool.
+    Like :func:`os.fdatasync`, in a thread.
 
     Args:
         fd: int, or an object with a ``fileno()`` method.
@@ -188,13 +191,13 @@ def fdatasync(fd: FileDescriptorLike) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _in_thread(posix.fdatasync, _number(fd))
+    _workers.on_file("fdatasync", fd)
 
 
 def sync() -> None:
     """Have everything written to the disks, letting other greenlets run until it is there.
 
-    Like :func:`os.sync`, in the hub's threadpool.
+    Like :func:`os.sync`, in a thread.
 
     Raises:
         BlockingSwitchOutError: called in the event loop itself. Otherwise nothing.
@@ -205,13 +208,13 @@ def sync() -> None:
 
     .. versionadded:: 0.1.0
     """
-    _in_thread(posix.sync)
+    _workers.sync()
 
 
 def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
     """Reserve room on the disk for a part of a file, letting other greenlets run until there is.
 
-    Like :func:`os.posix_fallocate`, in the hub's threadpool.
+    Like :func:`os.posix_fallocate`, in a thread.
 
     Args:
         fd: int, an open regular file.
@@ -229,13 +232,21 @@ def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _in_thread(posix.posix_fallocate, fd, offset, length)
+    _workers.on_file("posix_fallocate", operator.index(fd), length, offset)
+
+
+def _path(path: StrOrBytesPath) -> bytes:
+    """As the kernel takes it."""
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise ValueError("embedded null byte")
+    return name
 
 
 def truncate(path: StrOrBytesPath | int, length: int) -> None:
     """Set the length of a file, letting other greenlets run until it is done.
 
-    Like :func:`os.truncate`, in the hub's threadpool: to free the room of a large file takes time, and who has a lease on the file
+    Like :func:`os.truncate`, in a thread: to free the room of a large file takes time, and who has a lease on the file
     is waited for.
 
     Args:
@@ -253,13 +264,18 @@ def truncate(path: StrOrBytesPath | int, length: int) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _in_thread(posix.truncate, path, length)
+    if isinstance(path, int):
+        return ftruncate(path, length)
+    _refuse_in_hub()
+    sys.audit("os.truncate", path, length)
+    _workers.truncate(_path(path), length, os.fspath(path))
+    return None
 
 
 def ftruncate(fd: int, length: int, /) -> None:
     """Set the length of an open file, letting other greenlets run until it is done.
 
-    Like :func:`os.ftruncate`, in the hub's threadpool.
+    Like :func:`os.ftruncate`, in a thread.
 
     Args:
         fd: int, open for writing.
@@ -276,13 +292,13 @@ def ftruncate(fd: int, length: int, /) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _in_thread(posix.ftruncate, fd, length)
+    number = operator.index(fd)
+    sys.audit("os.truncate", number, length)
+    _workers.on_file("ftruncate", number, length)
 
 
 def _may_wait_to_open(path: StrOrBytesPath, flags: int, dir_fd: int | None) -> bool:
     """Whether open(2) may wait for somebody: the other end of a FIFO, the carrier of a terminal line."""
-    if flags & (os.O_NONBLOCK | getattr(os, "O_PATH", 0)):
-        return False
     mode = posix.stat(path, dir_fd=dir_fd).st_mode
     return stat.S_ISCHR(mode) or (stat.S_ISFIFO(mode) and not flags & os.O_RDWR)
 
@@ -291,7 +307,8 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
     """Open a file, letting other greenlets run while it waits for the other end of a FIFO, or for a terminal line's carrier.
 
     Like :func:`os.open`. What is neither a FIFO nor a character device is opened at once, as are all under O_NONBLOCK and O_PATH,
-    and a FIFO under O_RDWR. Otherwise a thread is made for the call; it is none of the hub's threadpool.
+    and a FIFO under O_RDWR. The rest is opened by a thread, also a file that another process has a lease on, and a FIFO that takes
+    the place of a file in that moment.
 
     Args:
         path: str, bytes or path-like.
@@ -306,31 +323,39 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
         OSError: as open(2).
         TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
 
-    Switches greenlets only for a FIFO or character device. Killed or timed out, it leaves no descriptor open and nobody in the
-    FIFO. Works in any thread's hub and in a forked child.
+    Switches greenlets only for a FIFO or character device, or while somebody has a lease. Killed or timed out, it leaves no
+    descriptor open and nobody in the FIFO. Works in any thread's hub and in a forked child.
 
     Source: open(2), openat(2), fifo(7).
 
     .. versionadded:: 0.1.0
     """
-    try:
-        may_wait = _may_wait_to_open(path, flags, dir_fd) and not isinstance(path, int)
-        number = operator.index(mode)
-    except (OSError, TypeError, ValueError):
-        may_wait = False  # os makes it, or says what is wrong
-    if not may_wait:
+    if flags & (os.O_NONBLOCK | getattr(os, "O_PATH", 0)) or isinstance(path, int):
         return posix.open(path, flags, mode, dir_fd=dir_fd)
-    _refuse_in_hub()
+    try:
+        may_wait = _may_wait_to_open(path, flags, dir_fd)
+    except (OSError, TypeError, ValueError):
+        may_wait = False
+    try:
+        name, bits = _path(path), operator.index(mode)
+    except (TypeError, ValueError):
+        return posix.open(path, flags, mode, dir_fd=dir_fd)  # which says what is wrong
+    if may_wait:
+        _refuse_in_hub()
     sys.audit("open", path, None, flags | os.O_CLOEXEC)
-    return _blocking.wait_open(os.fsencode(path), flags | os.O_CLOEXEC, number, dir_fd, path)
+    if not may_wait:
+        fd = _workers.open_at_once(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
+        if fd >= 0:
+            return fd
+        _refuse_in_hub()
+    return _workers.wait_open(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
 
 
 def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     """Take, test or release a lock on a part of a file, letting other greenlets run while another process has it.
 
-    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread made for the call, which is
-    none of the hub's threadpool. As ever with this lock it is the process that has it, not the greenlet, and to close any
-    descriptor of the file releases it.
+    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread. As ever the process has
+    the lock, not the greenlet, and to close any descriptor of the file releases it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method: open for writing. The part begins at its position.
@@ -338,7 +363,8 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
         length: int, bytes; 0 for all that follows, negative for what stands before.
 
     Raises:
-        OSError: EBADF if *fd* is not open for writing; EDEADLK if the other process waits for one of ours; otherwise as lockf(3).
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EDEADLK if the other process
+            waits for one of ours; otherwise as lockf(3).
         BlockingIOError, PermissionError: EAGAIN or EACCES, another process has the lock (F_TLOCK and F_TEST).
         TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
 
@@ -358,7 +384,63 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise
     _refuse_in_hub()
-    return _blocking.wait_lock(number, operator.index(length))
+    return _workers.wait_lock(number, operator.index(length))
+
+
+def flock(fd: FileDescriptorLike, operation: int, /) -> None:
+    """Take or release a lock on an open file, letting other greenlets run while somebody else has it.
+
+    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread. The open file has
+    the lock, and whoever has a duplicate of the descriptor shares it.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+        operation: int, fcntl.LOCK_SH, LOCK_EX or LOCK_UN; with ``| LOCK_NB`` it doesn't wait.
+
+    Returns:
+        None
+
+    Raises:
+        OSError: EBADF if *fd* is not open, or :func:`close` closes it during the wait; EINVAL, another *operation*.
+        BlockingIOError: EWOULDBLOCK, somebody has the lock (LOCK_NB).
+        TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has not got the lock, and will not get it later. Works in any
+    thread's hub and in a forked child.
+
+    Source: flock(2).
+
+    .. versionadded:: 0.1.0
+    """
+    number = _number(fd)
+    if operator.index(operation) & (fcntl.LOCK_NB | fcntl.LOCK_UN):
+        return fcntl_flock(number, operation)
+    try:
+        return fcntl_flock(number, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    _refuse_in_hub()
+    return _workers.wait_flock(number, operation)
+
+
+def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, whence: int = 0, /) -> None:
+    """As fcntl.lockf, which patch() puts this in the place of, letting other greenlets run while another process has the lock."""
+    number = _number(fd)
+    if operator.index(cmd) & (fcntl.LOCK_NB | fcntl.LOCK_UN):
+        fcntl_lockf(number, cmd, len, start, whence)
+        return None
+    try:
+        fcntl_lockf(number, cmd | fcntl.LOCK_NB, len, start, whence)
+        return None
+    except OSError as ex:
+        if ex.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+    _refuse_in_hub()
+    kind = fcntl.F_WRLCK if cmd & fcntl.LOCK_EX else fcntl.F_RDLCK
+    return _workers.wait_lock(number, len, start, whence, kind)
+
+
+lock_range.__name__ = "lockf"
 
 
 # ---- counters ----------------------------------------------------------------------------------------------------------------
@@ -427,8 +509,7 @@ def eventfd_write(fd: FileDescriptorLike, value: int) -> None:
 def getrandom(size: int, flags: int = 0) -> bytes:
     """Get random bytes, letting other greenlets run until the machine has gathered what it needs for them.
 
-    Like :func:`os.getrandom`. There is something to wait for only just after the machine has started; then the hub's threadpool
-    does.
+    Like :func:`os.getrandom`. There is something to wait for only just after the machine has started; then a thread does.
 
     Args:
         size: int, bytes, 0 or more.
@@ -453,15 +534,13 @@ def getrandom(size: int, flags: int = 0) -> bytes:
     except BlockingIOError:
         if flags & os.GRND_NONBLOCK:
             raise
-    result: bytes = _in_thread(posix.getrandom, size, flags)
-    return result
+    return _workers.random(size, flags)
 
 
 def urandom(size: int, /) -> bytes:
     """Get random bytes fit for cryptography, letting other greenlets run until the machine has gathered what it needs for them.
 
-    Like :func:`os.urandom`. There is something to wait for only just after the machine has started; then the hub's threadpool
-    does.
+    Like :func:`os.urandom`. There is something to wait for only just after the machine has started; then a thread does.
 
     Args:
         size: int, bytes, 0 or more.
@@ -484,8 +563,7 @@ def urandom(size: int, /) -> bytes:
         try:
             posix.getrandom(1, os.GRND_NONBLOCK)
         except BlockingIOError:
-            result: bytes = _in_thread(posix.urandom, size)
-            return result
+            _workers.random(1, 0)  # from now on it doesn't wait
         except OSError:
             pass  # an old kernel, or a sandbox: os.urandom has other means, which don't wait
     return posix.urandom(size)

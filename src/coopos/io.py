@@ -9,6 +9,7 @@ Knows `_owned`, `_threadpool` for the opening of paths, `_parking`, and the stdl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import operator
 import os
@@ -22,7 +23,7 @@ from coopos._owned import Moving, Owned, use_slot, warn_unclosed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from _typeshed import FileDescriptorOrPath
+    from _typeshed import FileDescriptorOrPath, ReadableBuffer
 
 #: Bytes. What is read ahead from a pipe, FIFO or socket, for which the stdlib before 3.14 has 4096: half of what a pipe holds. With
 #: all of it the reader finds the pipe full and leaves it empty, so that he and the writer work by turns, and not at the same time.
@@ -77,7 +78,8 @@ class FileIO(Moving, io.FileIO):
     """Open a file without a buffer, whose reads and writes let other greenlets run.
 
     Used exactly as :class:`io.FileIO`, of which it is a kind, on every kind of file. The descriptor's flags don't matter and are
-    not touched; in non-blocking mode too a read or write waits, and never returns None. ``close()`` wakes the greenlets that wait
+    not touched; in non-blocking mode too a read or write waits, and never returns None. ``write`` makes one move and returns how
+    many bytes that took, also in blocking mode; a buffer over the file writes the rest. ``close()`` wakes the greenlets that wait
     for the file, in any thread's hub, with ``OSError(EBADF)``.
 
     As long as the file is open its descriptor is its own: don't put another file in its place with dup2, nor take it out of
@@ -98,7 +100,9 @@ class FileIO(Moving, io.FileIO):
 
     Opening switches greenlets only for a FIFO or character device, reading and writing only if they have to wait. A greenlet killed
     or timed out in ``read``, ``readinto`` or ``write`` has moved no byte, as in :func:`coopos.read` and :func:`coopos.write`; in
-    ``readall`` the exception has what was read as its attribute ``partial``. Works in any thread's hub and in a forked child.
+    ``readall`` the exception has what was read as its attribute ``partial``. A write that a thread has begun is undone: the file's
+    offset goes back. Where the file is open for appending that can't be done, and the exception has an attribute
+    ``characters_written``. Works in any thread's hub and in a forked child.
 
     Source: open(2), preadv2(2), RWF_NOWAIT; ``gevent.fileobject``.
 
@@ -172,6 +176,29 @@ class FileIO(Moving, io.FileIO):
 
 
 use_slot(FileIO, FileIO.__dict__["_owned"])
+
+
+class WholeFileIO(FileIO):
+    """A file whose ``write`` writes all of its data, in blocking mode: for those who don't look how much was written."""
+
+    __slots__ = ()
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        written = 0
+        with memoryview(data) as view, view.cast("B") as octets:
+            try:
+                while written < len(octets) or not written:
+                    with octets[written:] as rest:
+                        written += super().write(rest)
+                    if not len(octets) or not os.get_blocking(self.fileno()):
+                        break
+            except BaseException as ex:
+                written += getattr(ex, "characters_written", 0)
+                if written:
+                    with contextlib.suppress(Exception):  # some classes refuse attributes
+                        ex.characters_written = written  # type: ignore[attr-defined]
+                raise
+        return written
 
 
 # ---- under the stdlib's buffers ----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from gevent.monkey import get_original
 from coopos import _children, _core, _parking
 from coopos._standins import MAX_POLL_S, MAX_TIMEOUT_S, CooperativeSelector, in_time, over
 from coopos._wait import waitpid
-from coopos.io import FileIO, fdopen
+from coopos.io import FileIO, WholeFileIO, fdopen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,6 +152,11 @@ def _check_stdlib(module: Any) -> None:
         )
 
 
+def _open_pipe(fd: int, mode: str, buffering: int) -> Any:
+    """Where the stdlib's Popen calls io.open. Without a buffer all of its input is written by one write()."""
+    return WholeFileIO(fd, mode) if buffering == 0 else fdopen(fd, mode, buffering)
+
+
 def _copy_stdlib() -> Any:
     """A second module :mod:`subprocess`."""
     spec: Any = importlib.util.find_spec("subprocess")
@@ -164,7 +169,7 @@ def _copy_stdlib() -> Any:
     copy.CompletedProcess = get_original("subprocess", "CompletedProcess")
     ours = {"read": _read, "write": _core.write, "close": _parking.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
     copy.os = over(os, **ours, fsencode=os.fsencode)  # called for each variable of an environment
-    copy.io = over(_io, open=fdopen)
+    copy.io = over(_io, open=_open_pipe)
     copy._PopenSelector = _Selector
     return copy
 
@@ -179,7 +184,7 @@ PlainPopen: Any = _stdlib.Popen
 # ---- terminals ---------------------------------------------------------------------------------------------------------------
 
 
-class _Terminal(FileIO):
+class _Terminal(WholeFileIO):
     """The master of a pseudo-terminal, with an end-of-file as a pipe has it: where the kernel says EIO, nobody has the other side
     open any more.
     """

@@ -1,0 +1,674 @@
+/* Threads of C that make the system calls which may block, and never touch Python or its GIL.
+ *
+ * A job is a struct with its operation, its descriptors and its own buffer. The thread that submits it and the worker that makes it
+ * share it under one lock. Work for a disk is bounded in number and made in order of arrival. Work that waits for another party is
+ * handed to a worker at once, however many there are. A worker that finds nothing more to do lingers, then ends.
+ *
+ * For one compiled module alone, since the state here is static.
+ */
+#ifndef COOPOS_WORKERS_H
+#define COOPOS_WORKERS_H
+
+#include <stdlib.h>
+#include <sys/file.h>
+
+#include "_closing.h"
+#include "_compat.h"
+
+enum coopos_operation {
+    COOPOS_MOVE, COOPOS_OPEN, COOPOS_SETLK, COOPOS_FLOCK, COOPOS_SEM_WAIT, COOPOS_WAITID, COOPOS_FSYNC, COOPOS_FDATASYNC, COOPOS_SYNC,
+    COOPOS_FTRUNCATE, COOPOS_TRUNCATE, COOPOS_FALLOCATE, COOPOS_COPY, COOPOS_SENDFILE, COOPOS_SPLICE, COOPOS_RANDOM
+};
+
+enum coopos_state { COOPOS_IDLE, COOPOS_QUEUED, COOPOS_BEGUN, COOPOS_DONE };
+
+/* Where the jobs of one hub arrive when they are done. */
+struct coopos_mailbox {
+    struct coopos_job *first, *last;
+    int bell[2];
+    int refs;                  /* its hub's, and one for each job */
+    int is_shut;               /* its hub is gone: nobody is told */
+};
+
+struct coopos_job {
+    struct coopos_job *next;   /* in the queue, later in the mailbox */
+    struct coopos_mailbox *mailbox;
+    void *owner;               /* of whoever submits it */
+    struct coopos_closing *closing[2];   /* closes of *fd* and *other* that wait for its end */
+    pthread_t thread;
+    int has_thread;
+    enum coopos_operation operation;
+    enum coopos_state state;
+    int refs;                  /* its owner's, and its worker's or the queue's */
+    int waits_for_peer;        /* and not for a disk; then it can be interrupted */
+    int is_abandoned;          /* nobody wants the result: its worker undoes it */
+    int is_interrupted;
+    int fd, other;
+    int flags;
+    mode_t mode;
+    off_t offset, other_offset, length;  /* an offset of -1: the descriptor's own */
+    idtype_t idtype;
+    id_t id;
+    sem_t *semaphore;
+    int whence;                /* what the offset of a lock is from */
+    int writes;
+    int is_undoable;           /* a move that nobody wants is undone: the offset goes back */
+    size_t size;               /* bytes to be moved */
+    char *buf;                 /* aligned to COOPOS_ALIGNMENT; or a path */
+    ssize_t rc;
+    int err;
+    off_t end;                 /* where an undoable move has left the descriptor's own offset; -1: there is none */
+};
+
+enum { COOPOS_ALIGNMENT = 4096, COOPOS_LINGER_S = 1 };
+
+struct coopos_worker {
+    struct coopos_worker *next;          /* that is idle, too */
+    struct coopos_job *job;
+    pthread_cond_t has_job;
+};
+
+static struct coopos_pool {
+    pthread_mutex_t lock;
+    struct coopos_worker *idle;          /* the last to have become so comes first: the others may end */
+    struct coopos_job *first, *last;     /* that wait for their turn at the disks */
+    int limit;                           /* of jobs at the disks at once */
+    int at_disks;
+    int threads;
+    int begun;                           /* jobs of either kind that a worker makes */
+    int is_ending;                       /* the process is: idle workers end at once */
+    int is_held;                         /* for tests: workers stand still before the system call */
+    pthread_cond_t is_let_go;
+} coopos_pool = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, NULL, 64, 0, 0, 0, 0, 0, PTHREAD_COND_INITIALIZER};
+
+static inline void coopos_pool_lock(void)
+{
+    (void)pthread_mutex_lock(&coopos_pool.lock);
+}
+
+static inline void coopos_pool_unlock(void)
+{
+    (void)pthread_mutex_unlock(&coopos_pool.lock);
+}
+
+/* For a worker that was interrupted, and blocks signals again: take what comes too late, which is not for the program's handler. */
+static inline void coopos_signals_forget(void)
+{
+    sigset_t pending, ours;
+    int number;
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGURG);
+    if (sigpending(&pending) == 0 && sigismember(&pending, SIGURG) == 1)
+        (void)sigwait(&ours, &number);
+}
+
+/* ---- the system calls ---- */
+
+static inline ssize_t coopos_job_move(struct coopos_job *job)
+{
+    struct iovec iov = {job->buf, job->size};
+    struct coopos_move move = {job->fd, COOPOS_PLAIN, job->writes, &iov, 1, job->offset, job->flags, 0};
+    ssize_t moved = coopos_move_plainly(&move);
+    if (moved > 0 && job->is_undoable && job->offset < 0)
+        job->end = lseek(job->fd, 0, SEEK_CUR);
+    return moved;
+}
+
+/* A lock of the process's, as fcntl(2) and lockf(3) have it. */
+static inline int coopos_job_lock(const struct coopos_job *job, short kind)
+{
+    struct flock lock;
+    memset(&lock, 0, sizeof lock);
+    lock.l_type = kind;
+    lock.l_whence = (short)job->whence;
+    lock.l_start = job->offset;
+    lock.l_len = job->length;
+    return fcntl(job->fd, F_SETLKW, &lock);
+}
+
+static inline ssize_t coopos_job_call(struct coopos_job *job)
+{
+    siginfo_t info;
+    int err;
+    switch (job->operation) {
+    case COOPOS_MOVE:
+        return coopos_job_move(job);
+    case COOPOS_OPEN:
+        return openat(job->fd, job->buf, job->flags, job->mode);
+    case COOPOS_SETLK:
+        return coopos_job_lock(job, (short)job->flags);
+    case COOPOS_FLOCK:
+        return flock(job->fd, job->flags);
+    case COOPOS_SEM_WAIT:
+        return sem_wait(job->semaphore);
+    case COOPOS_WAITID:
+        return waitid(job->idtype, job->id, &info, job->flags);
+    case COOPOS_FSYNC:
+        return fsync(job->fd);
+    case COOPOS_FDATASYNC:
+        return coopos_fdatasync(job->fd);
+    case COOPOS_SYNC:
+        sync();
+        return 0;
+    case COOPOS_FTRUNCATE:
+        return ftruncate(job->fd, job->length);
+    case COOPOS_TRUNCATE:
+        return truncate(job->buf, job->length);
+    case COOPOS_FALLOCATE:
+        err = coopos_fallocate(job->fd, job->offset, job->length);
+        errno = err;
+        return err ? -1 : 0;
+    case COOPOS_COPY:
+        return coopos_copy(job->fd, job->offset, job->other, job->other_offset, job->size);
+    case COOPOS_SENDFILE:
+        return coopos_sendfile(job->other, job->fd, job->offset, job->size);
+    case COOPOS_SPLICE:
+        return coopos_splice(job->fd, job->offset, job->other, job->other_offset, job->size, (unsigned)job->flags);
+    case COOPOS_RANDOM:
+        return coopos_random(job->buf, job->size, (unsigned)job->flags);
+    }
+    errno = ENOSYS;
+    return -1;
+}
+
+/* Make it, in any thread. It ends with EINTR only where somebody has to look at signals, or has interrupted it. */
+static inline void coopos_job_make(struct coopos_job *job)
+{
+    job->end = -1;
+    job->rc = coopos_job_call(job);
+    job->err = job->rc < 0 ? errno : 0;
+}
+
+/* Give back what was got for somebody who is not there to have it. The offset stays if others have moved it since. */
+static inline void coopos_job_undo(struct coopos_job *job)
+{
+    if (job->rc < 0)
+        return;
+    switch (job->operation) {
+    case COOPOS_OPEN:
+        (void)close((int)job->rc);
+        break;
+    case COOPOS_SETLK:
+        (void)coopos_job_lock(job, F_UNLCK);
+        break;
+    case COOPOS_FLOCK:
+        (void)flock(job->fd, LOCK_UN);
+        break;
+    case COOPOS_SEM_WAIT:
+        (void)sem_post(job->semaphore);
+        break;
+    case COOPOS_MOVE:
+        if (job->end >= 0 && lseek(job->fd, 0, SEEK_CUR) == job->end)
+            (void)lseek(job->fd, job->end - (off_t)job->rc, SEEK_SET);
+        break;
+    default:
+        break;
+    }
+}
+
+/* ---- jobs and mailboxes ---- */
+
+/* Leave the low numbers to the program: what it closes and opens again gets the lowest one that is free. */
+static inline void coopos_mailbox_step_aside(struct coopos_mailbox *mailbox)
+{
+    const int lowest = 512, is_one = mailbox->bell[0] == mailbox->bell[1];
+    int i, moved;
+    for (i = 0; i < 2 - is_one; i++)
+        if ((moved = fcntl(mailbox->bell[i], F_DUPFD_CLOEXEC, lowest)) >= 0) {
+            (void)close(mailbox->bell[i]);
+            mailbox->bell[i] = moved;
+        }
+    if (is_one)
+        mailbox->bell[1] = mailbox->bell[0];
+}
+
+static inline struct coopos_mailbox *coopos_mailbox_new(void)
+{
+    struct coopos_mailbox *mailbox = calloc(1, sizeof *mailbox);
+    if (mailbox != NULL && coopos_bell_new(mailbox->bell) < 0) {
+        int err = errno;
+        free(mailbox);
+        errno = err;
+        return NULL;
+    }
+    if (mailbox != NULL) {
+        coopos_mailbox_step_aside(mailbox);
+        mailbox->refs = 1;
+    }
+    return mailbox;
+}
+
+/* With the lock held. */
+static inline void coopos_mailbox_drop(struct coopos_mailbox *mailbox)
+{
+    if (--mailbox->refs == 0)
+        free(mailbox);
+}
+
+/* Its hub is gone, or the process was forked: the descriptor is closed now, and nobody is told any more. */
+static inline void coopos_mailbox_shut(struct coopos_mailbox *mailbox)
+{
+    coopos_pool_lock();
+    if (!mailbox->is_shut) {
+        mailbox->is_shut = 1;
+        coopos_bell_close(mailbox->bell);
+    }
+    coopos_mailbox_drop(mailbox);
+    coopos_pool_unlock();
+}
+
+static inline struct coopos_job *coopos_job_new(size_t room)
+{
+    struct coopos_job *job = calloc(1, sizeof *job);
+    void *buf = NULL;
+    if (job == NULL)
+        return NULL;
+    if (room && posix_memalign(&buf, COOPOS_ALIGNMENT, room) != 0) {
+        free(job);
+        return NULL;
+    }
+    job->buf = buf;
+    job->size = room;
+    job->refs = 1;
+    job->fd = job->other = -1;
+    job->offset = job->other_offset = -1;
+    return job;
+}
+
+/* With the lock held. */
+static inline void coopos_job_drop(struct coopos_job *job)
+{
+    if (--job->refs == 0) {
+        free(job->buf);
+        free(job);
+    }
+}
+
+static inline void coopos_job_free(struct coopos_job *job)
+{
+    coopos_pool_lock();
+    coopos_job_drop(job);
+    coopos_pool_unlock();
+}
+
+/* The next one that has arrived, or NULL. It has no owner's reference left but that of whoever made it. */
+static inline struct coopos_job *coopos_mailbox_take(struct coopos_mailbox *mailbox)
+{
+    struct coopos_job *job;
+    coopos_pool_lock();
+    job = mailbox->first;
+    if (job != NULL) {
+        mailbox->first = job->next;
+        if (mailbox->first == NULL)
+            mailbox->last = NULL;
+        coopos_mailbox_drop(mailbox);
+        coopos_job_drop(job);
+    }
+    coopos_pool_unlock();
+    return job;
+}
+
+/* Take a job out that has arrived, and was not taken; whether it was there. */
+static inline int coopos_mailbox_recall(struct coopos_job *job)
+{
+    struct coopos_mailbox *mailbox;
+    struct coopos_job *before = NULL, *each;
+    coopos_pool_lock();
+    mailbox = job->mailbox;
+    for (each = job->state == COOPOS_DONE ? mailbox->first : NULL; each != NULL && each != job; each = each->next)
+        before = each;
+    if (each != NULL) {
+        if (before != NULL)
+            before->next = job->next;
+        else
+            mailbox->first = job->next;
+        if (mailbox->last == job)
+            mailbox->last = before;
+        coopos_mailbox_drop(mailbox);
+        coopos_job_drop(job);
+    }
+    coopos_pool_unlock();
+    return each != NULL;
+}
+
+/* ---- workers ---- */
+
+/* With the lock held: a job is over. Its closes are handed over in *closing*, to be made once the lock is released. */
+static inline void coopos_job_arrive(struct coopos_job *job, struct coopos_closing **closing)
+{
+    struct coopos_mailbox *mailbox = job->mailbox;
+    closing[0] = job->closing[0];
+    closing[1] = job->closing[1];
+    job->closing[0] = job->closing[1] = NULL;
+    job->state = COOPOS_DONE;
+    coopos_pool.begun--;
+    if (!job->waits_for_peer)
+        coopos_pool.at_disks--;
+    if (mailbox->is_shut) {
+        coopos_mailbox_drop(mailbox);
+        coopos_job_drop(job);
+        return;
+    }
+    job->next = NULL;
+    if (mailbox->last != NULL)
+        mailbox->last->next = job;
+    else
+        mailbox->first = job;
+    mailbox->last = job;
+    coopos_bell_ring(mailbox->bell);
+}
+
+/* With the lock held: the next one that waits for the disks, if there is room, or NULL. */
+static inline struct coopos_job *coopos_pool_next(void)
+{
+    struct coopos_job *job = coopos_pool.first;
+    if (job == NULL || coopos_pool.at_disks >= coopos_pool.limit)
+        return NULL;
+    coopos_pool.first = job->next;
+    if (coopos_pool.first == NULL)
+        coopos_pool.last = NULL;
+    return job;
+}
+
+/* With the lock held: from here on it is not taken back. */
+static inline void coopos_job_begin(struct coopos_job *job)
+{
+    job->state = COOPOS_BEGUN;
+    coopos_pool.begun++;
+    if (!job->waits_for_peer)
+        coopos_pool.at_disks++;
+}
+
+/* With the lock held: wait for a job; NULL when it has lingered long enough. */
+static inline struct coopos_job *coopos_worker_linger(struct coopos_worker *self)
+{
+    struct coopos_worker **link;
+    struct timespec until;
+    if (coopos_pool.is_ending)
+        return NULL;
+    self->job = NULL;
+    self->next = coopos_pool.idle;
+    coopos_pool.idle = self;
+    (void)clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += COOPOS_LINGER_S;
+    while (self->job == NULL && !coopos_pool.is_ending)
+        if (pthread_cond_timedwait(&self->has_job, &coopos_pool.lock, &until) == ETIMEDOUT)
+            break;
+    if (self->job == NULL)
+        for (link = &coopos_pool.idle; *link != NULL; link = &(*link)->next)
+            if (*link == self) {
+                *link = self->next;
+                break;
+            }
+    return self->job;
+}
+
+static inline void *coopos_worker_run(void *arg)
+{
+    struct coopos_worker self;
+    struct coopos_job *job = arg;
+    struct coopos_closing *closing[2];
+    int waits_for_peer;
+    sigset_t none;
+    (void)pthread_cond_init(&self.has_job, NULL);
+    coopos_pool_lock();
+    for (;;) {
+        job->thread = pthread_self();
+        job->has_thread = 1;
+        waits_for_peer = job->waits_for_peer;
+        while (coopos_pool.is_held && !job->is_interrupted)
+            (void)pthread_cond_wait(&coopos_pool.is_let_go, &coopos_pool.lock);
+        coopos_pool_unlock();
+        if (waits_for_peer)
+            coopos_thread_be_interruptible(&none);
+        do
+            coopos_job_make(job);
+        while (job->rc < 0 && job->err == EINTR && !__atomic_load_n(&job->is_interrupted, __ATOMIC_RELAXED));
+        if (waits_for_peer)
+            (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
+        coopos_pool_lock();
+        if (job->is_interrupted)
+            coopos_signals_forget();
+        if (job->is_abandoned)
+            coopos_job_undo(job);
+        coopos_job_arrive(job, closing);
+        if (closing[0] != NULL || closing[1] != NULL) {
+            coopos_pool_unlock();
+            coopos_closing_leave(closing[0]);
+            coopos_closing_leave(closing[1]);
+            coopos_pool_lock();
+        }
+        job = coopos_pool_next();
+        if (job != NULL)
+            coopos_job_begin(job);
+        else if ((job = coopos_worker_linger(&self)) == NULL)
+            break;
+    }
+    coopos_pool.threads--;
+    coopos_pool_unlock();
+    (void)pthread_cond_destroy(&self.has_job);
+    return NULL;
+}
+
+/* With the lock held: have a worker make the job that has begun; 0 or an errno. */
+static inline int coopos_pool_hand_over(struct coopos_job *job)
+{
+    struct coopos_worker *worker = coopos_pool.idle;
+    pthread_t thread;
+    int err;
+    if (worker != NULL) {
+        coopos_pool.idle = worker->next;
+        worker->job = job;
+        (void)pthread_cond_signal(&worker->has_job);
+        return 0;
+    }
+    err = coopos_thread_start(&thread, coopos_worker_run, job);
+    if (err == 0) {
+        (void)pthread_detach(thread);
+        coopos_pool.threads++;
+    }
+    return err;
+}
+
+/* Have the job made, and put into the mailbox when it is over. 0, or an errno: there is no thread to make it. */
+static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbox *mailbox)
+{
+    int err = 0;
+    coopos_pool_lock();
+    job->mailbox = mailbox;
+    job->is_abandoned = job->is_interrupted = job->has_thread = 0;
+    if (!job->waits_for_peer && coopos_pool.at_disks >= coopos_pool.limit) {
+        job->state = COOPOS_QUEUED;
+        job->next = NULL;
+        if (coopos_pool.last != NULL)
+            coopos_pool.last->next = job;
+        else
+            coopos_pool.first = job;
+        coopos_pool.last = job;
+    }
+    else {
+        coopos_job_begin(job);
+        err = coopos_pool_hand_over(job);
+        if (err) {
+            job->state = COOPOS_IDLE;
+            coopos_pool.begun--;
+            if (!job->waits_for_peer)
+                coopos_pool.at_disks--;
+        }
+    }
+    if (err == 0) {
+        mailbox->refs++;
+        job->refs++;
+    }
+    coopos_pool_unlock();
+    return err;
+}
+
+/* The limit has grown: begin what has room now. */
+static inline void coopos_pool_set_limit(int limit)
+{
+    struct coopos_job *job;
+    coopos_pool_lock();
+    coopos_pool.limit = limit;
+    while ((job = coopos_pool_next()) != NULL) {
+        coopos_job_begin(job);
+        if (coopos_pool_hand_over(job)) {
+            coopos_pool.begun--;
+            coopos_pool.at_disks--;
+            job->state = COOPOS_QUEUED;
+            job->next = coopos_pool.first;
+            coopos_pool.first = job;
+            if (coopos_pool.last == NULL)
+                coopos_pool.last = job;
+            break;
+        }
+    }
+    coopos_pool_unlock();
+}
+
+static inline void coopos_pool_hold(int is_held)
+{
+    coopos_pool_lock();
+    coopos_pool.is_held = is_held;
+    (void)pthread_cond_broadcast(&coopos_pool.is_let_go);
+    coopos_pool_unlock();
+}
+
+/* Take a job out of the queue; whether it was there: it will not be made, and does not arrive. */
+static inline int coopos_job_take_back(struct coopos_job *job)
+{
+    struct coopos_job *before = NULL, *each;
+    int was_queued;
+    coopos_pool_lock();
+    was_queued = job->state == COOPOS_QUEUED;
+    if (was_queued) {
+        for (each = coopos_pool.first; each != job; each = each->next)
+            before = each;
+        if (before != NULL)
+            before->next = job->next;
+        else
+            coopos_pool.first = job->next;
+        if (coopos_pool.last == job)
+            coopos_pool.last = before;
+        job->state = COOPOS_IDLE;
+        coopos_mailbox_drop(job->mailbox);
+        coopos_job_drop(job);
+    }
+    coopos_pool_unlock();
+    return was_queued;
+}
+
+static inline enum coopos_state coopos_job_state(struct coopos_job *job)
+{
+    enum coopos_state state;
+    coopos_pool_lock();
+    state = job->state;
+    coopos_pool_unlock();
+    return state;
+}
+
+/* Have a close wait for the end of a job that has begun; whether it has to. */
+static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct coopos_closing *closing)
+{
+    int has_to;
+    coopos_pool_lock();
+    has_to = job->state == COOPOS_BEGUN;
+    if (has_to) {
+        coopos_closing_enter(closing);
+        job->closing[which] = closing;
+    }
+    coopos_pool_unlock();
+    return has_to;
+}
+
+/* Have the system call of a job that waits for another party fail with EINTR. With the GIL held, and for no longer than a moment:
+ * a call that hears of no signal is left to its worker. Whether it is over.
+ *
+ * Not pthread_cancel: in glibc before 2.41 it also takes effect when the call has just succeeded, and what was got is lost. A
+ * signal that comes before the thread is in its system call ends nothing, hence the loop.
+ */
+enum { COOPOS_INTERRUPT_US = 50, COOPOS_INTERRUPTS = 300 };
+
+static inline int coopos_job_interrupt(struct coopos_job *job)
+{
+    struct timespec pause = {0, COOPOS_INTERRUPT_US * 1000L};
+    struct sigaction before;
+    int attempt, is_over = 0;
+    coopos_handler_begin(&before);
+    for (attempt = 0; attempt < COOPOS_INTERRUPTS && !is_over; attempt++) {
+        if (attempt)
+            (void)nanosleep(&pause, NULL);
+        if (attempt > COOPOS_INTERRUPTS / 3)
+            pause.tv_nsec = 1000000L;
+        coopos_pool_lock();
+        __atomic_store_n(&job->is_interrupted, 1, __ATOMIC_RELAXED);
+        is_over = job->state != COOPOS_BEGUN;
+        if (!is_over && job->has_thread)
+            (void)pthread_kill(job->thread, SIGURG);
+        if (coopos_pool.is_held)
+            (void)pthread_cond_broadcast(&coopos_pool.is_let_go);
+        coopos_pool_unlock();
+    }
+    coopos_handler_end(&before);
+    return is_over;
+}
+
+/* Nobody wants the result. If the job is over it is undone here, else by its worker. */
+static inline void coopos_job_abandon(struct coopos_job *job)
+{
+    coopos_pool_lock();
+    if (job->state == COOPOS_DONE)
+        coopos_job_undo(job);
+    else
+        job->is_abandoned = 1;
+    coopos_pool_unlock();
+}
+
+/* ---- the process's end, and forks ---- */
+
+/* At exit: let what has begun at the disks come to its end, for no longer than a second or so. */
+static inline void coopos_pool_end(void)
+{
+    const struct timespec pause = {0, 1000000L};
+    struct coopos_worker *worker;
+    int attempt, is_over = 0;
+    for (attempt = 0; attempt < 1000 && !is_over; attempt++) {
+        coopos_pool_lock();
+        coopos_pool.is_ending = 1;
+        for (worker = coopos_pool.idle; worker != NULL; worker = worker->next)
+            (void)pthread_cond_signal(&worker->has_job);
+        is_over = coopos_pool.threads <= coopos_pool.begun - coopos_pool.at_disks && coopos_pool.at_disks == 0;
+        coopos_pool_unlock();
+        if (!is_over)
+            (void)nanosleep(&pause, NULL);
+    }
+}
+
+static inline void coopos_pool_in_child(void)
+{
+    static const pthread_mutex_t unlocked = PTHREAD_MUTEX_INITIALIZER;
+    static const pthread_cond_t nobody = PTHREAD_COND_INITIALIZER;
+    coopos_pool.lock = unlocked;
+    coopos_pool.is_let_go = nobody;
+    coopos_pool.idle = NULL;
+    coopos_pool.first = coopos_pool.last = NULL;
+    coopos_pool.at_disks = coopos_pool.threads = coopos_pool.begun = coopos_pool.is_held = 0;
+}
+
+/* The lock is held while the process forks, so that the child finds whole jobs. */
+static inline int coopos_pool_hear_of_forks(void)
+{
+    return pthread_atfork(coopos_pool_lock, coopos_pool_unlock, coopos_pool_in_child);
+}
+
+/* In a forked child, which has no workers: the job is its owner's alone. What was its state? */
+static inline enum coopos_state coopos_job_orphan(struct coopos_job *job)
+{
+    enum coopos_state state = job->state;
+    job->state = COOPOS_IDLE;
+    job->closing[0] = job->closing[1] = NULL;
+    job->refs = 1;
+    return state;
+}
+
+#endif
