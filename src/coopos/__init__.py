@@ -12,6 +12,8 @@ Environment variables, read when the module is imported:
     Wait for children with threads instead of pidfds, as on systems that have none.
 ``COOPOS_NOWAIT=0``
     Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
+``COOPOS_SETS=watchers``
+    Wait for descriptors by watchers of gevent's loop, as on systems without epoll.
 ``COOPOS_FAIRNESS``
     A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
 ``COOPOS_KEEP_GREENLETS=0``
