@@ -5,8 +5,10 @@ import errno
 import gc
 import os
 import socket
+import threading
 
 import gevent
+import gevent.event
 import greenlet as greenlets
 import pytest
 from gevent.hub import get_hub
@@ -246,8 +248,6 @@ def test_close_of_what_a_dead_threads_greenlet_waits_for_whose_ident_is_used_aga
 @needs_sets
 def test_close_of_what_another_threads_greenlet_waits_for_is_made_at_once():
     """Though that thread's hub stands still."""
-    import threading
-
     with make_pipe() as (reader, _writer), HubThread() as thread:
         waiter = thread.parked(error_of, coopos.nb_read, reader, 10)
         may_go_on = threading.Event()
@@ -395,3 +395,179 @@ def test_forked_child_has_a_set_of_its_own():
         """,
         may_complain=True,  # the child's hub reports the OSError
     )
+
+
+# ---- direct switches ---------------------------------------------------------------------------------------------------------
+
+
+class Switches:
+    """A context in which this thread's switches are traced: a list of (from, to)."""
+
+    def __enter__(self):
+        self.seen = []
+        self._before = greenlets.settrace(self._trace)
+        return self.seen
+
+    def _trace(self, event, args):
+        if event in ("switch", "throw"):
+            self.seen.append(args)
+
+    def __exit__(self, *exc_info):
+        greenlets.settrace(self._before)
+
+
+@contextlib.contextmanager
+def ping_pong(turns=None):
+    """Two greenlets that throw one byte back and forth, for so many turns or for ever; the greenlets."""
+    with make_pipe() as (there, to_there), make_pipe() as (here, to_here):
+
+        def play(reader, writer):
+            count = 0
+            while turns is None or count < turns:
+                coopos.nb_write(writer, coopos.nb_read(reader, 1))
+                count += 1
+
+        players = [gevent.spawn(play, there, to_here), gevent.spawn(play, here, to_there)]
+        turn_loop()
+        os.write(to_there, b"x")
+        try:
+            yield players
+        finally:
+            gevent.killall(players)
+
+
+@needs_sets
+def test_greenlet_that_waits_switches_to_one_that_is_ready():
+    """Tracers see it. The hub has a turn after 64 at the latest."""
+    with Switches() as switches, ping_pong(1000) as players:
+        gevent.joinall(players, timeout=20, raise_error=True)
+    direct, most, in_a_row = 0, 0, 0
+    for origin, target in switches:
+        in_a_row = in_a_row + 1 if origin in players and target in players else 0
+        direct += in_a_row > 0
+        most = max(most, in_a_row)
+    assert direct > 500
+    assert 1 < most <= 64
+
+
+def test_timers_callbacks_and_other_greenlets_have_their_turn_beside_a_ping_pong():
+    turns, callbacks = [], []
+
+    def turn():
+        while True:
+            turns.append(1)
+            gevent.sleep(0)
+
+    with ping_pong():
+        ticker = gevent.spawn(turn)
+        get_hub().loop.run_callback(callbacks.append, 1)
+        with gevent.Timeout(20):
+            gevent.sleep(0.05)
+            while len(turns) < 100:
+                gevent.sleep(0.001)
+        ticker.kill()
+        assert callbacks == [1]
+
+
+def test_ping_pong_alone_leaves_timers_their_turn():
+    with ping_pong():
+        for _ in range(10):
+            with pytest.raises(gevent.Timeout), gevent.Timeout(0.005):
+                gevent.event.Event().wait()
+
+
+@needs_sets
+def test_greenlet_that_is_to_be_killed_is_not_switched_to():
+    """Its kill is a callback of the hub's, which comes first, as without direct switches."""
+    with make_pipe() as (reader, writer), make_pipe() as (mine, _other):
+        victim = parked(coopos.nb_read, reader, 1)
+
+        def kill_and_wait():
+            os.write(writer, b"x")
+            victim.kill(block=False)
+            coopos.nb_read(mine, 1)
+
+        killer = parked(kill_and_wait)
+        assert victim.ready()
+        assert isinstance(victim.value, gevent.GreenletExit)
+        assert drain(reader) == b"x"
+        killer.kill()
+
+
+def test_greenlet_that_was_timed_out_is_not_switched_to():
+    with make_pipe() as (reader, writer), make_pipe() as (mine, _other):
+        outcomes = []
+
+        def read_in_time():
+            with gevent.Timeout(0.001, False):
+                outcomes.append(coopos.nb_read(reader, 1))
+            outcomes.append(event.wait())
+
+        event = gevent.event.Event()
+        reading = gevent.spawn(read_in_time)
+        gevent.sleep(0.01)
+        os.write(writer, b"x")
+        waiting = parked(coopos.nb_read, mine, 1)
+        assert outcomes == []
+        event.set()
+        reading.join()
+        assert outcomes == [True]
+        waiting.kill()
+
+
+@needs_sets
+def test_greenlet_of_another_thread_is_not_switched_to():
+    """What it waits for is ready, and it alone is: who waits here goes to the hub."""
+    with make_pipe() as (reader, writer), make_pipe() as (mine, _), make_pipe() as (other, _), HubThread() as thread:
+        theirs = thread.parked(coopos.nb_read, reader, 1)
+        may_go_on = threading.Event()
+        thread.post(may_go_on.wait, 20)
+        try:
+            os.write(writer, b"x")
+            with Switches() as switches:
+                waiting = [parked(coopos.nb_read, fd, 1) for fd in (mine, other)]
+            assert theirs not in [each for switch in switches for each in switch]
+        finally:
+            may_go_on.set()
+        assert thread.result_of(theirs) == b"x"
+        gevent.killall(waiting)
+
+
+@needs_sets
+def test_child_and_descriptor_that_are_ready_beside_a_wait_are_told_by_the_hub():
+    """A greenlet that finds them in the set can't: it leaves them to the hub."""
+    with make_pipe() as (reader, writer), make_pipe() as (mine, _other):
+        told = []
+        pid = coopos.fork_and_watch(lambda child: told.append(child.rpid))
+        if not pid:
+            os._exit(0)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        readers = [parked(error_of, coopos.nb_read, reader, 1) for _ in range(2)]
+        os.write(writer, b"xx")
+        waiting = parked(coopos.nb_read, mine, 1)
+        gevent.joinall(readers, timeout=20)
+        assert [each.value for each in readers] == [(None, b"x")] * 2
+        with gevent.Timeout(20):
+            while not told:
+                gevent.sleep(0.001)
+        assert told == [pid]
+        assert coopos.waitpid(pid, 0) == (pid, 0)
+        waiting.kill()
+
+
+@needs_sets
+def test_callback_of_the_hub_switches_to_nobody():
+    """A read in a callback is refused, or stands; never does the hub go to a greenlet by itself from there."""
+    with make_pipe() as (reader, writer), make_pipe() as (mine, _other):
+        waiting = parked(coopos.nb_read, reader, 1)
+        outcomes = []
+
+        def read_in_hub():
+            os.write(writer, b"x")
+            outcomes.append(error_of(coopos.nb_read, mine, 1)[0])
+            outcomes.append(waiting.ready())
+
+        get_hub().loop.run_callback(read_in_hub)
+        turn_loop()
+        assert outcomes[1] is False
+        assert result_of(waiting) == b"x"

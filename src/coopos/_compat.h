@@ -321,6 +321,13 @@ struct coopos_event {
     int events;
 };
 
+static inline long long coopos_now_us(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+}
+
 static inline int coopos_set_new(void)
 {
 #if defined(__linux__)

@@ -46,6 +46,8 @@ cdef class Set:
     cdef Event *ready          # what look() has got, and how far it is
     cdef int at
     cdef int n
+    cdef int n_direct          # switches since the loop had its turn
+    cdef long long direct_since_us
     cdef list posted           # by other threads: [(Wait, PutOffClose or None), ...]
     cdef bint open(self) except -1
     cdef int renew(self) except -1
@@ -61,6 +63,7 @@ cdef class Set:
     cdef int arm_all(self) except -1
     cdef int arm_again(self, int fd) except -1
     cdef int look(self) except -1
+    cdef Wait next_ready(self, object hub, object current)
     cdef int tell(self, int fd, int events) except -1
 
 
@@ -69,6 +72,7 @@ cdef class Wait:
     cdef PyObject *next        # another one for the same descriptor, borrowed
     cdef int fd
     cdef int events
+    cdef bint is_listed        # in the table
     cdef int error             # errno that the waiter is to raise; 0
     cdef bint is_held          # it wants the loop kept alive
     cdef object greenlet       # that waits, or None

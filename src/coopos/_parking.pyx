@@ -19,8 +19,8 @@ from posix.unistd cimport close as c_close
 
 from coopos._posix cimport (
     COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, Event, PyErr_CheckSignals, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_set_arm, coopos_set_new, coopos_set_ready, coopos_switch, dev_t, fstat, ino_t, poll, pollfd,
-    pthread_atfork, stat_t)
+    coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_new, coopos_set_ready, coopos_switch, dev_t, fstat, ino_t,
+    poll, pollfd, pthread_atfork, stat_t)
 
 import os
 import sys
@@ -57,28 +57,34 @@ cdef object this_greenlet():
 
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
 cdef dict _has_switch_out = {}
-# The last type that had none.
-cdef object _plain_kind = None
 
 
 cdef object refusal():
     return BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
+cdef bint has_switch_out(object greenlet) except -1:
+    kind = type(greenlet)
+    if kind not in _has_switch_out:
+        _has_switch_out[kind] = hasattr(kind, "switch_out")
+    return _has_switch_out[kind]
+
+
 cdef object give_way(object hub, object current):
     """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
     if current is hub:
         raise refusal()
-    global _plain_kind
-    cdef object kind = type(current)
+    return switch_to(hub, None, current)
+
+
+cdef object switch_to(object greenlet, tuple args, object current):
+    """Go to the hub, or with *args* to *greenlet*, and come back with what somebody switches back with."""
     try:
-        if kind is not _plain_kind:
-            if kind not in _has_switch_out:
-                _has_switch_out[kind] = hasattr(kind, "switch_out")
-            if _has_switch_out[kind]:
-                return hub.switch()
-            _plain_kind = kind
-        return coopos_switch(hub, NULL, NULL)
+        if args is not None:
+            return coopos_switch(greenlet, <PyObject *>args, NULL)
+        if has_switch_out(current):
+            return greenlet.switch()
+        return coopos_switch(greenlet, NULL, NULL)
     except Exception as ex:
         if current in _outright and is_called_outright(current):
             raise Thrown(ex)
@@ -264,6 +270,10 @@ cdef int _parked_size = 0
 
 
 cdef enum:
+    MAX_DIRECT = 64        # how many greenlets switch to the next one themselves, before the loop has a turn
+    MAX_DIRECT_US = 1000   # and how long that goes on
+
+cdef enum:
     UNKNOWN = -1       # whether a watcher is on: else 0 or 1
 
 cdef enum:
@@ -277,6 +287,10 @@ cdef class Wait:
 
     A new one each time: it is also what the greenlet is switched to with, and proves who has woken it.
     """
+
+    def __dealloc__(self):
+        if self.is_listed:
+            delist(self)           # its loop was destroyed, and what waited has gone without a word
 
     cdef int tell(self) except -1:
         """In the hub: the descriptor may be ready."""
@@ -311,6 +325,7 @@ cdef int enlist(Wait wait) except -1:
         memset(table + _parked_size, 0, <size_t>(size - _parked_size) * sizeof(PyObject *))
         _parked, _parked_size = table, size
     wait.next = _parked[fd]
+    wait.is_listed = True
     _parked[fd] = <PyObject *>wait
     return 0
 
@@ -318,7 +333,8 @@ cdef int enlist(Wait wait) except -1:
 cdef bint delist(Wait wait) noexcept:
     """Whether it was there: not, if a fork has left it behind."""
     cdef PyObject **link
-    if 0 <= wait.fd < _parked_size:
+    if wait.is_listed:
+        wait.is_listed = False
         link = &_parked[wait.fd]
         while link[0] != NULL:
             if link[0] == <PyObject *>wait:
@@ -620,6 +636,7 @@ cdef class Set:
             self.loop.handle_error(self.watcher, *sys.exc_info())
         finally:
             self.is_looking = False
+            self.n_direct = 0
             while self.at < self.n:    # they are told in the next turn
                 self.arm_again(self.ready[self.at].fd)
                 self.at += 1
@@ -655,6 +672,39 @@ cdef class Set:
             if woken or are_others:
                 self.arm_again(fd)
         return 0
+
+    cdef Wait next_ready(self, object hub, object current):
+        """One who waits here, and can be switched to at once, without a turn of the loop; or None.
+
+        So many in a row, and for so long, that the loop's timers and callbacks are not kept waiting; and none while there are
+        callbacks, of which one may be to kill it.
+        """
+        cdef Event event
+        cdef PyObject *link
+        cdef Wait wait
+        cdef long long now
+        if self.n_direct >= MAX_DIRECT or self.fd < 0 or hub.loop._callbacks or has_switch_out(current):
+            return None
+        now = coopos_now_us()
+        if self.n_direct == 0:
+            self.direct_since_us = now
+        elif now - self.direct_since_us > MAX_DIRECT_US:
+            return None
+        if self.at < self.n:           # look() has got it, and is not there yet
+            event = self.ready[self.at]
+        elif coopos_set_ready(self.fd, &event, 1) != 1:
+            return None
+        self.n_direct += 1
+        link = _parked[event.fd] if event.fd < _parked_size else NULL
+        if link != NULL:
+            wait = <Wait>link
+            if wait.next == NULL and wait.set is self and wait.greenlet is not None and wait.events & event.events:
+                self.at += self.at < self.n
+                return wait
+        # The hub's affair: several who wait for it, a child, news of a thread. Or it concerns nobody any more.
+        if self.at >= self.n:
+            self.arm_again(event.fd)
+        return None
 
     def run_posted(self):
         """In the loop's thread: another thread has closed what is waited for here."""
@@ -759,10 +809,18 @@ cdef int take_over(bint keeps_greenlets) except -1:
 
 cdef object rest(Set here, Wait wait, object hub, object current, str call):
     """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. What is always ready costs a turn."""
-    if here.enter(wait, True, call):
+    cdef Wait other
+    if not here.enter(wait, True, call):
+        take_turns()
+        return wait
+    other = here.next_ready(hub, current) if here.members > 1 else None
+    if other is None:
+        if not here.is_looking:
+            here.n_direct = 0      # the loop has a whole turn
         return give_way(hub, current)
-    take_turns()
-    return wait
+    if other is wait:
+        return wait
+    return switch_to(other.greenlet, (other,), current)
 
 
 cdef int park(int fd, int events, str call, bint may_stand=True) except -1:

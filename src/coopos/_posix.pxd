@@ -129,6 +129,7 @@ cdef extern from "_compat.h" nogil:
     ctypedef struct Event "struct coopos_event":
         int fd
         int events
+    long long coopos_now_us()
     int coopos_set_new()
     int coopos_set_arm(int set, int fd, int events)
     int coopos_set_ready(int set, Event *ready, int max)
