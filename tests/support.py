@@ -20,6 +20,8 @@ import psutil
 import pytest
 from gevent.hub import get_hub
 
+import coopos
+
 DEADLINE_S = 30
 #: For a whole test: more than a script is given, less than pytest's faulthandler_timeout.
 TEST_DEADLINE_S = 100
@@ -255,6 +257,21 @@ def run_script(source, *, at=None, may_complain=False, timeout_s=DEADLINE_S * 2,
     return out
 
 
+#: For scripts that count descriptors: this thread's hub has waited once, and has what it keeps from then on.
+HAS_WAITED = """
+import os, gevent, coopos
+
+def wait_once():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with gevent.Timeout(0.001, False):
+        coopos.nb_read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+
+wait_once()
+"""
+
 #: For scripts that fork: how a child says that something is wrong. They have imported os, sys, traceback and coopos, and named the
 #: function that forks *fork*.
 IN_CHILD = """
@@ -343,6 +360,8 @@ def forget_the_past():
     """Make all that gevent makes once, now, and hide it from active_watchers()."""
     get_hub().threadpool.apply(lambda: None)
     turn_loop()
+    with make_pipe() as (reader, _writer):
+        parked(coopos.nb_read, reader, 1).kill()
     gc.collect()
     gc.freeze()
 

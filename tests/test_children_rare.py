@@ -8,7 +8,7 @@ import os
 import pytest
 
 from .children import needs_p_pidfd
-from .support import LOOP, needs_libev, run_script
+from .support import HAS_WAITED, LOOP, needs_libev, run_script
 from .test_children import may_choose_pids, run_used_pid
 
 SETUP = """
@@ -125,7 +125,8 @@ assert coopos.waitpid(pid, 0) == (pid, 7 << 8)
 def test_waits_in_threads_without_hubs(children):
     """They make no hub, leave no descriptor, and exactly one of those who wait gets the status."""
     run_here(
-        """
+        HAS_WAITED
+        + """
 results = []
 def wait(function, *args):
     try:

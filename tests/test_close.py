@@ -442,7 +442,7 @@ def test_close_in_a_forked_child_of_a_descriptor_for_which_a_thread_of_the_paren
 
 
 def test_close_in_a_forked_child_of_a_descriptor_whose_close_the_parent_has_put_off():
-    """The parent's other thread, which has to be told first, is not in the child: there the descriptor is simply open."""
+    """Without epoll the parent's other thread has to be told first, and is not in the child: there the descriptor is just open."""
     out = run_script(
         """
         import os
@@ -489,6 +489,7 @@ def test_close_in_a_forked_child_of_a_descriptor_whose_close_the_parent_has_put_
         thread.join()
         """,
         may_complain=True,  # the greenlet's OSError is also reported by its hub
+        COOPOS_SETS="watchers",
     )
     assert out == "child's close: 9\nclosed in the child\nparent reads 9\n"
 

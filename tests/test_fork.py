@@ -11,7 +11,7 @@ import pytest
 import coopos
 
 from .children import needs_pidfds
-from .support import IN_CHILD, LOOP, error_of, run_script
+from .support import HAS_WAITED, IN_CHILD, LOOP, error_of, run_script
 
 PRELUDE = """
 import fcntl, gc, os, signal, sys, threading, traceback
@@ -86,7 +86,7 @@ gevent.sleep(0)
 
 
 def run(source, **kwargs):
-    return run_script(PRELUDE + IN_CHILD + textwrap.dedent(source), **kwargs)
+    return run_script(PRELUDE + HAS_WAITED + IN_CHILD + textwrap.dedent(source), **kwargs)
 
 
 # ---- in the parent -----------------------------------------------------------------------------------------------------------

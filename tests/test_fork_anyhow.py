@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from .support import IN_CHILD, needs_libev, run_script
+from .support import HAS_WAITED, IN_CHILD, needs_libev, run_script
 
 PRELUDE = """
 import ctypes, os, signal, subprocess, sys, threading, traceback
@@ -461,6 +461,7 @@ def test_fork_without_memory(name, keep, count):
     """
     pytest.importorskip("_testcapi", reason="this Python has no _testcapi, which makes allocations fail")
     run(
+        HAS_WAITED,
         f"""
         import _testcapi
         coopos.fork_policy(keep_greenlets={keep}).__enter__()

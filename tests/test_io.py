@@ -33,7 +33,6 @@ from .support import (
     drain,
     error_of,
     make_pipe,
-    needs_libev,
     open_fds,
     parked,
     result_of,
@@ -114,7 +113,7 @@ def pipe_files(blocking=False):
 
 
 def have_waited(file, write):
-    """Let *file* wait once in this hub, and be woken: its watcher is on afterwards, where the loop allows it."""
+    """Let *file* wait once in this hub, and be woken."""
     write(b"1")
     assert file.read(100) == b"1"  # less than was asked for: the next one waits
     greenlet = parked(file.read, 100)
@@ -828,7 +827,7 @@ def test_killed_writer_has_written_nothing(ends):
         parked(reader.read, 1).kill()
 
 
-# ---- the watcher that stays on -----------------------------------------------------------------------------------------------
+# ---- who waits for a file ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
@@ -860,7 +859,7 @@ def test_reader_in_another_threads_hub():
 
 
 def test_first_reader_in_another_threads_hub_that_ends():
-    """The file works on, and can be closed, though the loop of its watcher is no more."""
+    """The file works on, and can be closed, though the loop that has waited for it is no more."""
     run_script("""
         import os, threading
         import gevent
@@ -960,7 +959,7 @@ def test_reader_killed_after_the_close():
 
 
 @pytest.mark.parametrize("closefd", [True, False])
-def test_close_with_nobody_waiting_turns_the_watcher_off(closefd):
+def test_close_with_nobody_waiting_leaves_no_watcher(closefd):
     with make_pipe() as (fd, writer):
         reader = coopos.FileIO(fd, closefd=closefd)
         have_waited(reader, lambda data: os.write(writer, data))
@@ -1015,7 +1014,7 @@ def test_number_closed_behind_its_back():
 
 
 def test_number_closed_behind_its_back_by_others():
-    """By os.close, with no watcher on: an error as io.FileIO's, though the last read has told the next one to wait."""
+    """By os.close: an error as io.FileIO's, though the last read has told the next one to wait."""
     with make_pipe() as (fd, writer):
         reader = coopos.FileIO(fd, closefd=False)
         os.write(writer, b"x")
@@ -1039,7 +1038,7 @@ def test_number_used_again_behind_its_back():
             reader.close()
 
 
-def test_watcher_left_on_keeps_no_loop_running():
+def test_file_that_has_been_waited_for_keeps_no_loop_running():
     """With nobody waiting the hub is done; with somebody who nobody will wake, LoopExit."""
     run_script("""
         import os
@@ -1065,7 +1064,7 @@ def test_watcher_left_on_keeps_no_loop_running():
 
 
 def test_second_waiter_keeps_the_loop_running():
-    """Also when the first, whose watcher stays on, waits no more; and the loop ends when the second does."""
+    """Also when the first waits no more; and the loop ends when the second does."""
     run_script("""
         import socket, threading
         import gevent
@@ -1105,7 +1104,7 @@ def test_second_waiter_keeps_the_loop_running():
     """)
 
 
-def test_watcher_left_on_does_not_spin_over_unread_data():
+def test_hub_does_not_spin_over_unread_data():
     with pipe_files() as (reader, writer):
         have_waited(reader, writer.write)
         writer.write(b"unread")
@@ -1118,15 +1117,6 @@ def test_watcher_left_on_does_not_spin_over_unread_data():
         assert len(turns) < 50
         assert reader.read(10) == b"unread"
         have_waited(reader, writer.write)
-
-
-@needs_libev
-def test_watcher_stays_on_between_two_waits():
-    with pipe_files() as (reader, writer):
-        have_waited(reader, writer.write)
-        [watcher] = io_watchers()
-        have_waited(reader, writer.write)
-        assert io_watchers() == [watcher]
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["unwaited", "waited"])
@@ -1145,7 +1135,7 @@ def test_open_and_close_leaves_nothing(waits):
 
 
 def test_forked_child():
-    """Parent and child each read on with a file whose watcher was on."""
+    """Parent and child each read on with a file that was waited for."""
     run_script("""
         import os
         import gevent

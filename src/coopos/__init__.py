@@ -14,6 +14,8 @@ Environment variables, read when the module is imported:
     Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
 ``COOPOS_THREADS``
     How many reads, writes and other calls may wait for disks at once, in threads: 64 by default.
+``COOPOS_SETS=watchers``
+    Wait for descriptors by watchers of gevent's loop, as on systems without epoll.
 ``COOPOS_FAIRNESS``
     A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
 ``COOPOS_KEEP_GREENLETS=0``

@@ -4,14 +4,14 @@ The kernel keeps the books. Nothing here installs a signal handler, asks for a c
 hold throughout:
 
 1. Whoever waits is registered before anything that could wake it is started, and leaves by a `finally`.
-2. An object of a loop (watcher, member of an exit set) is touched only by that loop's own thread; other threads post a callback.
+2. An object of a loop (watcher, member of its set) is touched only by that loop's own thread; other threads post a callback.
 3. In a forked child every object made before the fork belongs to the parent: `generation` tells, and its descriptors and threads
    are left alone.
 4. To tell anybody anything can let other threads run (libuv's watchers release the GIL): a record is first brought to its new
    state, and then others are told.
 
-From the bottom up: a Question is put to waitid(2) by a thread; an ExitSet holds the pidfds that one loop waits for; a Watch is one
-child in one loop, by either; a Child is the record of one child, with a Watch in each loop that waits. The module knows libc,
+From the bottom up: a Question is put to waitid(2) by a thread; a Watch is one child in one loop, by such a thread or by a pidfd in
+the loop's set; a Child is the record of one child, with a Watch in each loop that waits. The module knows libc,
 `_parking`, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
 """
 
@@ -29,13 +29,13 @@ from posix.signal cimport kill, sigaction, sigaction_t
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgid, getuid
 
-from coopos._parking cimport READ, as_int, generation, give_way, is_alive, os_error, post, reachable_hub, set_ref, wrong_switch
+from coopos._parking cimport (
+    READ, Wait, as_int, generation, give_way, is_alive, os_error, post, reachable_hub, set_of_loop, set_ref, wrong_switch)
 from coopos._posix cimport (
-    COOPOS_P_PIDFD, COOPOS_SET_BATCH, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals,
-    Report, WEXITED, WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_has_ended,
-    coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_set_add, coopos_set_new,
-    coopos_set_ready, coopos_thread_start, coopos_wait, idtype_t, poll, pollfd, pthread_cancel, pthread_join,
-    pthread_setcancelstate, pthread_t, siginfo_t, waitid)
+    COOPOS_P_PIDFD, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals, Report, WEXITED,
+    WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_has_ended, coopos_pidfd_inode,
+    coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_thread_start, coopos_wait, idtype_t, poll, pollfd,
+    pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t, waitid)
 
 import atexit
 import os
@@ -122,8 +122,8 @@ cdef void *ask_kernel(void *arg) noexcept nogil:
 cdef class Question:
     """One question to waitid(2) about children, asked by one thread for all who wait for the answer.
 
-    The answer is only "look again": a descriptor becomes readable, and each who asked has an io watcher for it in its own loop.
-    Where no descriptor is left, each has an async watcher.
+    The answer is only "look again": a descriptor becomes readable, which each who asked has in its own loop's set. Where no
+    descriptor is left, each has an async watcher.
     """
     cdef tuple key                 # (idtype, id, options)
     cdef dict table                # _questions or _exit_questions
@@ -221,9 +221,9 @@ cdef class Question:
         cdef Listener listener
         loop = this_loop()
         for listener in self.listeners:
-            if listener.watcher is not None and listener.loop is loop:
-                listener.watcher.stop()
-                listener.watcher.close()
+            if listener.bell is not None and listener.loop is loop:
+                listener.bell.stop()
+                listener.bell.close()
         self.listeners.clear()
         if self.has_bell:
             self.has_bell = False
@@ -233,11 +233,13 @@ cdef class Question:
 
 @cython.final
 @cython.internal
-cdef class Listener:
-    """One of those who wait for the answer to a Question: in a loop by a watcher, or plainly, where *loop* is None."""
+cdef class Listener(Wait):
+    """One of those who wait for the answer to a Question: in a loop by its set, or plainly, where *loop* is None."""
     cdef Question question
-    cdef object loop               # libuv's io watchers don't tell their loop
-    cdef object watcher
+    cdef object loop
+    cdef object bell               # an async watcher, where there is no descriptor for a bell
+    cdef object callback
+    cdef tuple args
     cdef PyThread_type_lock lock   # to stand at, where there is neither a loop nor a bell
 
     def __dealloc__(self):
@@ -247,23 +249,37 @@ cdef class Listener:
     cdef int start(self, bint ref, callback, tuple args) except -1:
         """Have ``callback(*args)`` run in the loop's hub when there is news."""
         cdef Question question = self.question
-        self.watcher = self.loop.io(question.bell[0], READ, ref=ref) if question.has_bell else self.loop.async_(ref=ref)
-        self.watcher.start(self.hear, callback, args)
-        set_ref(self.watcher, ref)
+        self.callback, self.args = callback, args
+        if question.has_bell:
+            self.fd, self.events = question.bell[0], READ
+            set_of_loop(self.loop).enter(self, ref, "waitid")
+        else:
+            self.bell = self.loop.async_(ref=ref)
+            self.bell.start(self.wake)
         if question.is_rung:
             self.send()
         return 0
 
-    def hear(self, callback, args):
+    cdef int hold(self, bint ref) except -1:
+        """Whether it keeps its loop alive."""
+        if self.set is not None:
+            self.set.hold(self, ref)
+        elif self.bell is not None and is_alive(self.loop):
+            set_ref(self.bell, ref)
+        return 0
+
+    cdef int tell(self) except -1:
         """In the hub: there is news."""
         cdef Question question = self.question
-        if self.watcher is None:
-            return                 # a signal's handler has raised, and ended the wait, before the loop came to us
+        callback, args = self.callback, self.args      # leave() lets go of them meanwhile
+        if callback is None:
+            return 0               # a signal's handler has raised, and ended the wait, before the loop came to us
         if question.born != generation:
             question.shut()        # it is the parent's
-            return
+            return 0
         question.close_to_others()
         callback(*args)
+        return 0
 
     cdef int stand(self) except -1:
         """Stand still, with the GIL released, until there is news."""
@@ -292,9 +308,9 @@ cdef class Listener:
         """Wake it, where there is no bell, from any thread."""
         if self.lock != NULL:
             PyThread_release_lock(self.lock)
-        elif self.watcher is not None and not self.question.has_bell:
+        elif self.bell is not None:
             try:
-                self.watcher.send()
+                self.bell.send()
             except Exception:
                 pass           # closed, or its loop destroyed, while we were at the others
         return 0
@@ -307,10 +323,13 @@ cdef class Listener:
             if question.listeners[index] is self:
                 del question.listeners[index]
                 break
-        watcher, self.watcher = self.watcher, None
-        if watcher is not None and is_alive(self.loop):
-            watcher.stop()
-            watcher.close()
+        self.callback = None
+        if self.set is not None:
+            self.set.leave(self)
+        bell, self.bell = self.bell, None
+        if bell is not None and is_alive(self.loop):
+            bell.stop()
+            bell.close()
         if not question.is_wanted():
             question.end()
         return 0
@@ -413,116 +432,13 @@ def count_refusals():
 
 @cython.final
 @cython.internal
-cdef class ExitSet:
-    """The pidfds that one loop waits for, behind one descriptor and one io watcher of that loop.
-
-    One watcher for all: a forked child has one to stop, however many children live, and libev is told of none of them.
-    """
-    cdef object loop
-    cdef object watcher
-    cdef int fd
-    cdef int members
-    cdef int holds                 # members that want the loop kept alive
-    cdef int born                  # generation
-
-    def __cinit__(self, loop):
-        self.loop = loop
-        self.born = generation
-        self.fd = coopos_set_new()
-        if self.fd < 0:
-            raise os_error(errno, "epoll_create1", "")
-        try:
-            self.watcher = loop.io(self.fd, READ, ref=False)
-            self.watcher.start(self.look)
-            set_ref(self.watcher, False)
-            _exit_sets[loop] = self
-        except:
-            self.shut()
-            raise
-
-    cdef int add(self, Watch watch) except -1:
-        cdef int err
-        if coopos_set_add(self.fd, watch.pidfd) < 0:
-            err = errno
-            if not self.members:
-                self.dissolve()
-            raise os_error(err, "epoll_ctl", watch.pidfd)
-        watch.exits = self
-        self.members += 1
-        return 0
-
-    cdef int remove(self) except -1:
-        """Forget a member whose pidfd was closed, and with the last one the set.
-
-        Closing takes it out of the kernel's set. If another process holds a copy of the pidfd, epoll may report it once more.
-        look() then finds no Watch, or a newer one whose child is alive. Both are harmless.
-        """
-        self.members -= 1
-        if not self.members:
-            self.dissolve()
-        return 0
-
-    cdef int dissolve(self) except -1:
-        if _exit_sets.get(self.loop) is self:
-            del _exit_sets[self.loop]
-        return self.shut()
-
-    cdef int shut(self) except -1:
-        cdef int fd = self.fd
-        self.fd = -1
-        if fd >= 0:
-            if self.watcher is not None and is_alive(self.loop):
-                self.watcher.stop()
-                self.watcher.close()
-            c_close(fd)
-        return 0
-
-    cdef int hold(self, int change) except -1:
-        cdef bint before = self.holds > 0
-        self.holds += change
-        if before != (self.holds > 0) and self.fd >= 0 and is_alive(self.loop):
-            set_ref(self.watcher, self.holds > 0)
-        return 0
-
-    def look(self):
-        """In the hub: some members' processes have ended."""
-        cdef int fds[COOPOS_SET_BATCH]
-        cdef int i, n
-        cdef Watch watch
-        if self.born != generation:
-            self.shut()        # in the child of a plain fork, whose hub was re-initialised by hand
-            return
-        n = coopos_set_ready(self.fd, fds)
-        for i in range(n):
-            # Gone, if what ran for an earlier one has dealt with it.
-            if _watch_of[fds[i]] != NULL:
-                watch = <Watch>_watch_of[fds[i]]
-                if watch.exits is self:
-                    watch.fire(True)
-        # Once for all of them, as one SIGCHLD stands for several.
-        call_hook(self.loop)
-
-
-# {loop: its ExitSet}, while it has members
-cdef dict _exit_sets = {}
-
-
-cdef ExitSet exit_set_of(loop):
-    cdef ExitSet exits = <ExitSet>_exit_sets.get(loop)
-    return ExitSet(loop) if exits is None else exits
-
-
-@cython.final
-@cython.internal
-cdef class Watch:
-    """A child's exit, as one loop waits for it: a pidfd in the loop's ExitSet, or a thread's Question where there is none."""
+cdef class Watch(Wait):
+    """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a thread's Question where there is none."""
     cdef Child child
     cdef object loop
-    cdef ExitSet exits             # while the pidfd is in it
     cdef Listener news             # while a thread asks for us
     cdef list waiters              # of the greenlets parked here, their switch
     cdef list callbacks            # to be told: (callback, whether it wants the loop kept alive); or None
-    cdef int pidfd
     cdef int holds
     cdef int born                  # generation
     cdef bint is_lasting           # somebody watches in this loop, whether or not anybody waits
@@ -532,7 +448,8 @@ cdef class Watch:
         self.child = child
         self.loop = loop           # None: of a thread without a hub
         self.waiters = []
-        self.pidfd = -1
+        self.fd = -1               # a pidfd
+        self.events = READ
         self.born = generation
 
     cdef bint start(self) except -1:
@@ -542,7 +459,7 @@ cdef class Watch:
             err = self.open_pidfd()
             if not err:
                 try:
-                    exit_set_of(self.loop).add(self)
+                    set_of_loop(self.loop).enter(self, False, "pidfd_open")
                     self.child.told_by = "pidfd"
                     return True
                 except BaseException as ex:
@@ -573,7 +490,7 @@ cdef class Watch:
         cdef int pidfd = open_pidfd(self.child.pid)
         if pidfd < 0:
             return errno
-        self.pidfd = pidfd
+        self.fd = pidfd
         Py_INCREF(self)
         _watch_of[pidfd] = <PyObject *>self
         return 0
@@ -603,17 +520,13 @@ cdef class Watch:
         return 0
 
     cdef int drop_pidfd(self) except -1:
-        cdef int pidfd = self.pidfd
-        cdef ExitSet exits = self.exits
-        self.pidfd = -1
+        cdef int pidfd = self.fd
         if pidfd >= 0 and self.born == generation:
-            self.exits = None
+            if self.set is not None:
+                self.set.leave(self)
             _watch_of[pidfd] = NULL
             c_close(pidfd)
-            if exits is not None:
-                if self.holds:
-                    exits.hold(-1)
-                exits.remove()
+            self.fd = -1
             Py_DECREF(self)
         return 0
 
@@ -622,10 +535,10 @@ cdef class Watch:
         cdef bint before = self.holds > 0
         self.holds += change
         if before != (self.holds > 0) and self.born == generation:
-            if self.exits is not None:
-                self.exits.hold(change)
-            elif self.news is not None and is_alive(self.loop):
-                set_ref(self.news.watcher, self.holds > 0)
+            if self.set is not None:
+                self.set.hold(self, self.holds > 0)
+            elif self.news is not None:
+                self.news.hold(self.holds > 0)
         return 0
 
     def release(self):
@@ -642,7 +555,7 @@ cdef class Watch:
 
     cdef int ask_thread(self) except -1:
         """Have a thread look for us."""
-        self.news = listen(self.loop, P_PID, self.child.pid, WEXITED, self.exits is None and self.holds > 0, self.fire_from_thread)
+        self.news = listen(self.loop, P_PID, self.child.pid, WEXITED, self.set is None and self.holds > 0, self.fire_from_thread)
         return 0
 
     cdef int leave_thread(self) except -1:
@@ -650,6 +563,14 @@ cdef class Watch:
         self.news = None
         if news is not None and self.born == generation:
             news.leave()
+        return 0
+
+    cdef int tell(self) except -1:
+        """In the hub: the pidfd is readable."""
+        if self.set is not None:
+            self.fire(True)
+            # Once for all that this turn brings, as one SIGCHLD stands for several.
+            call_hook_soon(self.loop)
         return 0
 
     def fire_from_thread(self):
@@ -948,8 +869,8 @@ cdef class Child:
         """A pidfd of it, in any loop's watch, or -1."""
         cdef Watch watch
         for watch in self.watches:
-            if watch.pidfd >= 0 and watch.born == generation:
-                return watch.pidfd
+            if watch.fd >= 0 and watch.born == generation:
+                return watch.fd
         return -1
 
     cdef int forget(self, watch) except -1:
@@ -1293,30 +1214,21 @@ cdef int leave_parents() except -1:
 
 cdef int forget_parent() except -1:
     """In a forked child: what was watched and asked is the parent's."""
-    global children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop, _hook_is_due, _born
+    global children, ended, _exit_questions, _questions, _asked, _hook_loop, _hook_is_due, _born
     _hook_is_due = False
     _born = generation
     close_all_pidfds()
-    _parents.append((children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop))
-    children, ended, _exit_questions, _questions, _asked, _exit_sets, _hook_loop = {}, {}, {}, {}, set(), {}, None
+    _parents.append((children, ended, _exit_questions, _questions, _asked, _hook_loop))
+    children, ended, _exit_questions, _questions, _asked, _hook_loop = {}, {}, {}, {}, set(), None
 
 
 cdef int forget_parent_loops() except -1:
-    """In a forked child whose loop has been re-initialised: take the parent's exit sets and questions out of it.
+    """In a forked child whose loop has been re-initialised, and has sets of its own: the parent's questions are out of it.
 
     Not before: libuv would take them out of the parent's epoll, which the child shares until then.
     """
-    cdef ExitSet exits
     cdef Question question
-    loop = this_loop()
-    for _, _, _, _, asked, exit_sets, _ in _parents:
+    for _, _, _, _, asked, _ in _parents:
         for question in asked:
             question.shut()
         asked.clear()
-        for exits in exit_sets.values():
-            if exits.loop is loop:
-                exits.shut()
-            else:
-                c_close(exits.fd)      # of a thread that is not there any more
-                exits.fd = -1
-        exit_sets.clear()

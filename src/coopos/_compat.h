@@ -306,7 +306,28 @@ static inline ino_t coopos_pidfd_inode(int pidfd)
     return 0;
 }
 
-/* ---- a set of pidfds behind one descriptor: epoll(7) ---- */
+/* ---- a set of descriptors behind one: epoll(7) ---- */
+
+#if defined(__linux__)
+enum { COOPOS_HAVE_EPOLL = 1 };
+#else
+enum { COOPOS_HAVE_EPOLL = 0 };
+#endif
+
+enum { COOPOS_READ = 1, COOPOS_WRITE = 2, COOPOS_SET_BATCH = 256 };
+
+/* What a set has to tell: of one number, COOPOS_READ, COOPOS_WRITE or both. */
+struct coopos_event {
+    int fd;
+    int events;
+};
+
+static inline long long coopos_now_us(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+}
 
 static inline int coopos_set_new(void)
 {
@@ -317,34 +338,51 @@ static inline int coopos_set_new(void)
 #endif
 }
 
-/* A member tells once that it is readable. */
-static inline int coopos_set_add(int set, int fd)
+/* Have the set tell once that *fd* is ready for one of *events*, in place of what it was to tell of that file before. E2BIG: one open
+ * file is in 500 sets already that lie in another (path_limits in https://github.com/torvalds/linux/blob/master/fs/eventpoll.c).
+ */
+static inline int coopos_set_arm(int set, int fd, int events)
 {
 #if defined(__linux__)
     struct epoll_event event;
     memset(&event, 0, sizeof event);
-    event.events = EPOLLIN | EPOLLONESHOT;
+    event.events = EPOLLONESHOT | (events & COOPOS_READ ? EPOLLIN : 0) | (events & COOPOS_WRITE ? EPOLLOUT : 0);
     event.data.fd = fd;
-    return epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);
+    if (epoll_ctl(set, EPOLL_CTL_MOD, fd, &event) == 0)
+        return 0;
+    /* The kernel takes a file out of the set when it is closed: a number that was used again is one that the set never had. */
+    if (errno == ENOENT) {
+        if (epoll_ctl(set, EPOLL_CTL_ADD, fd, &event) == 0)
+            return 0;
+        if (errno == EINVAL)
+            errno = E2BIG;
+    }
+    return -1;
 #else
-    (void)set; (void)fd;
+    (void)set; (void)fd; (void)events;
     return coopos_unsupported();
 #endif
 }
 
-enum { COOPOS_SET_BATCH = 256 };
-
-/* The ready members of a set, without waiting; at most COOPOS_SET_BATCH. */
-static inline int coopos_set_ready(int set, int *fds)
+/* What the set has to tell, without waiting; at most *max*, and COOPOS_SET_BATCH. */
+#if defined(__GNUC__)
+__attribute__((noinline, unused))  /* its large frame is not to be that of a greenlet which switches */
+#endif
+static int coopos_set_ready(int set, struct coopos_event *ready, int max)
 {
 #if defined(__linux__)
     struct epoll_event events[COOPOS_SET_BATCH];
-    int i, n = epoll_wait(set, events, COOPOS_SET_BATCH, 0);
-    for (i = 0; i < n; i++)
-        fds[i] = events[i].data.fd;
+    int i, n = epoll_wait(set, events, max, 0);
+    for (i = 0; i < n; i++) {
+        /* An error, or the other end's being gone, concerns all. */
+        uint32_t all = events[i].events & (EPOLLERR | EPOLLHUP);
+        ready[i].fd = events[i].data.fd;
+        ready[i].events = (events[i].events & EPOLLIN || all ? COOPOS_READ : 0)
+                          | (events[i].events & EPOLLOUT || all ? COOPOS_WRITE : 0);
+    }
     return n;
 #else
-    (void)set; (void)fds;
+    (void)set; (void)ready; (void)max;
     return coopos_unsupported();
 #endif
 }

@@ -3,9 +3,8 @@
 Owned is the descriptor, and knows nothing of the file. The file has it, in a slot, and the methods that move bytes, from Moving: so
 a bound method that is kept keeps the file open, and the file is collected as soon as nobody has it.
 
-Because the number can't become another file's under it, two things may be kept from one call to the next: the watcher stays on, and
-a read that came back short says that the next one has to wait, so that it waits first. Both are hints: the watcher tells as long as
-there is something to read, and who waits in vain is told by the kernel as everybody is.
+A read that came back short says that the next one has to wait, so that it waits first. That is a hint: if there is something to
+read after all, the wait is over at once.
 
 The module knows libc, `_parking` and `_core`, and nothing else of coopos or gevent.
 """
@@ -25,8 +24,7 @@ from coopos._core cimport (
     QUICK, attempt, attempt_at_once, be_fair, fairness, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, tell,
     write_once)
 from coopos._parking cimport (
-    READ, WRITE, Wait, close_fd, give_way, leave_seat, new_seat, os_error, park, park_in, reachable_hub, stand, this_greenlet,
-    wrong_switch)
+    READ, WRITE, Wait, close_fd, evict, give_way, os_error, park, reachable_hub, this_greenlet, wrong_switch)
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
 
@@ -85,12 +83,11 @@ cdef class Owned:
     cdef readonly int fd           # -1 once it is closed
     cdef bint may_read             # what it was opened for
     cdef bint may_write
-    cdef Wait seat                 # of who waits to read
     cdef bint is_stream            # read by what stands here, as far as is known
     cdef bint is_plain             # in non-blocking mode when it was opened
     cdef bint is_drained           # there was nothing more to read a moment ago
     cdef list inside               # the greenlets, of any thread, that may have given way in a read or write
-    cdef list outside              # the Waits of greenlets that are in wait_for_others()
+    cdef list outside              # (hub, Wait) of greenlets that are in wait_for_others()
 
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
@@ -116,14 +113,10 @@ cdef class Owned:
         """Until there is something to read, if there was nothing a moment ago."""
         if not self.is_drained:
             self.take_turn()
-        elif self.seat is None and reachable_hub() is None:
-            stand(self.fd, READ, "read")
         else:
-            if self.seat is None:
-                self.take_seat()
             current = self.enter()
             try:
-                park_in(self.seat, "read")
+                park(self.fd, READ, "read")
             finally:
                 self.leave(current)
             has_waited()
@@ -138,18 +131,6 @@ cdef class Owned:
                 be_fair(self.fd, "read")
             finally:
                 self.leave(current)
-        return 0
-
-    cdef int take_seat(self) except -1:
-        cdef Wait seat = new_seat(self.fd, READ)
-        # Making a watcher runs Python code: another thread may have closed the file meanwhile, or have been quicker.
-        if self.fd < 0:
-            seat.watcher.close()
-            raise closed_error()
-        if self.seat is None:
-            self.seat = seat
-        else:
-            seat.watcher.close()
         return 0
 
     cdef ssize_t read_stream(self, Move *move) except -2:
@@ -203,10 +184,10 @@ cdef class Owned:
             self.inside.remove(current)
         if self.outside:
             hub = reachable_hub()
-            for wait in list(self.outside):        # other threads change it
+            for home, wait in list(self.outside):      # other threads change it
                 # Whoever waited in the parent of a fork is dead in the child.
-                if wait.hub is hub and wait.queued is None and not wait.waiter.dead:
-                    wait.queued = wait.loop.run_callback(wait.switch, wait)
+                if home is hub and wait.queued is None and not wait.greenlet.dead:
+                    wait.queued = hub.loop.run_callback(wait.wake)
         return 0
 
     def wait_for_others(self):
@@ -226,18 +207,17 @@ cdef class Owned:
                 break
         else:
             return False
-        wait = Wait()
-        wait.hub = hub
-        wait.loop = hub.loop
-        wait.waiter = current
-        wait.switch = current.switch
-        self.outside.append(wait)
+        wait = Wait.__new__(Wait)
+        wait.greenlet = current
+        member = (hub, wait)
+        self.outside.append(member)
         try:
             came_back = give_way(hub, current)
             if came_back is not wait:
                 raise wrong_switch(came_back, "another greenlet's read or write")
         finally:
-            self.outside.remove(wait)
+            self.outside.remove(member)
+            wait.greenlet = None
             if wait.queued is not None:
                 wait.queued.stop()
         return True
@@ -245,15 +225,13 @@ cdef class Owned:
     def close(self, bint closes=True):
         """Let go of the descriptor, and close it, unless *closes* is false. Whoever waits gets ``OSError(EBADF)``."""
         cdef int fd = self.fd
-        cdef Wait seat = self.seat
         if fd < 0:
             return
         self.fd = -1
-        self.seat = None
-        if seat is not None:
-            leave_seat(seat)
         if closes:
             close_fd(fd)
+        else:
+            evict(fd, self.inside)
 
 
 # ---- what a file does with it ------------------------------------------------------------------------------------------------

@@ -2,25 +2,25 @@
 
 The kernel keeps the books. Nothing here polls, or changes a descriptor's flags. Three rules hold throughout:
 
-1. A greenlet that waits is registered before its watcher is started, and leaves by a `finally`.
-2. A watcher is touched only by its own loop's thread; other threads post a callback.
-3. No watcher stays active between two waits: a number that was closed and used again is another file.
+1. A greenlet that waits is registered before the kernel is asked to tell of its descriptor, and leaves by a `finally`.
+2. A loop's set is touched only by the loop's own thread; other threads post a callback.
+3. An event is a hint: whoever is woken asks the kernel again.
 
 The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
 """
 
 cimport cython
 from cpython.object cimport PyObject
-from cpython.tuple cimport PyTuple_GET_ITEM
-from libc.errno cimport EBADF, EINTR, errno
-from libc.stdlib cimport malloc, realloc
+from libc.errno cimport E2BIG, EBADF, EINTR, EINVAL, EPERM, errno
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
 from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
 from coopos._posix cimport (
-    POLLIN, POLLOUT, Closing, PyErr_CheckSignals, coopos_closing_drop, coopos_closing_enter, coopos_closing_is_due,
-    coopos_closing_leave, coopos_closing_new, coopos_current_greenlet, coopos_import_greenlet, coopos_switch, poll, pollfd,
+    COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, Closing, Event, PyErr_CheckSignals, coopos_closing_drop,
+    coopos_closing_enter, coopos_closing_is_due, coopos_closing_leave, coopos_closing_new, coopos_current_greenlet,
+    coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_new, coopos_set_ready, coopos_switch, poll, pollfd,
     pthread_atfork)
 
 import os
@@ -28,6 +28,11 @@ import sys
 
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
+from gevent.monkey import get_original
+
+
+# gevent.monkey, which may have come first, puts a greenlet's where we need a thread's.
+[_local] = get_original("_thread", ["_local"])
 
 
 globals().update(READ=READ, WRITE=WRITE)
@@ -53,28 +58,34 @@ cdef object this_greenlet():
 
 # {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
 cdef dict _has_switch_out = {}
-# The last type that had none.
-cdef object _plain_kind = None
 
 
 cdef object refusal():
     return BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
+cdef bint has_switch_out(object greenlet) except -1:
+    kind = type(greenlet)
+    if kind not in _has_switch_out:
+        _has_switch_out[kind] = hasattr(kind, "switch_out")
+    return _has_switch_out[kind]
+
+
 cdef object give_way(object hub, object current):
     """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
     if current is hub:
         raise refusal()
-    global _plain_kind
-    cdef object kind = type(current)
+    return switch_to(hub, None, current)
+
+
+cdef object switch_to(object greenlet, tuple args, object current):
+    """Go to the hub, or with *args* to *greenlet*, and come back with what somebody switches back with."""
     try:
-        if kind is not _plain_kind:
-            if kind not in _has_switch_out:
-                _has_switch_out[kind] = hasattr(kind, "switch_out")
-            if _has_switch_out[kind]:
-                return hub.switch()
-            _plain_kind = kind
-        return coopos_switch(hub, NULL, NULL)
+        if args is not None:
+            return coopos_switch(greenlet, <PyObject *>args, NULL)
+        if has_switch_out(current):
+            return greenlet.switch()
+        return coopos_switch(greenlet, NULL, NULL)
     except Exception as ex:
         if current in _outright and is_called_outright(current):
             raise Thrown(ex)
@@ -244,113 +255,62 @@ cdef bint post(object loop, object callback, tuple args=()) except -1:
 
 
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
+#
+# All that is waited for in one loop lies in one set of ours, an epoll(7) behind one io watcher of that loop. The loop never sees
+# another number of ours. A member tells once each time it is armed. What it tells is a hint and never an answer: who is woken asks
+# the kernel again. So a hint that comes late (the greenlet was killed, the number is another file's by now, another process has the
+# file) does no harm, and nobody has to be disarmed.
 
-@cython.final
-cdef class Wait:
-    """One greenlet's wait for one descriptor, with the watcher that it re-aims and uses again."""
+# COOPOS_SETS=watchers: as where there is no epoll, of the loop's own watchers; see start_watcher().
+cdef bint _has_epoll = COOPOS_HAVE_EPOLL and os.environ.get("COOPOS_SETS") != "watchers"
 
-    def wake(self, switch):
-        """In the hub: the descriptor is ready, or closed, for the greenlet that waits by *switch*. If it still does: the loop runs
-        signal handlers before it calls us, and what one raises may have ended the wait.
-        """
-        if self.switch is switch:
-            switch(self)
-
-    def hear(self):
-        """In the hub: the descriptor of a watcher that stays on is ready."""
-        cdef object waiter = self.waiter
-        if waiter is not None:
-            coopos_switch(waiter, <PyObject *>self.token, NULL)
-        else:
-            rest(self)
-
-    def leave(self):
-        """In its loop's thread: its owner has given the descriptor up."""
-        evict(self)
-        if self.waiter is None:
-            rest(self)
-
-
-@cython.final
-@cython.internal
-cdef class Parking:
-    """A hub's idle waits, kept by kind so that a re-used watcher needs only its descriptor changed."""
-    cdef object hub
-    cdef object loop
-    cdef bint is_reusable  # libuv's io watchers share a handle per descriptor and can't be re-aimed
-    cdef list idle_readers
-    cdef list idle_writers
-
-    def __cinit__(self, hub):
-        self.hub = hub
-        self.loop = hub.loop
-        self.is_reusable = not hasattr(hub.loop, "_io_watchers")
-        self.idle_readers = []
-        self.idle_writers = []
-
-    def __dealloc__(self):
-        global _latest_parking
-        if _latest_parking == <PyObject *>self:
-            _latest_parking = NULL
-
-    cdef Wait aim(self, int fd, int events):
-        cdef list idle = self.idle_readers if events == READ else self.idle_writers
-        cdef Wait wait
-        if idle:
-            wait = <Wait>idle.pop()
-            # Always set, also where it is the same number: only then does libev ask the kernel again, and a number that was
-            # closed and used again in the meantime is another file.
-            wait.watcher.fd = fd
-        else:
-            wait = Wait()
-            wait.hub = self.hub
-            wait.loop = self.loop
-            wait.watcher = self.make_watcher(fd, events)
-        wait.fd = fd
-        wait.events = events
-        wait.error = 0
-        wait.born = generation
-        return wait
-
-    cdef object make_watcher(self, int fd, int events):
-        cdef int flags = -1
-        if not self.is_reusable:
-            flags = fcntl(fd, F_GETFL)
-        watcher = self.loop.io(fd, events)
-        # libuv has made the file non-blocking, for everybody who shares it.
-        if flags >= 0 and not flags & O_NONBLOCK:
-            fcntl(fd, F_SETFL, flags)
-        return watcher
-
-    cdef int put_back(self, Wait wait, int events) except -1:
-        wait.watcher.stop()
-        if self.is_reusable:
-            (self.idle_readers if events == READ else self.idle_writers).append(wait)
-        else:
-            wait.watcher.close()
-        return 0
-
-
-# By descriptor, the last Wait parked on it, or NULL (borrowed: a parked greenlet's frame holds its Wait); close() reads it. The
-# waits of every thread's hub are here, under the GIL.
+# By descriptor, the last Wait for it, or NULL (borrowed: whoever waits has it); close() reads it. The waits of every thread are
+# here, under the GIL.
 cdef PyObject **_parked = NULL
 cdef int _parked_size = 0
 
 
-# The Parking that was used last, or NULL (borrowed: its hub owns it): nearly always the one that is wanted.
-cdef PyObject *_latest_parking = NULL
+cdef enum:
+    MAX_DIRECT = 64        # how many greenlets switch to the next one themselves, before the loop has a turn
+    MAX_DIRECT_US = 1000   # and how long that goes on
+
+cdef enum:
+    UNKNOWN = -1       # whether a watcher is on: else 0 or 1
+
+cdef enum:
+    ARMED = 1          # what comes of asking the set to tell of a number
+    ALWAYS_READY = 2
+    FULL = 3
 
 
-cdef Parking parking_of(object hub):
-    global _latest_parking
-    cdef Parking parking
-    if _latest_parking != NULL and (<Parking>_latest_parking).hub is hub:
-        return <Parking>_latest_parking
-    parking = getattr(hub, "_coopos_parking", None)
-    if parking is None:
-        parking = hub._coopos_parking = Parking(hub)
-    _latest_parking = <PyObject *>parking
-    return parking
+cdef class Wait:
+    """One greenlet's wait for one descriptor; or, where a subclass has a tell() of its own, whatever else is to be told.
+
+    A new one each time: it is also what the greenlet is switched to with, and proves who has woken it.
+    """
+
+    def __dealloc__(self):
+        if self.is_listed:
+            delist(self)           # its loop was destroyed, and what waited has gone without a word
+
+    cdef int tell(self) except -1:
+        """In the hub: the descriptor may be ready."""
+        cdef tuple args
+        greenlet = self.greenlet       # leave() lets go of it meanwhile
+        if greenlet is not None:
+            args = (self,)
+            coopos_switch(greenlet, <PyObject *>args, NULL)
+        return 0
+
+    def wake(self):
+        """In the hub, from its queue: the descriptor is closed, or there is something else to see."""
+        self.tell()
+
+    def hear(self):
+        """In the hub: the watcher of its own has told."""
+        if self.watcher is not None:
+            self.watcher.stop()
+            self.tell()
 
 
 cdef int enlist(Wait wait) except -1:
@@ -366,73 +326,553 @@ cdef int enlist(Wait wait) except -1:
         memset(table + _parked_size, 0, <size_t>(size - _parked_size) * sizeof(PyObject *))
         _parked, _parked_size = table, size
     wait.next = _parked[fd]
+    wait.is_listed = True
     _parked[fd] = <PyObject *>wait
     return 0
 
 
-cdef int delist(Wait wait) noexcept:
-    cdef PyObject **link = &_parked[wait.fd]
-    while link[0] != NULL:
-        if link[0] == <PyObject *>wait:
-            link[0] = wait.next
-            break
-        link = &(<Wait>link[0]).next
-    wait.next = NULL
+cdef bint delist(Wait wait) noexcept:
+    """Whether it was there: not, if a fork has left it behind."""
+    cdef PyObject **link
+    if wait.is_listed:
+        wait.is_listed = False
+        link = &_parked[wait.fd]
+        while link[0] != NULL:
+            if link[0] == <PyObject *>wait:
+                link[0] = wait.next
+                return True
+            link = &(<Wait>link[0]).next
+    return False
+
+
+cdef int set_ref(watcher, bint ref) except -1:
+    """Say whether a watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
+    getattr(watcher, "_watcher_ref", watcher).ref = ref
     return 0
 
 
+# Where there is no epoll each wait has an io watcher, from arm to leave. What is written here is all that differs: no other
+# function makes one, and a close of such a number waits for other threads to stop theirs.
+
+cdef int start_watcher(Wait wait, str call) except -1:
+    cdef object loop = wait.set.loop
+    cdef int flags = fcntl(wait.fd, F_GETFL)
+    if flags < 0:
+        raise os_error(errno, call, wait.fd)
+    wait.watcher = loop.io(wait.fd, wait.events)
+    # libuv has made the file non-blocking, for everybody who shares it.
+    if not flags & O_NONBLOCK and hasattr(loop, "_io_watchers"):
+        fcntl(wait.fd, F_SETFL, flags)
+    wait.watcher.start(wait.hear)
+    if not wait.is_held:
+        set_ref(wait.watcher, False)   # libuv shares it with others who wait for the number: only for numbers of our own
+    return 0
+
+
+cdef int stop_watcher(Wait wait) except -1:
+    watcher, wait.watcher = wait.watcher, None
+    if is_alive(wait.set.loop):
+        watcher.stop()
+        watcher.close()
+    return 0
+
+
+@cython.final
+@cython.internal
+cdef class Ear:
+    """What the loop calls for a set. The watcher keeps this one alive, and not the set, which goes with its thread."""
+    cdef PyObject *set             # borrowed, or NULL
+
+    def __call__(self):
+        cdef Set here
+        if self.set != NULL:
+            here = <Set>self.set
+            here.look()
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Set:
+    """What is waited for in one loop. Only that loop's thread uses it; other threads post."""
+
+    def __cinit__(self, loop):
+        self.loop = loop
+        self.fd = -1
+        self.born = generation
+        self.posted = []
+
+    def __dealloc__(self):
+        global _latest_set
+        if _latest_set == <PyObject *>self:
+            _latest_set = NULL
+        self.shut()
+        free(self.ready)
+
+    cdef bint open(self) except -1:
+        """At the first wait: a program that never waits has no descriptor more, and a forked child none that it might close. False
+        where there is no epoll, or no descriptor left for one.
+        """
+        cdef int fd
+        cdef Ear ear
+        if not _has_epoll:
+            return False
+        ear = Ear()
+        if self.ready == NULL:
+            self.ready = <Event *>malloc(COOPOS_SET_BATCH * sizeof(Event))
+            if self.ready == NULL:
+                raise MemoryError
+        fd = coopos_set_new()
+        if fd < 0:
+            return False
+        try:
+            watcher = self.loop.io(fd, READ, ref=False)
+            set_ref(watcher, False)
+        except:
+            c_close(fd)
+            raise
+        if self.fd >= 0:           # a signal's handler has waited meanwhile
+            watcher.close()
+            c_close(fd)
+            return True
+        ear.set = <PyObject *>self
+        self.fd, self.watcher, self.ear = fd, watcher, ear
+        self.is_on = self.is_held = False
+        return True
+
+    cdef int shut(self) noexcept:
+        cdef int fd = self.fd
+        watcher, self.watcher = self.watcher, None
+        self.fd = -1
+        self.at = self.n = 0
+        if self.ear is not None:
+            (<Ear>self.ear).set = NULL
+        try:
+            if watcher is not None and self.born == generation and is_alive(self.loop):
+                watcher.stop()
+                watcher.close()
+        except:
+            pass                   # the interpreter is being taken down
+        if fd >= 0:
+            c_close(fd)
+        return 0
+
+    cdef int end(self) noexcept:
+        """Its thread has ended, or its loop was destroyed: nobody who waits here will ever run."""
+        cdef PutOffClose later
+        cdef PyObject **link
+        cdef int fd
+        self.is_over = True
+        self.shut()
+        self.hub = None
+        if self.born == generation:
+            for fd in range(_parked_size):
+                link = &_parked[fd]
+                while link[0] != NULL:
+                    if (<Wait>link[0]).set is self:
+                        link[0] = (<Wait>link[0]).next
+                    else:
+                        link = &(<Wait>link[0]).next
+            for _, later in self.posted:
+                if later is not None:
+                    later.stopped()
+        self.posted = []
+        return 0
+
+    cdef int settle(self, int members, int holds) except -1:
+        """Have the watcher on exactly while there are members, and keep the loop alive exactly while some of them want that."""
+        cdef int is_on = members > 0
+        cdef int is_held = holds > 0
+        if self.watcher is None or not is_alive(self.loop):
+            return 0
+        try:
+            if self.is_on != is_on:
+                self.is_on = UNKNOWN
+                if is_on:
+                    self.watcher.start(self.ear)
+                else:
+                    self.watcher.stop()
+                self.is_on = is_on
+            if is_on and self.is_held != is_held:
+                self.is_held = UNKNOWN
+                set_ref(self.watcher, is_held)
+                self.is_held = is_held
+        except:
+            # libuv's watchers are Python, and a signal's handler has raised in the middle.
+            self.loop.run_callback(self.settle_again)
+            raise
+        return 0
+
+    def settle_again(self):
+        self.settle(self.members, self.holds)
+
+    cdef int hold(self, Wait wait, bint is_held) except -1:
+        """Whether *wait*, a member, wants the loop kept alive."""
+        if wait.is_held != is_held:
+            wait.is_held = is_held
+            self.holds += 1 if is_held else -1
+            if wait.watcher is not None:
+                if is_alive(self.loop):
+                    set_ref(wait.watcher, is_held)
+            elif not self.is_looking:
+                self.settle(self.members, self.holds)
+        return 0
+
+    cdef bint enter(self, Wait wait, bint is_held, str call) except -1:
+        """Begin to wait. False: that can't be waited for, and is always ready. Whatever is raised, leave() comes after it."""
+        check_open(wait.fd, call)
+        if wait.fd < 0:
+            raise os_error(EBADF, call, wait.fd)
+        cdef bint has_set = self.fd >= 0 or self.open()
+        if self.is_on != 1 or (is_held and self.is_held != 1):
+            # May run a signal's handler: before anybody could wake us.
+            self.settle(self.members + 1, self.holds + is_held)
+        wait.set = self
+        wait.is_held = is_held
+        enlist(wait)
+        self.members += 1
+        self.holds += is_held
+        cdef int rc = self.arm(wait.fd, call) if has_set else FULL
+        if rc == FULL:
+            start_watcher(wait, call)
+        return rc != ALWAYS_READY
+
+    cdef int leave(self, Wait wait) except -1:
+        """Wait no longer."""
+        if wait.set is not self:
+            return 0
+        self.drop(wait)
+        wait.greenlet = None
+        wait.set = None
+        if wait.queued is not None:
+            wait.queued.stop()
+            wait.queued = None
+        return 0
+
+    cdef int drop(self, Wait wait) except -1:
+        """Not disarmed: what the set still tells finds nobody."""
+        if delist(wait):
+            self.members -= 1
+            self.holds -= wait.is_held
+            if not self.holds and not self.is_looking:
+                self.settle(self.members, self.holds)
+        if wait.watcher is not None:
+            stop_watcher(wait)
+        return 0
+
+    cdef int events_of(self, int fd) noexcept:
+        """What all who wait here for *fd* want."""
+        cdef PyObject *link = _parked[fd] if fd < _parked_size else NULL
+        cdef int events = 0
+        while link != NULL:
+            if (<Wait>link).set is self and (<Wait>link).watcher is None:
+                events |= (<Wait>link).events
+            link = (<Wait>link).next
+        return events
+
+    cdef int arm(self, int fd, str call) except -1:
+        """Have the kernel tell once of *fd*."""
+        cdef int err
+        if coopos_set_arm(self.fd, fd, self.events_of(fd)) == 0:
+            return ARMED
+        err = errno
+        if err == EPERM:
+            return ALWAYS_READY
+        if err == E2BIG:
+            return FULL
+        if err != EINVAL and (err != EBADF or fcntl(self.fd, F_GETFD) >= 0):
+            raise os_error(err, call, fd)
+        # Somebody has closed all descriptors, the set's too, and its number may be another file's by now.
+        self.fd = -1
+        self.shut()
+        self.renew()
+        return ARMED
+
+    cdef int renew(self) except -1:
+        """Have those who wait in a new set."""
+        if not self.open():
+            raise os_error(errno, "epoll_create1", "")
+        self.settle(self.members, self.holds)
+        self.arm_all()
+        return 0
+
+    cdef int arm_all(self) except -1:
+        cdef int fd
+        for fd in range(_parked_size):
+            self.arm_again(fd)
+        return 0
+
+    cdef int arm_again(self, int fd) except -1:
+        """Or, where that can't be, have those who wait ask the kernel, and hear why."""
+        cdef PyObject *link
+        cdef Wait wait
+        cdef int events = self.events_of(fd)
+        if not events or self.fd < 0 or coopos_set_arm(self.fd, fd, events) == 0:
+            return 0
+        link = _parked[fd]
+        while link != NULL:
+            wait = <Wait>link
+            link = wait.next
+            if wait.set is self and wait.queued is None:
+                wait.queued = self.loop.run_callback(wait.wake)
+        return 0
+
+    cdef int look(self) except -1:
+        """In the hub: there is something to tell."""
+        cdef int at
+        if self.born != generation:
+            take_over(True)        # in the child of C code that runs no at-fork hooks
+            return 0
+        if self.at >= self.n:
+            self.at = 0
+            self.n = coopos_set_ready(self.fd, self.ready, COOPOS_SET_BATCH)
+        self.is_looking = True
+        try:
+            while self.at < self.n:
+                at = self.at
+                self.at += 1
+                self.tell(self.ready[at].fd, self.ready[at].events)
+        except:
+            # Of a greenlet that has died, or the hub's own end. Not to the loop: gevent stops an io watcher whose callback raises.
+            self.loop.handle_error(self.watcher, *sys.exc_info())
+        finally:
+            self.is_looking = False
+            self.n_direct = 0
+            while self.at < self.n:    # they are told in the next turn
+                self.arm_again(self.ready[self.at].fd)
+                self.at += 1
+            self.settle(self.members, self.holds)
+        return 0
+
+    cdef int tell(self, int fd, int events) except -1:
+        cdef PyObject *link = _parked[fd] if fd < _parked_size else NULL
+        cdef Wait wait
+        cdef list woken
+        cdef bint are_others = False
+        if link == NULL:
+            return 0
+        wait = <Wait>link
+        if wait.next == NULL and wait.set is self and wait.events & events:
+            return wait.tell()
+        woken = []
+        while link != NULL:
+            wait = <Wait>link
+            link = wait.next
+            if wait.set is self:
+                if wait.events & events:
+                    woken.append(wait)
+                else:
+                    are_others = True
+        woken.reverse()            # who has come first has waited longest
+        try:
+            while woken:
+                wait = <Wait>woken.pop()
+                if wait.set is self:
+                    wait.tell()
+        finally:
+            if woken or are_others:
+                self.arm_again(fd)
+        return 0
+
+    cdef Wait next_ready(self, object hub, object current):
+        """One who waits here, and can be switched to at once, without a turn of the loop; or None.
+
+        So many in a row, and for so long, that the loop's timers and callbacks are not kept waiting; and none while there are
+        callbacks, of which one may be to kill it.
+        """
+        cdef Event event
+        cdef PyObject *link
+        cdef Wait wait
+        cdef long long now
+        if self.n_direct >= MAX_DIRECT or self.fd < 0 or hub.loop._callbacks or has_switch_out(current):
+            return None
+        now = coopos_now_us()
+        if self.n_direct == 0:
+            self.direct_since_us = now
+        elif now - self.direct_since_us > MAX_DIRECT_US:
+            return None
+        if self.at < self.n:           # look() has got it, and is not there yet
+            event = self.ready[self.at]
+        elif coopos_set_ready(self.fd, &event, 1) != 1:
+            return None
+        self.n_direct += 1
+        link = _parked[event.fd] if event.fd < _parked_size else NULL
+        if link != NULL:
+            wait = <Wait>link
+            if wait.next == NULL and wait.set is self and wait.greenlet is not None and wait.events & event.events:
+                self.at += self.at < self.n
+                return wait
+        # The hub's affair: several who wait for it, a child, news of a thread. Or it concerns nobody any more.
+        if self.at >= self.n:
+            self.arm_again(event.fd)
+        return None
+
+    def run_posted(self):
+        """In the loop's thread: another thread has closed what is waited for here."""
+        cdef Wait wait
+        cdef PutOffClose later
+        while self.posted:
+            wait, later = self.posted.pop(0)
+            evict_here(wait)
+            if later is not None:
+                later.stopped()
+
+
+@cython.final
+@cython.internal
+@cython.no_gc_clear
+cdef class Sets:
+    """Those of one thread: {loop: Set}."""
+    cdef dict by_loop
+
+    def __cinit__(self):
+        self.by_loop = {}
+
+    def __dealloc__(self):
+        cdef Set here
+        for here in self.by_loop.values():
+            here.end()
+
+
+_here = _local()
+# The Set that was used last, or NULL (borrowed: its thread owns it): nearly always the one that is wanted.
+cdef PyObject *_latest_set = NULL
+
+
+cdef dict sets_of_this_thread():
+    cdef Sets sets = getattr(_here, "sets", None)
+    if sets is None:
+        sets = _here.sets = Sets()
+    return sets.by_loop
+
+
+cdef Set set_of_loop(object loop):
+    """In the loop's thread."""
+    cdef dict by_loop = sets_of_this_thread()
+    cdef Set here = <Set>by_loop.get(loop)
+    cdef Set other
+    if here is None:
+        for other in list(by_loop.values()):
+            if not is_alive(other.loop):
+                del by_loop[other.loop]
+                other.end()
+        here = by_loop[loop] = Set(loop)
+    if here.born != generation:
+        take_over(True)
+    return here
+
+
+cdef Set set_of(object hub):
+    global _latest_set
+    cdef Set here
+    if _latest_set != NULL and (<Set>_latest_set).hub is hub and (<Set>_latest_set).born == generation:
+        return <Set>_latest_set
+    here = set_of_loop(hub.loop)
+    here.hub = hub
+    _latest_set = <PyObject *>here
+    return here
+
+
+cdef int take_over(bint keeps_greenlets) except -1:
+    """In a forked child, once its loop is its own: sets that are not the parent's. Of those who waited only the greenlets of this
+    thread still do, unless they are left behind.
+    """
+    cdef PyObject *link
+    cdef PyObject *next
+    cdef Set here
+    cdef Wait wait
+    cdef int fd
+    cdef dict by_loop = sets_of_this_thread()
+    for here in by_loop.values():
+        here.born = generation
+        here.shut()
+        here.members = here.holds = 0
+        here.posted = []
+    # What isn't kept is not written to: that would copy the page it is on.
+    for fd in range(_parked_size):
+        link, _parked[fd] = _parked[fd], NULL
+        while link != NULL:
+            next = (<Wait>link).next
+            if (<Wait>link).set is not None and (<Wait>link).set.born == generation:
+                wait = <Wait>link
+                if keeps_greenlets and wait.greenlet is not None:
+                    enlist(wait)
+                    wait.set.members += 1
+                    wait.set.holds += wait.is_held
+                elif wait.watcher is not None:
+                    stop_watcher(wait)
+            link = next
+    for here in by_loop.values():
+        if here.members and _has_epoll:
+            here.renew()
+    return 0
+
+
+cdef object rest(Set here, Wait wait, object hub, object current, str call):
+    """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. What is always ready costs a turn."""
+    cdef Wait other
+    if not here.enter(wait, True, call):
+        take_turns()
+        return wait
+    other = here.next_ready(hub, current) if here.members > 1 else None
+    if other is None:
+        if not here.is_looking:
+            here.n_direct = 0      # the loop has a whole turn
+        return give_way(hub, current)
+    if other is wait:
+        return wait
+    return switch_to(other.greenlet, (other,), current)
+
+
 cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
-    """Let the others run until *fd* is ready, or raise EBADF as soon as it is closed by this module's close().
+    """Let the others run until *fd* may be ready, or raise EBADF as soon as it is closed by this module's close().
 
     Killed or timed out, the greenlet leaves nothing behind, and has moved no byte. In the hub it is a plain wait, as a signal
     handler's is in any program, or BlockingSwitchOutError, for what only a program that knows of greenlets calls.
     """
     cdef object hub = reachable_hub()
+    cdef object current
+    cdef Set here
+    cdef Wait wait
     if hub is None:
         if not may_stand and get_hub_if_exists() is not None:
             raise refusal()
         return stand(fd, events, call)
-    check_open(fd, call)
-    cdef Parking parking = parking_of(hub)
-    cdef Wait wait = parking.aim(fd, events)
-    cdef object current = coopos_current_greenlet()
-    wait.switch = current.switch
-    enlist(wait)
+    here = set_of(hub)
+    wait = Wait.__new__(Wait)
+    wait.fd, wait.events = fd, events
+    wait.greenlet = current = coopos_current_greenlet()
     try:
-        wait.watcher.start(wait.wake, wait.switch)
-        came_back = give_way(parking.hub, current)
-        if came_back is not wait:
-            raise wrong_switch(came_back, f"fd {fd} in {call}")
-        # Before anything is moved: what a signal's handler raises now costs no byte.
-        PyErr_CheckSignals()
+        came_back = rest(here, wait, hub, current, call)
     finally:
-        delist(wait)
-        wait.switch = None
-        if wait.queued is not None:
-            wait.queued.stop()
-            wait.queued = None
-        parking.put_back(wait, events)
+        here.leave(wait)
+    if came_back is not wait:
+        raise wrong_switch(came_back, f"fd {fd} in {call}")
+    # Before anything is moved: what a signal's handler raises now costs no byte.
+    PyErr_CheckSignals()
     if wait.error:
         raise os_error(wait.error, call, fd)
     return 0
 
 
 cdef int park_until_ready(int fd, int events, str call) except -1:
-    """Park, unless *fd* is ready at this moment. What can't be waited for is always ready to poll(2)."""
+    """Park until *fd* is ready, which poll(2) says. What can't be waited for is always ready to it."""
     cdef pollfd request
     cdef int rc
     check_open(fd, call)
     request.fd = fd
     request.events = POLLIN if events == READ else POLLOUT
-    request.revents = 0
-    # EINTR says nothing of the descriptor: Linux gives it, while a signal is pending, even to a poll(2) that is not to wait.
-    while (rc := poll(&request, 1, 0)) < 0:
-        if errno != EINTR:
+    while True:
+        request.revents = 0
+        rc = poll(&request, 1, 0)
+        if rc > 0:
+            return 0
+        if rc == 0:
+            park(fd, events, call)
+        elif errno == EINTR:
+            # It says nothing of the descriptor: Linux gives it, while a signal is pending, even to a poll(2) that is not to wait.
+            PyErr_CheckSignals()
+        else:
             raise os_error(errno, call, fd)
-        PyErr_CheckSignals()
-    if rc == 0:
-        park(fd, events, call)
-    return 0
 
 
 def wait_until_ready(int fd, int events, str call):
@@ -441,176 +881,55 @@ def wait_until_ready(int fd, int events, str call):
 
 
 def wait_for_any(list wanted, str call, list closed=None):
-    """For Python: park until something has happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then tells: it
-    is ready, or was closed. Not where there is no hub to give way to.
+    """For Python: park until something may have happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then
+    tells: it is ready, or was closed. Not where there is no hub to give way to.
 
     However the wait ends, it appends to *closed* the numbers that this module's close() closed meanwhile. poll(2) can't tell that:
     the number may be another file's by now.
     """
-    cdef Parking parking = parking_of(get_hub())
+    cdef object hub = get_hub()
     cdef object current = coopos_current_greenlet()
-    cdef object switch = current.switch
+    cdef Set here = set_of(hub)
     cdef list waits = []
     cdef Wait wait
-    cdef int fd, events
+    cdef bint may_wait = True
     try:
         for fd, events in wanted:
-            wait = parking.aim(fd, events)
+            wait = Wait.__new__(Wait)
+            wait.fd, wait.events, wait.greenlet = fd, events, current
             waits.append(wait)
-            wait.switch = switch
-            enlist(wait)
-            wait.watcher.start(wait.wake, switch)
-        came_back = give_way(parking.hub, current)
-        if not (isinstance(came_back, Wait) and (<Wait>came_back).switch is switch):
-            raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
+            may_wait = here.enter(wait, True, call) and may_wait
+        if may_wait:
+            came_back = give_way(hub, current)
+            if came_back not in waits:
+                raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
+        else:
+            take_turns()
     finally:
         for wait in waits:
             if wait.error and closed is not None:
                 closed.append(wait.fd)
-            delist(wait)
-            wait.switch = None
-            if wait.queued is not None:
-                wait.queued.stop()
-                wait.queued = None
-            parking.put_back(wait, wait.events)
+            here.leave(wait)
 
 
 def awaited(int fd):
     """For Python: what greenlets of this thread are parked for on *fd*: READ, WRITE, both or 0."""
     cdef object hub = reachable_hub()
     cdef PyObject *link = _parked[fd] if hub is not None and 0 <= fd < _parked_size else NULL
-    cdef Wait wait
     cdef int events = 0
     while link != NULL:
-        wait = <Wait>link
-        link = wait.next
-        if wait.hub is hub and (wait.switch is not None or wait.waiter is not None):
-            events |= wait.events
+        if (<Wait>link).greenlet is not None and (<Wait>link).set.hub is hub:
+            events |= (<Wait>link).events
+        link = (<Wait>link).next
     return events
 
 
-cdef int evict(Wait wait) except -1:
+cdef int evict_here(Wait wait) except -1:
     """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
-    if wait.is_on:
-        turn_off(wait)
-        if wait.may_stay:
-            wait.watcher.fd = wait.fd      # closed behind its owner's back it may be another file's by the next wait: see aim
-        if wait.waiter is not None:
-            wait.error = EBADF
-            wait.queued = wait.loop.run_callback(wait.hear)
-    if wait.switch is not None and not wait.error:
-        wait.error = EBADF
-        wait.watcher.stop()
-        wait.queued = wait.loop.run_callback(wait.wake, wait.switch)
-    return 0
-
-
-# ---- waiting for a descriptor that one object owns ---------------------------------------------------------------------------
-
-# Its watcher may stay on between two waits, since the number can't become another file's: that saves two system calls each time. It
-# is in the table of the parked all that time, and keeps the loop running only while somebody waits. Not with libuv: what keeps its
-# loop running is one handle per descriptor, which others who wait for the same one share.
-
-cdef int set_ref(watcher, bint ref) except -1:
-    """Say whether a watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
-    getattr(watcher, "_watcher_ref", watcher).ref = ref
-    return 0
-
-
-cdef Wait new_seat(int fd, int events):
-    """A wait for park_in."""
-    cdef Parking parking = parking_of(get_hub())
-    cdef Wait seat = Wait()
-    seat.hub = parking.hub
-    seat.loop = parking.loop
-    seat.fd = fd
-    seat.events = events
-    seat.watcher = parking.make_watcher(fd, events)
-    seat.token = (object(),)
-    seat.born = generation
-    seat.may_stay = parking.is_reusable
-    return seat
-
-
-cdef int turn_off(Wait seat) except -1:
-    """In its loop's thread."""
-    if seat.is_on:
-        seat.is_on = False
-        delist(seat)
-        seat.watcher.stop()
-    return 0
-
-
-cdef int rest(Wait seat) except -1:
-    """In its loop's thread, with nobody waiting: stop the watcher, and close it if nobody ever will."""
-    turn_off(seat)
-    if seat.is_left:
-        seat.watcher.close()
-    return 0
-
-
-cdef int leave_seat(Wait seat) except -1:
-    """Its owner gives the descriptor up, and is going to close it, or not."""
-    seat.is_left = True
-    hub = get_hub_if_exists()
-    if hub is not None and seat.loop is hub.loop:
-        seat.leave()
-    elif seat.born == generation and not post(seat.loop, seat.leave) and seat.is_on:
-        # Its loop is no more, and lets nobody stop the watcher.
-        seat.is_on = False
-        delist(seat)
-        seat.watcher.callback = None
-    return 0
-
-
-cdef int inherit(Wait seat) except -1:
-    """In a forked child: who has waited here may be dead, and the watcher stopped."""
-    seat.born = generation
-    if seat.waiter is not None and seat.waiter.dead:
-        seat.waiter = None
-    if seat.is_on and not seat.watcher.active:
-        seat.is_on = False
-        delist(seat)
-    return 0
-
-
-cdef int park_in(Wait seat, str call) except -1:
-    """As park(). Whoever comes second, or from another thread, gets a watcher of his own."""
-    cdef object current
-    if seat.born != generation:
-        inherit(seat)
-    if seat.waiter is not None or seat.hub is not reachable_hub():
-        return park(seat.fd, seat.events, call)
-    # The owner has made no attempt. libev aborts the process over a number that somebody closed behind its back.
-    if not seat.is_on and fcntl(seat.fd, F_GETFD) < 0:
-        raise os_error(errno, call, seat.fd)
-    current = coopos_current_greenlet()
-    seat.error = 0
-    seat.waiter = current
-    try:
-        if seat.may_stay:
-            seat.watcher.ref = True
-        if not seat.is_on:
-            enlist(seat)
-            seat.is_on = True
-            seat.watcher.start(seat.hear)
-        came_back = give_way(seat.hub, current)
-        if came_back is not <object>PyTuple_GET_ITEM(seat.token, 0):
-            raise wrong_switch(came_back, f"fd {seat.fd} in {call}")
-        PyErr_CheckSignals()       # as in park()
-    finally:
-        seat.waiter = None
-        if seat.queued is not None:
-            seat.queued.stop()
-            seat.queued = None
-        if seat.is_left:
-            rest(seat)
-        elif seat.may_stay:
-            seat.watcher.ref = False
-        else:
-            turn_off(seat)
-    if seat.error:
-        raise os_error(seat.error, call, seat.fd)
+    if wait.greenlet is not None:
+        wait.set.drop(wait)
+        if wait.queued is None:
+            wait.queued = wait.set.loop.run_callback(wait.wake)
     return 0
 
 
@@ -800,11 +1119,6 @@ cdef class PutOffClose:
         check.close()
         self.stopped()
 
-    def evict_there(self, list waits):
-        for wait in waits:
-            evict(<Wait>wait)
-        self.stopped()
-
 
 # {descriptor: its PutOffClose, made or not}
 cdef dict _put_off = {}
@@ -835,10 +1149,10 @@ def close(Py_ssize_t fd):
 
     Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
     in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
-    gevent socket or selector), or of another thread, is active on *fd* is the system call put off to the next turn of that
-    loop, because closing a descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call
-    that it has begun, until that is over. Even then *fd* is EBADF for whoever comes later. A call that no thread has begun yet
-    is not made, and gets ``OSError(EBADF)``.
+    gevent socket or selector) is active on *fd* is the system call put off to the next turn of that loop, because closing a
+    descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call that it has begun, until that
+    is over. Without epoll, greenlets of other threads that wait for *fd* put it off in the same way. Even then *fd* is EBADF for
+    whoever comes later. A call that no thread has begun yet is not made, and gets ``OSError(EBADF)``.
 
     Args:
         fd: int, the descriptor.
@@ -858,7 +1172,6 @@ def close(Py_ssize_t fd):
 
 cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
-    cdef dict elsewhere = None
     cdef int rc, err
     check_open(fd, "close")
     try:
@@ -869,13 +1182,7 @@ cdef int close_fd(int fd) except -1:
     if 0 <= fd < KNOWN_SIZE:
         is_known_nonblocking[fd] = False
     if 0 <= fd < _parked_size and _parked[fd] != NULL:
-        elsewhere = evict_all(fd, loop)
-    if elsewhere:
-        later = put_off(fd)
-        for other, waits in elsewhere.items():
-            coopos_closing_enter(later.closing)
-            if not post(other, later.evict_there, (waits,)):
-                later.stopped()
+        later = evict_all(fd)
     if _calls and (<object>fd) in _calls:
         if later is None:
             later = put_off(fd)
@@ -932,18 +1239,35 @@ def closerange(Py_ssize_t fd_low, Py_ssize_t fd_high, /):
             pass
 
 
-cdef dict evict_all(int fd, object loop):
-    """Evict every greenlet parked on *fd* in *loop*; return {other loop: [Wait, ...]} for the rest, or None."""
+cdef int evict(int fd, list greenlets) except -1:
+    """Have those of *greenlets* that are parked on *fd* get EBADF, of any thread. The number stays open."""
+    if 0 <= fd < _parked_size and _parked[fd] != NULL:
+        evict_all(fd, greenlets)
+    return 0
+
+
+cdef PutOffClose evict_all(int fd, list greenlets=None):
+    """Have all that are parked on *fd*, or those of *greenlets*, get EBADF; the close that others' watchers put off, or None."""
     cdef PyObject *link = _parked[fd]
+    cdef PutOffClose later = None
     cdef Wait wait
-    cdef dict elsewhere = None
+    loop = None if get_hub_if_exists() is None else get_hub().loop
     while link != NULL:
         wait = <Wait>link
         link = wait.next
-        if wait.loop is loop:
-            evict(wait)
-        elif wait.born == generation and wait.hub.thread_ident in sys._current_frames():   # else its thread is no more
-            if elsewhere is None:
-                elsewhere = {}
-            elsewhere.setdefault(wait.loop, []).append(wait)
-    return elsewhere
+        if wait.greenlet is None or wait.error or wait.set.is_over or wait.set.born != generation:
+            continue
+        if greenlets is not None and wait.greenlet not in greenlets:
+            continue
+        wait.error = EBADF
+        if wait.set.loop is loop:
+            evict_here(wait)
+        else:
+            if wait.watcher is not None and greenlets is None:
+                if later is None:
+                    later = put_off(fd)
+                coopos_closing_enter(later.closing)
+            wait.set.posted.append((wait, later))
+            if not post(wait.set.loop, wait.set.run_posted):
+                wait.set.end()
+    return later

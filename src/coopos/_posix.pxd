@@ -142,9 +142,14 @@ cdef extern from "_compat.h" nogil:
     pid_t coopos_pidfd_pid(int pidfd)
     ino_t coopos_pidfd_inode(int pidfd)
     bint coopos_wants_clones(int options)
+    int COOPOS_HAVE_EPOLL
+    ctypedef struct Event "struct coopos_event":
+        int fd
+        int events
+    long long coopos_now_us()
     int coopos_set_new()
-    int coopos_set_add(int set, int fd)
-    int coopos_set_ready(int set, int *fds)
+    int coopos_set_arm(int set, int fd, int events)
+    int coopos_set_ready(int set, Event *ready, int max)
     void coopos_close_run(int first, int last)
     int coopos_bell_new(int *bell)
     void coopos_bell_ring(const int *bell)
