@@ -474,7 +474,7 @@ def test_read_of_a_cached_file_takes_no_thread():
         assert coopos._workers.count_calls() == before
 
 
-DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/urandom", "/proc/self/stat", "/proc/self/status"]
+DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/urandom", "/proc/self/limits", "/proc/self/status"]
 
 
 @pytest.mark.parametrize("path", [path for path in DEVICES if os.path.exists(path)])
