@@ -18,10 +18,10 @@ from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
 from coopos._posix cimport (
-    COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, Closing, Event, PyErr_CheckSignals, coopos_closing_drop,
+    COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, S_ISREG, Closing, Event, PyErr_CheckSignals, coopos_closing_drop,
     coopos_closing_enter, coopos_closing_is_due, coopos_closing_leave, coopos_closing_new, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_new, coopos_set_ready, coopos_switch, poll, pollfd,
-    pthread_atfork)
+    coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_new, coopos_set_ready, coopos_switch, fstat, poll, pollfd,
+    pthread_atfork, stat_t)
 
 import os
 import sys
@@ -355,10 +355,14 @@ cdef int set_ref(watcher, bint ref) except -1:
 # function makes one, and a close of such a number waits for other threads to stop theirs.
 
 cdef int start_watcher(Wait wait, str call) except -1:
+    """ARMED, or ALWAYS_READY."""
     cdef object loop = wait.set.loop
+    cdef stat_t st
     cdef int flags = fcntl(wait.fd, F_GETFL)
     if flags < 0:
         raise os_error(errno, call, wait.fd)
+    if fstat(wait.fd, &st) == 0 and S_ISREG(st.st_mode):
+        return ALWAYS_READY        # libev would say so; libuv refuses it
     wait.watcher = loop.io(wait.fd, wait.events)
     # libuv has made the file non-blocking, for everybody who shares it.
     if not flags & O_NONBLOCK and hasattr(loop, "_io_watchers"):
@@ -366,7 +370,7 @@ cdef int start_watcher(Wait wait, str call) except -1:
     wait.watcher.start(wait.hear)
     if not wait.is_held:
         set_ref(wait.watcher, False)   # libuv shares it with others who wait for the number: only for numbers of our own
-    return 0
+    return ARMED
 
 
 cdef int stop_watcher(Wait wait) except -1:
@@ -533,7 +537,7 @@ cdef class Set:
         self.holds += is_held
         cdef int rc = self.arm(wait.fd, call) if has_set else FULL
         if rc == FULL:
-            start_watcher(wait, call)
+            rc = start_watcher(wait, call)
         return rc != ALWAYS_READY
 
     cdef int leave(self, Wait wait) except -1:
