@@ -730,6 +730,29 @@ def test_thread_that_ends_leaves_no_descriptor():
     assert set(open_fds()) == set(before)
 
 
+def test_greenlet_that_dies_of_its_call_keeps_nobody_from_theirs():
+    """A plain one, whose parent is the hub: what it raises the hub prints."""
+    run_script(
+        """
+        import tempfile
+        import gevent, greenlet
+        from gevent.hub import get_hub
+        import coopos
+
+        def fail():
+            coopos.fsync(file)
+            raise ValueError("it has died")
+
+        with tempfile.TemporaryFile() as file:
+            get_hub().loop.run_callback(greenlet.greenlet(fail, get_hub()).switch)
+            others = [gevent.spawn(coopos.fsync, file) for _ in range(5)]
+            assert len(gevent.joinall(others, timeout=10, raise_error=True)) == 5
+        """,
+        may_complain=True,
+        COOPOS_THREADS="1",
+    )
+
+
 def test_signal_during_a_call_of_a_worker():
     """A signal says nothing of the call, and its handler has its turn."""
     seen = []

@@ -1177,15 +1177,17 @@ def close(Py_ssize_t fd):
 cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
     cdef int rc, err
+    if fd < 0:
+        raise os_error(EBADF, "close", fd)
     check_open(fd, "close")
     try:
         hub = get_hub_if_exists()
     except TypeError:
         hub = None                 # the interpreter is being taken down, and gevent's names with it
     loop = None if hub is None else hub.loop
-    if 0 <= fd < KNOWN_SIZE:
+    if fd < KNOWN_SIZE:
         is_known_nonblocking[fd] = False
-    if 0 <= fd < _parked_size and _parked[fd] != NULL:
+    if fd < _parked_size and _parked[fd] != NULL:
         later = evict_all(fd)
     if _calls and (<object>fd) in _calls:
         if later is None:

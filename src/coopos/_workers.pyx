@@ -30,6 +30,7 @@ from coopos._posix cimport (
 
 import atexit
 import os
+import sys
 
 from gevent.hub import _get_hub as get_hub_if_exists
 
@@ -134,7 +135,11 @@ cdef class Mailbox:
         while self.box != NULL and (done := coopos_mailbox_take(self.box)) != NULL:
             job = <Job>done.owner
             self.jobs.discard(job)
-            job.arrive()
+            try:
+                job.arrive()
+            except:
+                # Not to the loop: gevent stops an io watcher whose callback raises.
+                self.loop.handle_error(self.watcher, *sys.exc_info())
         self.rest()
 
     cdef int shut(self) except -1:
