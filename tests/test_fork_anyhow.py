@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+from .children import needs_pidfds
 from .support import IN_CHILD, needs_libev, run_script
 
 PRELUDE = """
@@ -514,6 +515,7 @@ def test_fork_without_memory(name, keep, count):
     )
 
 
+@needs_pidfds  # or a thread would watch the child, which can't be started without one either
 def test_fork_that_may_not_set_the_signal_mask():
     """rt_sigprocmask(2) refused, as by a filter: the child and the parent have the mask that they had."""
     run("""

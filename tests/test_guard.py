@@ -11,7 +11,7 @@ import pytest
 import coopos
 
 from .descriptors import KINDS, frozen_hub_is_an_error, make_ends, until
-from .support import clog, closing, parked, result_of, run_script, turn_loop
+from .support import clog, closing, needs_libev, parked, result_of, run_script, turn_loop
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,7 @@ def test_handler_of_the_programs_is_not_disturbed():
     )
 
 
+@needs_libev  # gevent's libuv loop is Python: a handler that raises in it ends the hub
 def test_wait_after_a_signal_handler_has_raised():
     """It comes with the byte and ends the read. The loop still makes the read's callback, which the next wait doesn't hear."""
     run_script(
