@@ -950,6 +950,35 @@ def test_a_child_that_was_collected_while_a_hook_waits_is_known(watched):
 # ---- errors ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["fork_and_watch", "forkpty_and_watch"])
+def test_a_child_that_can_not_be_watched_is_told_of(name):
+    """The exception carries its pid, and it can be waited for; its terminal is closed."""
+    run(
+        f"""
+        loop = get_hub().loop
+
+        class FullLoop:
+            def __getattr__(self, name):
+                if name in ("io", "async_"):
+                    raise MemoryError("no room")
+                return getattr(loop, name)
+
+        get_hub().loop = FullLoop()
+        try:
+            pid = coopos.{name}()
+            if pid in (0, (0, -1)):
+                os._exit(4)
+        except MemoryError as ex:
+            get_hub().loop = loop
+            status = exit_code(ex.pid)
+            assert status in (4, 1, -signal.SIGHUP), status  # 1: its terminal was gone before it had it
+            assert not any(os.path.realpath(f"/proc/self/fd/{{fd}}").endswith("ptmx") for fd in os.listdir("/proc/self/fd"))
+        else:
+            raise AssertionError("no error")
+        """
+    )
+
+
 def test_forks_of_several_threads_at_once():
     """Whatever the others were doing in their loops: each child works, and ends as it is told to."""
     run_script("""

@@ -1496,7 +1496,7 @@ owners = [forkserver._forkserver, heap.BufferWrapper._heap, managers.BaseProxy._
 for owner in (*owners, resource_tracker._resource_tracker):
     assert type(owner._lock).__module__ != "_thread", owner
 assert managers.BaseProxy._mutex.acquire.__self__ is managers.BaseProxy._mutex._lock
-assert isinstance(context._tls, threading.local) and util.ForkAwareLocal.__init__.__globals__["threading"].local is threading.local
+assert isinstance(context._tls, threading.local) and isinstance(util.ForkAwareLocal()._local, threading.local)
 
 ctx = mp.get_context("fork")
 with ctx.Manager() as manager:
