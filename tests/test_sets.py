@@ -339,6 +339,51 @@ def test_set_that_somebody_has_closed_is_made_anew():
     )
 
 
+@needs_sets
+def test_number_that_is_closed_twice_and_is_the_sets_by_then():
+    """The second close is EBADF, as it was before there was a set; who waits is told all the same."""
+    run_script(
+        """
+        import errno, os
+        import gevent
+        import coopos
+
+        gevent.sleep(0)
+        reader, writer = os.pipe()
+        coopos.make_nonblocking(reader)
+        twice = os.open(os.devnull, os.O_RDONLY)
+        coopos.close(twice)
+        waiter = gevent.spawn(coopos.nb_read, reader, 1)
+        gevent.sleep(0)
+        assert "eventpoll" in os.readlink(f"/proc/self/fd/{twice}")
+        for close in coopos.close, lambda fd: coopos.closerange(fd, fd + 1):
+            try:
+                close(twice)
+            except OSError as ex:
+                assert ex.errno == errno.EBADF
+            gevent.sleep(0.01)
+            os.write(writer, b"x")
+            assert waiter.get() == b"x"
+            waiter = gevent.spawn(coopos.nb_read, reader, 1)
+            gevent.sleep(0)
+        # Behind our back: the number is another file's, which is the program's to close.
+        os.dup2(writer, twice)
+        os.close(writer)
+        watcher = gevent.get_hub().loop.io(twice, 2)
+        watcher.start(print)
+        coopos.close(twice)
+        gevent.sleep(0.01)
+        watcher.close()
+        try:
+            os.fstat(twice)
+        except OSError:
+            pass
+        else:
+            raise AssertionError("it is still open")
+        """
+    )
+
+
 def test_first_wait_of_a_process_that_is_out_of_descriptors():
     run_script(
         """

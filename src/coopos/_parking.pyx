@@ -460,6 +460,14 @@ cdef class Set:
             c_close(fd)
         return 0
 
+    cdef bint is_there(self) except -1:
+        """Whether the number is still the set's."""
+        cdef Event event
+        cdef int n = coopos_set_ready(self.fd, &event, 1)
+        if n == 1:
+            self.arm_again(event.fd)
+        return n >= 0
+
     cdef int end(self) noexcept:
         """Its thread has ended, or its loop was destroyed: nobody who waits here will ever run."""
         cdef PutOffClose later
@@ -1162,7 +1170,8 @@ def close(Py_ssize_t fd):
         fd: int, the descriptor.
 
     Raises:
-        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop; EIO as close(2).
+        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop, or is the set by which coopos
+            waits; EIO as close(2).
         TypeError, OverflowError: *fd* is not an int, or too large for one.
 
     Doesn't switch greenlets. Safe in any thread and after a fork.
@@ -1176,6 +1185,7 @@ def close(Py_ssize_t fd):
 
 cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
+    cdef Set here
     cdef int rc, err
     if fd < 0:
         raise os_error(EBADF, "close", fd)
@@ -1195,6 +1205,10 @@ cdef int close_fd(int fd) except -1:
         tell_calls(fd, later.closing)
     if loop is not None and loop.closing_fd(fd):
         if later is None:
+            here = <Set>sets_of_this_thread().get(loop)
+            if here is not None and here.fd == fd and here.is_there():
+                # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
+                raise os_error(EBADF, "close", fd)
             later = put_off(fd)
         later.is_polled = True
         check = loop.check()
