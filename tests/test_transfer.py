@@ -4,6 +4,7 @@ The result, the errno, the bytes and the offset are those of `os`; flags stay; o
 byte; close gives EBADF. A test has a case for each kind, and goes through the functions itself.
 """
 
+import array
 import dataclasses
 import errno
 import os
@@ -14,6 +15,7 @@ import gevent
 import pytest
 
 import coopos
+from coopos._copying import sendfile_with_headers
 
 from .descriptors import (
     FILLABLE,
@@ -550,6 +552,39 @@ def test_sendfile_of_more_than_fits(blocking, offset, kind, tmp_path):
             sent = result_of(greenlet)
             assert take(ends.reader, sent) == LARGE[offset or 0 :][:sent]
         assert os.lseek(file, 0, os.SEEK_CUR) == (greenlet.value if offset is None else 0)
+
+
+@each_of(["socketpair", "TCP"])
+@pytest.mark.parametrize("count", [0, 1000, 3 * 128 * 1024 + 1, 2 * len(LARGE)])
+@each_mode
+def test_sendfile_with_headers(blocking, count, kind, tmp_path):
+    """As macOS and the BSDs have it."""
+    headers, trailers = [b"head", bytearray(b"er"), b""], (memoryview(array.array("i", [1, 2])), b"end")
+    with make_file(LARGE) as file, make_ends(kind, tmp_path, blocking) as ends:
+        clogged = clog(ends.writer)
+        greenlet = parked(sendfile_with_headers, ends.writer, file, 1000, count, headers, trailers)
+        assert len(take(ends.reader, clogged)) == clogged
+        expected = b"header" + LARGE[1000 : 1000 + count if count else None] + bytes(trailers[0]) + b"end"
+        if blocking:
+            assert take(ends.reader, len(expected)) == expected
+            assert result_of(greenlet) == len(expected)
+        else:
+            sent = result_of(greenlet)
+            assert 0 < sent <= len(expected)
+            assert take(ends.reader, sent) == expected[:sent]
+        assert os.lseek(file, 0, os.SEEK_CUR) == 0
+
+
+def test_sendfile_with_headers_killed_tells_how_much_was_sent(tmp_path):
+    with make_file(LARGE) as file, make_ends("socketpair", tmp_path, True) as ends:
+        greenlet = parked(sendfile_with_headers, ends.writer, file, 0, 0, [b"header"])
+        greenlet.kill(gevent.Timeout, block=False)
+        with pytest.raises(gevent.Timeout) as caught:
+            result_of(greenlet)
+        sent = caught.value.characters_written
+        assert sent > len(b"header")
+        assert take(ends.reader, sent) == (b"header" + LARGE)[:sent]
+        assert drain(ends.reader) == b""
 
 
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="no os.splice here")

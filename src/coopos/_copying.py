@@ -3,22 +3,27 @@
 The kernel has no form of them that is sure not to wait. So each is made in the hub only where nothing can hold it up (pipes, which
 SPLICE_F_NONBLOCK is about, what is in non-blocking mode, a file whose pages have been read); otherwise by a worker, once what
 can be waited for is ready. sendfile to a descriptor in blocking mode, which would wait for its reader with all of it, is made of
-pread and write. Knows `_core`, `_parking`, `_workers`, and `_threadpool` for a
-system whose sendfile has headers.
+pread and write, and so is that of macOS and the BSDs, which has headers. Knows `_core`, `_parking` and `_workers`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import posix
 import stat
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from coopos import _core, _workers
 from coopos._parking import READ, WRITE, InFlight, wait_until_ready, yield_turn
-from coopos._threadpool import _ask_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from typing_extensions import Buffer
 
 #: Bytes. What sendfile moves at a time: no more than the kernel reads ahead, and than a socket takes.
 CHUNK = 128 * 1024
@@ -55,6 +60,87 @@ def _is_open(fd: int, way: int) -> bool:
 
 def _appends(fd: int) -> bool:
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
+
+
+def _chunks(call: InFlight, in_fd: int, start: int, count: int) -> Iterator[bytes]:
+    while count > 0:
+        call.check()
+        data = _core.pread(in_fd, min(count, CHUNK), start)
+        if not data:
+            break
+        call.check()
+        yield data
+        start += len(data)
+        count -= len(data)
+
+
+def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, pieces: Iterable[Any], start: int | None) -> int:
+    """Write *pieces* one after the other, up to the first of which a part is left; the offset of *in_fd* moves from *start* on."""
+    sent = 0
+    try:
+        for data in pieces:
+            written = _core.write(out_fd, data)
+            sent += written
+            if written < len(data):
+                break
+    except BaseException as ex:
+        sent += getattr(ex, "characters_written", 0)
+        if sent:
+            with contextlib.suppress(Exception):  # some classes refuse attributes
+                ex.characters_written = sent  # type: ignore[attr-defined]
+        raise
+    finally:
+        if start is not None and sent and not call.is_closed(in_fd):
+            os.lseek(in_fd, start + sent, os.SEEK_SET)
+    return sent
+
+
+def sendfile_with_headers(
+    out_fd: int,
+    in_fd: int,
+    offset: int,
+    count: int,
+    headers: Sequence[Buffer] = (),
+    trailers: Sequence[Buffer] = (),
+    flags: int = 0,
+) -> int:
+    """Send a part of a file to a socket, letting other greenlets run while that takes no more.
+
+    Like :func:`os.sendfile`, made of pread and write. What isn't in the page cache is read by a thread.
+
+    Args:
+        out_fd: int, a stream socket.
+        in_fd: int, open for reading: a regular file.
+        offset: int, bytes from the start of *in_fd*.
+        count: int, bytes, 0 or more; 0 for all.
+        headers, trailers: sequences of bytes-like objects, sent before and after.
+        flags: int, ``os.SF_*``, which say what a thread of the kernel's has to do, and are not needed here.
+
+    Returns:
+        int: how many bytes were sent, those of the headers and trailers included.
+
+    Raises:
+        OSError: as sendfile(2).
+        TypeError, OverflowError: an argument is of another type, or too large.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was sent, it has sent nothing; after a part was,
+    the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: sendfile(2).
+
+    .. versionadded:: 0.1.0
+    """
+    if not (
+        _is_plausible(out_fd, in_fd, count, offset)
+        and stat.S_ISREG(os.fstat(in_fd).st_mode)
+        and stat.S_ISSOCK(os.fstat(out_fd).st_mode)
+    ):
+        # Which says what is wrong.
+        return posix.sendfile(out_fd, in_fd, offset, count, headers, trailers, flags)  # type: ignore[call-arg]
+    before, after = ([memoryview(data).cast("B") for data in parts] for parts in (headers, trailers))
+    with InFlight("sendfile", in_fd, out_fd) as call:
+        pieces = itertools.chain(before, _chunks(call, in_fd, offset, count or sys.maxsize), after)
+        return _send_by_hand(call, out_fd, in_fd, pieces, None)
 
 
 _sendfile = getattr(posix, "sendfile", None)
@@ -98,7 +184,9 @@ if _sendfile and not _TAKES_HEADERS:
             if not _is_file(in_fd):
                 return _send_through_pipe(call, out_fd, in_fd, count)
             if os.get_blocking(out_fd) or _is_file(out_fd):
-                return _send_by_hand(call, out_fd, in_fd, offset, count)
+                start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
+                moved = start if offset is None else None
+                return _send_by_hand(call, out_fd, in_fd, _chunks(call, in_fd, start, count), moved)
             while True:
                 call.check()
                 start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
@@ -127,69 +215,8 @@ if _sendfile and not _TAKES_HEADERS:
             yield_turn()
             call.check()
 
-    def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
-        start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
-        sent = 0
-        try:
-            while sent < count:
-                call.check()
-                data = _core.pread(in_fd, min(count - sent, CHUNK), start + sent)
-                if not data:
-                    break
-                call.check()
-                written = _core.write(out_fd, data)
-                sent += written
-                if written < len(data):
-                    break
-        except BaseException as ex:
-            sent += getattr(ex, "characters_written", 0)
-            if sent:
-                with contextlib.suppress(Exception):  # some classes refuse attributes
-                    ex.characters_written = sent  # type: ignore[attr-defined]
-            raise
-        finally:
-            if offset is None and sent and not call.is_closed(in_fd):
-                os.lseek(in_fd, start + sent, os.SEEK_SET)
-        return sent
-
 elif _sendfile:
-
-    def sendfile(  # type: ignore[misc]
-        out_fd: int, in_fd: int, offset: int, count: int, headers: object = (), trailers: object = (), flags: int = 0
-    ) -> int:
-        """Send a part of a file to a socket, letting other greenlets run while that takes no more.
-
-        Like :func:`os.sendfile`, in the hub's threadpool.
-
-        Args:
-            out_fd: int, a stream socket.
-            in_fd: int, open for reading: a regular file.
-            offset: int, bytes from the start of *in_fd*.
-            count: int, bytes, 0 or more; 0 for all.
-            headers, trailers: sequences of bytes-like objects, sent before and after.
-            flags: int, ``os.SF_*``.
-
-        Returns:
-            int: how many bytes were sent.
-
-        Raises:
-            OSError: as sendfile(2).
-            TypeError, OverflowError: an argument is of another type, or too large.
-
-        Switches greenlets. Killed or timed out while it waits for room, it has sent nothing; what a thread has begun goes on there.
-        Works in any thread's hub and in a forked child.
-
-        Source: sendfile(2).
-
-        .. versionadded:: 0.1.0
-        """
-        while True:
-            result, error = _ask_thread(posix.sendfile, out_fd, in_fd, offset, count, headers, trailers, flags)
-            if error is None:
-                return int(result)
-            if not isinstance(error, BlockingIOError) or getattr(error, "characters_written", False):
-                raise error
-            wait_until_ready(out_fd, WRITE, "sendfile")
+    sendfile = sendfile_with_headers  # type: ignore[assignment]
 
 
 if hasattr(posix, "splice"):

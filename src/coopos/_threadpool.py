@@ -47,12 +47,14 @@ def _refuse_in_hub() -> None:
         raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
-def _ask_thread(function: Callable[..., Any], *args: Any) -> tuple[Any, BaseException | None]:
-    """What ``function(*args)`` returns and what it raises, in the hub's threadpool; in a thread that has no hub, here. A call that
-    has not begun when its greenlet is killed or timed out isn't made: by then its descriptor's number may be another file's.
+def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in the hub's threadpool; in a thread that has no hub, here. A call that has not begun when its greenlet
+    is killed or timed out isn't made: by then its descriptor's number may be another file's.
     """
     _refuse_in_hub()
     hub = get_hub_if_exists()
+    if hub is None:
+        return function(*args)
     wanted = [True]
 
     def call() -> tuple[Any, BaseException | None]:
@@ -63,18 +65,10 @@ def _ask_thread(function: Callable[..., Any], *args: Any) -> tuple[Any, BaseExce
         except BaseException as ex:
             return None, ex  # what is raised there, the pool prints
 
-    if hub is None:
-        return call()
     try:
-        outcome: tuple[Any, BaseException | None] = hub.threadpool.apply(call)
-        return outcome
+        result, error = hub.threadpool.apply(call)
     finally:
         wanted.clear()
-
-
-def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` in the hub's threadpool."""
-    result, error = _ask_thread(function, *args)
     if error is not None:
         raise error
     return result
