@@ -19,14 +19,14 @@ from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENXIO, errno
 from libc.string cimport memcpy
 from posix.fcntl cimport AT_FDCWD, F_GETFD, F_SETFL, F_WRLCK, O_NONBLOCK, O_RDWR, fcntl, openat
-from posix.types cimport mode_t, off_t
+from posix.types cimport id_t, mode_t, off_t
 from posix.unistd cimport close as c_close
 
 from coopos._parking cimport (
     READ, Call, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, wrong_switch)
 from coopos._posix cimport (
     ECANCELED, Closing, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_switch, fstat, sem_t, stat_t)
+    coopos_import_greenlet, coopos_switch, fstat, idtype_t, sem_t, stat_t)
 
 import atexit
 import os
@@ -195,6 +195,8 @@ cdef int ask_again() except -1:
             # Of a thread that isn't here, whose loop is left alone.
             coopos_mailbox_shut(mailbox.box)
             mailbox.box = NULL
+    for inquiry in list(_inquiries):
+        (<Inquiry>inquiry).end()
     return 0
 
 
@@ -407,6 +409,53 @@ cdef object result_of(Job job, object subject, object path=None):
     if path is not None:
         raise OSError(job.job.err, os.strerror(job.job.err), path)
     raise os_error(job.job.err, job.name, subject)
+
+
+# ---- what concerns more than one hub -----------------------------------------------------------------------------------------
+
+# Those that are under way, or whose answer somebody has still to hear.
+cdef set _inquiries = set()
+
+
+cdef class Inquiry:
+    """A waitid(2) that a worker makes, for any number of loops and threads. Its bell rings, for good, when there is an answer.
+
+    Nothing is lost if nobody waits for it any more: it has to be asked with WNOWAIT.
+    """
+
+    cdef bint begin(self, idtype_t idtype, id_t id, int options) except -1:
+        """False: there is no descriptor for the bell, or no thread."""
+        self.born = generation
+        _inquiries.add(self)
+        self.job = coopos_job_new(0)
+        if self.job == NULL:
+            self.end()
+            raise MemoryError
+        self.job.operation = COOPOS_WAITID
+        self.job.waits_for_peer = True
+        self.job.idtype, self.job.id, self.job.flags = idtype, id, options
+        self.box = coopos_mailbox_new()
+        if self.box == NULL or coopos_job_submit(self.job, self.box):
+            self.end()
+            return False
+        return True
+
+    cdef int end(self) noexcept:
+        """Nobody wants to know any more."""
+        cdef CJob *job = self.job
+        cdef CMailbox *box = self.box
+        self.job, self.box = NULL, NULL
+        _inquiries.discard(self)
+        if job == NULL:
+            return 0
+        if self.born != generation:
+            coopos_job_orphan(job)
+        elif coopos_job_state(job) == COOPOS_BEGUN:
+            coopos_job_interrupt(job)
+        if box != NULL:
+            coopos_mailbox_shut(box)
+        coopos_job_free(job)
+        return 0
 
 
 # ---- for Python --------------------------------------------------------------------------------------------------------------
