@@ -1,7 +1,7 @@
 """Children that may have to be waited for.
 
-The kernel keeps the books. Nothing here installs a signal handler, or asks for a child it was not asked about. Nothing polls, unless
-no descriptor or no thread is left to wait by. Four rules hold throughout:
+The kernel keeps the books. Nothing here installs a signal handler, or asks for a child it was not asked about. Nothing polls,
+unless no descriptor or no thread is left to wait by. Four rules hold throughout:
 
 1. Whoever waits is registered before anything that could wake it is started, and leaves by a `finally`.
 2. An object of a loop (watcher, member of its set) is touched only by that loop's own thread; other threads post a callback.
@@ -31,8 +31,8 @@ from coopos._parking cimport (
     READ, Wait, as_int, generation, give_way, is_alive, os_error, post, reachable_hub, set_of_loop, set_ref, wrong_switch)
 from coopos._posix cimport (
     COOPOS_P_PIDFD, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PyErr_CheckSignals, Report, WEXITED, WNOWAIT, coopos_bell_ring,
-    coopos_close_run, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_wait,
-    idtype_t, poll, pollfd, siginfo_t, waitid)
+    coopos_close_run, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal,
+    coopos_wait, idtype_t, poll, pollfd, siginfo_t, waitid)
 from coopos._workers cimport Inquiry
 
 import os
