@@ -6,6 +6,7 @@ They are programs started by posix_spawn, so that most tests need no interpreter
 import contextlib
 import errno
 import functools
+import gc
 import os
 import signal
 import struct
@@ -144,8 +145,14 @@ def thread_ids():
     return {thread.id for thread in psutil.Process().threads()}
 
 
-def new_threads(before):
-    return len(thread_ids() - before)
+def count_questions():
+    """How many questions about children workers are putting to the kernel; no worker has anything else to do meanwhile."""
+    return coopos._workers.count_begun()
+
+
+def questions():
+    """Those questions themselves, and others that somebody waits for."""
+    return [each for each in gc.get_objects() if type(each).__name__ == "Question"]
 
 
 both_spawns = pytest.mark.parametrize("spawn", [coopos.posix_spawn, os.posix_spawn], ids=["watched", "unwatched"])

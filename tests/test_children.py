@@ -29,13 +29,14 @@ from .children import (
     TELLS_REAPED_STATUS,
     both_spawns,
     collected_child,
+    count_questions,
     dead_child,
     living_child,
     needs_pidfds,
     needs_proc,
     needs_reaped_status,
-    new_threads,
     no_child,
+    questions,
     spawn_in,
     spawn_sh,
     start,
@@ -222,32 +223,30 @@ def question_about(pid, kind):
 @both_spawns
 @wait_kinds
 def test_waitpid_timeout(spawn, question, options):
-    """A Timeout leaves the child waitable, and no thread behind; the fixture looks for the rest."""
-    threads = thread_ids()
+    """A Timeout leaves the child waitable, and no worker at it; the fixture looks for the rest."""
     with living_child(spawn, **OWN_GROUP) as (pid, end):
         for _ in range(5):
             with gevent.Timeout(0, False):
                 coopos.waitpid(question_about(pid, question), options)
                 pytest.fail("nothing has ended")
         if spawn is os.posix_spawn or HAS_PIDFDS:
-            until(lambda: not new_threads(threads))
+            until(lambda: not count_questions())
         end()
         assert coopos.waitpid(pid, 0) == (pid, STATUS)
-    until(lambda: not new_threads(threads))
+    until(lambda: not count_questions())
 
 
 @both_spawns
 @wait_kinds
 def test_waitpid_killed_waiter(spawn, question, options):
-    """A killed greenlet leaves the child waitable for the others, and no thread behind."""
-    threads = thread_ids()
+    """A killed greenlet leaves the child waitable for the others, and no worker at it."""
     with living_child(spawn, **OWN_GROUP) as (pid, end):
         waiters = [parked(coopos.waitpid, question_about(pid, question), options) for _ in range(3)]
         waiters[0].kill()
         waiters[1].kill()
         end()
         assert result_of(waiters[2]) == (pid, STATUS)
-    until(lambda: not new_threads(threads))
+    until(lambda: not count_questions())
 
 
 @both_spawns
@@ -1127,61 +1126,95 @@ def test_waitpid_while_sigchld_is_ignored(question, watched):
     )
 
 
-# ---- threads that wait -------------------------------------------------------------------------------------------------------
+# ---- workers that wait -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("question", "options"), [("any", 0), ("own group", 0), ("pid", os.WUNTRACED), ("group", os.WCONTINUED)])
-def test_waiter_threads_one_for_each_question(question, options):
-    """However many greenlets of however many threads ask, one thread asks the kernel; after the answer there is none."""
+def test_questions_are_put_once(question, options):
+    """However many greenlets of however many threads ask, one worker asks the kernel; after the answer none does."""
     with HubThread() as other:
-        threads = thread_ids()
         with living_child(os.posix_spawn) as (pid, end):
             asked = question_about(pid, question), options
             here = [parked(error_of, coopos.waitpid, *asked) for _ in range(5)]
             there = [other.parked(error_of, coopos.waitpid, *asked) for _ in range(5)]
-            assert new_threads(threads) == 1
+            assert count_questions() == 1
             end()
             results = [result_of(waiter) for waiter in here] + [other.result_of(waiter) for waiter in there]
         assert outcomes(results, pid) == 1
-        until(lambda: not new_threads(threads))
+        until(lambda: not count_questions())
 
 
-def test_waiter_threads_of_distinct_questions():
-    """Each question has a thread of its own, and each is gone once the last who asked was killed."""
-    threads = thread_ids()
+def test_questions_that_are_distinct():
+    """Each question has a worker of its own, and none once the last who asked was killed."""
     with living_child(os.posix_spawn, **OWN_GROUP) as (pid, end):
         waiters = [
             parked(coopos.waitpid, *question)
             for question in [(-1, 0), (-pid, 0), (pid, os.WUNTRACED), (-1, os.WUNTRACED), (-1, 0), (-pid, 0)]
         ]
-        assert new_threads(threads) == 4
+        assert count_questions() == 4
         gevent.killall(waiters)
-        until(lambda: not new_threads(threads))
+        until(lambda: not count_questions())
         end()
         assert coopos.waitpid(pid, 0) == (pid, STATUS)
 
 
-def test_waiter_threads_one_for_each_child():
-    """Without pidfds a child has one thread, however many wait for it; with them none."""
-    threads = thread_ids()
+def test_questions_one_for_each_child():
+    """Without pidfds a child has one worker, however many wait for it; with them none."""
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(living_child(spawn)) for spawn in (coopos.posix_spawn, os.posix_spawn) for _ in range(3)]
         waiters = [parked(error_of, coopos.waitpid, pid, 0) for pid, _ in children for _ in range(3)]
-        assert new_threads(threads) == (0 if HAS_PIDFDS else len(children))
+        assert count_questions() == (0 if HAS_PIDFDS else len(children))
         for _, end in children:
             end()
         assert sum(result_of(waiter)[0] is None for waiter in waiters) == len(children)
-    until(lambda: not new_threads(threads))
+    until(lambda: not count_questions())
 
 
-def test_waiter_thread_is_asked_again():
-    """A question that was answered and is asked again gets a fresh thread and a fresh answer."""
+def test_questions_are_asked_again():
+    """A question that was answered and is asked again gets a fresh answer, by the worker that has put the last one."""
+    before, threads = thread_ids(), set()
     with living_child() as (pid, end):
         for _ in range(20):
-            other = spawn_sh(coopos.posix_spawn, "exit 7")
-            assert coopos.waitpid(-1, 0) == (other, STATUS)
+            with living_child() as (other, end_other):
+                waiter = parked(coopos.waitpid, -1, 0)
+                threads |= thread_ids()
+                end_other()
+                assert result_of(waiter) == (other, STATUS)
         end()
         assert coopos.waitpid(-1, 0) == (pid, STATUS)
+    assert len(threads - before) < 20, threads
+
+
+def test_questions_where_no_thread_is_left():
+    """Where no thread can be made the kernel is asked again and again."""
+    run_seccomp("""
+import threading, gevent, coopos
+refuse("clone3", errno.EAGAIN)
+try:
+    threading.Thread(target=int).start()
+except RuntimeError:
+    pass
+else:
+    print("skip: threads are made in another way")
+    raise SystemExit
+
+for fork in (coopos.fork, coopos.fork_gevent):
+    for question, options in ((-1, 0), (None, os.WUNTRACED)):
+        reader, writer = os.pipe()
+        pid = fork()
+        if pid == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(7)
+        waiter = gevent.spawn(coopos.waitpid, question or pid, options)
+        gevent.sleep(0)
+        other = gevent.spawn(coopos.waitpid, question or pid, options)
+        gevent.sleep(0)
+        other.kill()
+        assert not waiter.ready()
+        os.close(writer)
+        assert waiter.get(timeout=30) == (pid, 7 << 8)
+""")
 
 
 def test_exit_with_living_children():
@@ -1272,13 +1305,13 @@ assert done.returncode == int(done.stdout), done
 @pytest.mark.parametrize("kind", ["pid", "any"])
 @pytest.mark.parametrize("option", [0x20000000, 0x40000000], ids=["__WNOTHREAD", "__WALL"])
 def test_waitpid_linux_options_are_waited_for(spawn, kind, option):
-    """One thread asks, and goes on asking: __WNOTHREAD, taken at its word, would leave it no children."""
+    """One worker asks, and goes on asking: __WNOTHREAD, taken at its word, would leave it no children."""
     with living_child(spawn) as (pid, end):
         waiter = parked(coopos.waitpid, question_about(pid, kind), option)
-        before = thread_ids()
+        before = questions()
         for _ in range(20):
             turn_loop()
-        assert thread_ids() == before
+        assert questions() == before
         end()
         assert result_of(waiter) == (pid, STATUS)
 
@@ -1313,7 +1346,7 @@ def test_waitpid_collected_by_the_kernel(question):
 
 @needs_libuv
 def test_waitpid_asked_while_another_thread_leaves():
-    """A question that one thread is about to join is not ended by another that was the last to ask it."""
+    """A question that somebody is about to join is not ended by another thread that was the last to ask it."""
     run_script("""
         import os, threading, gevent, coopos
         from gevent.libuv import loop
@@ -1380,7 +1413,7 @@ if platform.machine() not in ("x86_64", "aarch64"):
     print("skip: no system call numbers for this machine")
     raise SystemExit
 libc = ctypes.CDLL(None, use_errno=True)
-numbers = {"pidfd_open": 434, "waitid": {"x86_64": 247, "aarch64": 95}[platform.machine()],
+numbers = {"pidfd_open": 434, "clone3": 435, "waitid": {"x86_64": 247, "aarch64": 95}[platform.machine()],
            "ioctl": {"x86_64": 16, "aarch64": 29}[platform.machine()]}
 
 def refuse(call, err, argument=None, value=None):

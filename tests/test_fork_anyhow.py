@@ -504,13 +504,13 @@ def test_fork_without_memory(name, keep, count):
         assert attempt(10**9)
         fds = count_fds()
         first = in_a_row = 0
-        while in_a_row < 5:
+        while in_a_row < 30:  # so many fail in hooks and in os.fork's warning of threads, which nobody is told
             in_a_row = in_a_row + 1 if attempt(first) else 0
             first += 1
             assert first < 1000
             assert count_fds() == fds, (first, count_fds(), fds)
             assert not signal_mask(), first
-        assert first > 5
+        assert first > 30
         """,
         may_complain=True,  # the interpreter prints what hooks have raised
     )

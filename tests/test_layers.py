@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 #: From the bottom up. A module imports from lower layers only, but for the names in SIDEWAYS.
 LAYERS = [
     {"_parking"},
-    {"_workers", "_children"},
+    {"_workers"},
+    {"_children"},
     {"_core"},
     {"_wait", "_owned", "_forking", "_semaphores"},
     {"_imports", "_sigchld"},

@@ -29,17 +29,16 @@ from .children import (
     TELLS_REAPED_STATUS,
     both_spawns,
     collected_child,
+    count_questions,
     dead_child,
     living_child,
     needs_p_pidfd,
     needs_pidfds,
     needs_proc,
     needs_reaped_status,
-    new_threads,
     no_child,
     spawn_in,
     spawn_sh,
-    thread_ids,
     until,
     until_dead,
     until_stopped,
@@ -461,8 +460,7 @@ def test_wait_family_child_of_another_thread(wait, spawn):
 @both_spawns
 @every_wait
 def test_wait_family_timeout_and_kill(wait, spawn):
-    """Either leaves the child waitable, and no thread behind; the fixture looks for the rest."""
-    threads = thread_ids()
+    """Either leaves the child waitable, and no worker at it; the fixture looks for the rest."""
     with living_child(spawn, **OWN_GROUP) as (pid, end):
         for _ in range(3):
             with gevent.Timeout(0, False):
@@ -473,7 +471,7 @@ def test_wait_family_timeout_and_kill(wait, spawn):
         waiters[2].kill()
         end()
         assert ended(result_of(waiters[1])) == (pid, STATUS)
-    until(lambda: not new_threads(threads))
+    until(lambda: not count_questions())
 
 
 @both_spawns

@@ -50,4 +50,3 @@ cdef int note_new(Child child, int pid) except -1
 cdef bint take_note(Child child) except -1
 cdef int leave_parents() except -1
 cdef int forget_parent() except -1
-cdef int forget_parent_loops() except -1

@@ -1,7 +1,7 @@
 """Children that may have to be waited for.
 
-The kernel keeps the books. Nothing here installs a signal handler, asks for a child it was not asked about, or polls. Four rules
-hold throughout:
+The kernel keeps the books. Nothing here installs a signal handler, or asks for a child it was not asked about. Nothing polls,
+unless no descriptor or no thread is left to wait by. Four rules hold throughout:
 
 1. Whoever waits is registered before anything that could wake it is started, and leaves by a `finally`.
 2. An object of a loop (watcher, member of its set) is touched only by that loop's own thread; other threads post a callback.
@@ -10,20 +10,18 @@ hold throughout:
 4. To tell anybody anything can let other threads run (libuv's watchers release the GIL): a record is first brought to its new
    state, and then others are told.
 
-From the bottom up: a Question is put to waitid(2) by a thread; a Watch is one child in one loop, by such a thread or by a pidfd in
+From the bottom up: a worker puts a Question to waitid(2); a Watch is one child in one loop, by such a question or by a pidfd in
 the loop's set; a Child is the record of one child, with a Watch in each loop that waits. The module knows libc,
-`_parking`, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
+`_parking`, `_workers`, `gevent.hub` and the loop's watchers, and nothing else of coopos or gevent.
 """
 
 cimport cython
 from cpython.object cimport PyObject
-from cpython.pythread cimport (
-    PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_get_thread_ident, PyThread_release_lock,
-    PyThread_type_lock)
+from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ECHILD, EINTR, ENOSYS, EPERM, ESRCH, errno
 from libc.signal cimport SIGCHLD, SIG_IGN
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport realloc
 from libc.string cimport memset, strerror
 from posix.signal cimport kill, sigaction, sigaction_t
 from posix.types cimport id_t
@@ -32,23 +30,17 @@ from posix.unistd cimport close as c_close, getpgid, getuid
 from coopos._parking cimport (
     READ, Wait, as_int, generation, give_way, is_alive, os_error, post, reachable_hub, set_of_loop, set_ref, wrong_switch)
 from coopos._posix cimport (
-    COOPOS_P_PIDFD, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PTHREAD_CANCEL_DISABLE, PyErr_CheckSignals, Report, WEXITED,
-    WNOWAIT, coopos_bell_close, coopos_bell_new, coopos_bell_ring, coopos_close_run, coopos_has_ended, coopos_pidfd_inode,
-    coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal, coopos_thread_start, coopos_wait, idtype_t, poll, pollfd,
-    pthread_cancel, pthread_join, pthread_setcancelstate, pthread_t, siginfo_t, waitid)
+    COOPOS_P_PIDFD, COOPOS_WNOTHREAD, HAVE_PIDFD, P_PID, POLLIN, PyErr_CheckSignals, Report, WEXITED, WNOWAIT, coopos_bell_ring,
+    coopos_close_run, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open, coopos_pidfd_reaped, coopos_pidfd_signal,
+    coopos_wait, idtype_t, poll, pollfd, siginfo_t, waitid)
+from coopos._workers cimport Inquiry
 
-import atexit
 import os
 import sys
 
 from gevent._hub_local import get_loop
 from gevent.hub import MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub
 from greenlet import getcurrent
-
-
-cdef extern from "pythread.h" nogil:
-    int PY_LOCK_INTR
-    int PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int is_interruptible)
 
 
 # ---- asking the kernel -------------------------------------------------------------------------------------------------------
@@ -82,98 +74,28 @@ cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
     return 0
 
 
-# ---- asking the kernel from a thread -----------------------------------------------------------------------------------------
+# ---- asking the kernel from a worker -----------------------------------------------------------------------------------------
 
 # COOPOS_CHILDREN=thread: never use pidfds, as on a system that has none.
 cdef bint _use_pidfds = HAVE_PIDFD and os.environ.get("COOPOS_CHILDREN") != "thread"
 
 
-cdef struct Asker:
-    idtype_t idtype
-    id_t id
-    int options
-    bint has_bell          # to be rung; or there was no descriptor for one, and *question* is told
-    int bell[2]
-    PyObject *question     # owned by whoever joins the thread
-    pthread_t thread
-
-
-cdef void *ask_kernel(void *arg) noexcept nogil:
-    """A waiter thread: looks (WNOWAIT), never collects, and rings. It is no Python thread, and needs no GIL, which a hub that is
-    always busy would not leave it for seconds.
-    """
-    cdef Asker *asker = <Asker *>arg
-    cdef siginfo_t info
-    cdef int before
-    while waitid(asker.idtype, asker.id, &info, asker.options) < 0 and errno == EINTR:
-        pass
-    if asker.has_bell:
-        coopos_bell_ring(asker.bell)
-        return NULL
-    # Only waitid is to be cancelled, never the interpreter.
-    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before)
-    with gil:
-        (<Question>asker.question).ring()
-    return NULL
+# Where there is no descriptor, or no thread, to wait by: how long until the kernel is asked again.
+cdef enum:
+    PAUSE_MS = 10
 
 
 @cython.final
 @cython.internal
-cdef class Question:
-    """One question to waitid(2) about children, asked by one thread for all who wait for the answer.
+cdef class Question(Inquiry):
+    """One question to waitid(2) about children, put once for all who wait for the answer.
 
-    The answer is only "look again": a descriptor becomes readable, which each who asked has in its own loop's set. Where no
-    descriptor is left, each has an async watcher.
+    The answer is only "look again": a bell, which each who asked has in its own loop's set. Where there is no descriptor left for
+    it, or no thread, each looks again after a while.
     """
     cdef tuple key                 # (idtype, id, options)
     cdef dict table                # _questions or _exit_questions
-    cdef Asker *asker
     cdef list listeners            # the Listener of each who asked
-    cdef int bell[2]
-    cdef bint has_bell
-    cdef bint is_rung
-    cdef int born                  # generation
-
-    def __cinit__(self, tuple key, dict table):
-        self.key = key
-        self.table = table
-        self.listeners = []
-        self.born = generation
-
-    cdef int start(self) except -1:
-        cdef int err
-        cdef Asker *asker = <Asker *>malloc(sizeof(Asker))
-        if asker == NULL:
-            raise MemoryError
-        self.has_bell = coopos_bell_new(self.bell) == 0
-        self.asker = asker
-        asker.has_bell = self.has_bell
-        asker.bell[0], asker.bell[1] = self.bell[0], self.bell[1]
-        asker.question = <PyObject *>self
-        try:
-            asker.idtype, asker.id, asker.options = self.key
-            asker.options |= WNOWAIT
-            _asked.add(self)
-            self.table[self.key] = self
-            err = coopos_thread_start(&asker.thread, ask_kernel, asker)
-            if err:
-                raise os_error(err, "pthread_create", self.key)
-        except:
-            self.let_go()
-            raise
-        Py_INCREF(self)
-        return 0
-
-    cdef int let_go(self) except -1:
-        """The thread is gone, or was never there."""
-        self.close_to_others()
-        _asked.discard(self)
-        free(self.asker)
-        self.asker = NULL
-        if self.has_bell:
-            self.has_bell = False
-            coopos_bell_close(self.bell)
-        return 0
 
     cdef int close_to_others(self) noexcept:
         """Who asks from now on asks anew."""
@@ -183,14 +105,9 @@ cdef class Question:
 
     cdef int ring(self) noexcept:
         """Wake all who asked, from any thread."""
-        cdef Listener listener
-        self.is_rung = True
         self.close_to_others()
-        if self.has_bell:
-            coopos_bell_ring(self.bell)
-            return 0
-        for listener in list(self.listeners):
-            listener.send()
+        if self.box != NULL:
+            coopos_bell_ring(self.box.bell)
         return 0
 
     cdef bint is_wanted(self) except -1:
@@ -201,33 +118,11 @@ cdef class Question:
                 return True
         return False
 
-    cdef int end(self) except -1:
-        cdef Asker *asker = self.asker
-        if asker == NULL or self.born != generation:
-            return 0
-        # Before the GIL is released: nobody is to find a question whose thread is being ended.
-        self.close_to_others()
-        self.asker = NULL
-        with nogil:
-            pthread_cancel(asker.thread)
-            pthread_join(asker.thread, NULL)
-        self.asker = asker
-        self.let_go()
-        Py_DECREF(self)
-        return 0
-
-    cdef int shut(self) except -1:
-        """In a forked child: nobody here has asked. There is no thread either."""
-        cdef Listener listener
-        loop = this_loop()
-        for listener in self.listeners:
-            if listener.bell is not None and listener.loop is loop:
-                listener.bell.stop()
-                listener.bell.close()
-        self.listeners.clear()
-        if self.has_bell:
-            self.has_bell = False
-            coopos_bell_close(self.bell)
+    cdef int drop(self) noexcept:
+        """Nobody waits."""
+        if self.born == generation:
+            self.close_to_others()
+            self.end()
         return 0
 
 
@@ -237,35 +132,28 @@ cdef class Listener(Wait):
     """One of those who wait for the answer to a Question: in a loop by its set, or plainly, where *loop* is None."""
     cdef Question question
     cdef object loop
-    cdef object bell               # an async watcher, where there is no descriptor for a bell
+    cdef object timer              # where there is no bell
     cdef object callback
     cdef tuple args
-    cdef PyThread_type_lock lock   # to stand at, where there is neither a loop nor a bell
-
-    def __dealloc__(self):
-        if self.lock != NULL:
-            PyThread_free_lock(self.lock)
 
     cdef int start(self, bint ref, callback, tuple args) except -1:
         """Have ``callback(*args)`` run in the loop's hub when there is news."""
         cdef Question question = self.question
         self.callback, self.args = callback, args
-        if question.has_bell:
-            self.fd, self.events = question.bell[0], READ
+        if question.box != NULL:
+            self.fd, self.events = question.box.bell[0], READ
             set_of_loop(self.loop).enter(self, ref, "waitid")
         else:
-            self.bell = self.loop.async_(ref=ref)
-            self.bell.start(self.wake)
-        if question.is_rung:
-            self.send()
+            self.timer = self.loop.timer(PAUSE_MS / 1000.0, ref=ref)
+            self.timer.start(self.wake)
         return 0
 
     cdef int hold(self, bint ref) except -1:
         """Whether it keeps its loop alive."""
         if self.set is not None:
             self.set.hold(self, ref)
-        elif self.bell is not None and is_alive(self.loop):
-            set_ref(self.bell, ref)
+        elif self.timer is not None and is_alive(self.loop):
+            set_ref(self.timer, ref)
         return 0
 
     cdef int tell(self) except -1:
@@ -275,7 +163,7 @@ cdef class Listener(Wait):
         if callback is None:
             return 0               # a signal's handler has raised, and ended the wait, before the loop came to us
         if question.born != generation:
-            question.shut()        # it is the parent's
+            question.end()         # it is the parent's
             return 0
         question.close_to_others()
         callback(*args)
@@ -285,17 +173,13 @@ cdef class Listener(Wait):
         """Stand still, with the GIL released, until there is news."""
         cdef Question question = self.question
         cdef pollfd rung
+        cdef int has_bell = question.box != NULL
         cdef int err = 0
-        if question.has_bell:
-            rung.fd = question.bell[0]
-            rung.events = POLLIN
-            with nogil:
-                if poll(&rung, 1, -1) < 0:
-                    err = errno
-        elif not question.is_rung:
-            with nogil:
-                if PyThread_acquire_lock_timed(self.lock, -1, 1) == PY_LOCK_INTR:
-                    err = EINTR
+        rung.fd = question.box.bell[0] if has_bell else -1
+        rung.events = POLLIN
+        with nogil:
+            if poll(&rung, 1, -1 if has_bell else PAUSE_MS) < 0:
+                err = errno
         if err == EINTR:
             PyErr_CheckSignals()
         elif err:
@@ -304,19 +188,8 @@ cdef class Listener(Wait):
             question.close_to_others()
         return 0
 
-    cdef int send(self) noexcept:
-        """Wake it, where there is no bell, from any thread."""
-        if self.lock != NULL:
-            PyThread_release_lock(self.lock)
-        elif self.bell is not None:
-            try:
-                self.bell.send()
-            except Exception:
-                pass           # closed, or its loop destroyed, while we were at the others
-        return 0
-
     cdef int leave(self) except -1:
-        """Wait no longer; the last to leave ends the thread."""
+        """Wait no longer; with the last one nobody asks any more."""
         cdef Question question = self.question
         cdef Py_ssize_t index
         for index in range(len(question.listeners)):
@@ -326,60 +199,45 @@ cdef class Listener(Wait):
         self.callback = None
         if self.set is not None:
             self.set.leave(self)
-        bell, self.bell = self.bell, None
-        if bell is not None and is_alive(self.loop):
-            bell.stop()
-            bell.close()
+        timer, self.timer = self.timer, None
+        if timer is not None and is_alive(self.loop):
+            timer.stop()
+            timer.close()
         if not question.is_wanted():
-            question.end()
+            question.drop()
         return 0
 
 
 # {(idtype, id, options): the Question that is being asked}: those for the end of one child, and the others
 cdef dict _exit_questions = {}
 cdef dict _questions = {}
-# Every Question that has a thread; those that were answered too.
-cdef set _asked = set()
 
 
 cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False, callback=None, tuple args=()):
     """Put a question, or join those who wait for the answer to the same one. Whoever gets the Listener must leave() by it."""
-    # The thread takes nothing anyway, and has no children of its own that it could confine itself to.
+    # The worker takes nothing anyway, and has no children of its own that it could confine itself to.
     cdef int asked = options & ~(WNOWAIT | COOPOS_WNOTHREAD)
     cdef tuple key = (idtype, id, asked)
     cdef dict table = _exit_questions if idtype == P_PID and asked == WEXITED else _questions
     cdef Question question = <Question>table.get(key)
     cdef Listener listener = Listener()
-    if question is None:
-        question = Question(key, table)
-        question.start()
+    cdef bint is_new = question is None
+    if is_new:
+        question = Question()
+        question.key, question.table, question.listeners = key, table, []
     listener.loop = loop
     listener.question = question
     try:
-        # Before anything else: to make a watcher may let another thread run, who would end a question that nobody waits for.
+        # Before anything else: to make a watcher may let another thread run, who would drop a question that nobody waits for.
         question.listeners.append(listener)
+        if is_new and question.begin(idtype, id, asked | WNOWAIT):
+            table[key] = question
         if loop is not None:
             listener.start(ref, callback, args)
-        elif not question.has_bell:
-            listener.lock = PyThread_allocate_lock()
-            if listener.lock == NULL:
-                raise MemoryError
-            PyThread_acquire_lock(listener.lock, 1)
     except:
         listener.leave()
         raise
     return listener
-
-
-def end_deaf_questions():
-    """Run at exit: a thread that has no bell and gets its answer later would find no interpreter to tell."""
-    cdef Question question
-    for question in list(_asked):
-        if not question.has_bell:
-            question.end()
-
-
-atexit.register(end_deaf_questions)
 
 
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
@@ -433,7 +291,7 @@ def count_refusals():
 @cython.final
 @cython.internal
 cdef class Watch(Wait):
-    """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a thread's Question where there is none."""
+    """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a Question where there is none."""
     cdef Child child
     cdef object loop
     cdef Listener news             # while a thread asks for us
@@ -956,7 +814,7 @@ cdef class Child:
                 if question.is_wanted():
                     question.ring()
                 else:
-                    question.end()
+                    question.drop()
         return 0
 
     cdef int lose(self) except -1:
@@ -1214,21 +1072,10 @@ cdef int leave_parents() except -1:
 
 cdef int forget_parent() except -1:
     """In a forked child: what was watched and asked is the parent's."""
-    global children, ended, _exit_questions, _questions, _asked, _hook_loop, _hook_is_due, _born
+    global children, ended, _exit_questions, _questions, _hook_loop, _hook_is_due, _born
     _hook_is_due = False
     _born = generation
     close_all_pidfds()
-    _parents.append((children, ended, _exit_questions, _questions, _asked, _hook_loop))
-    children, ended, _exit_questions, _questions, _asked, _hook_loop = {}, {}, {}, {}, set(), None
-
-
-cdef int forget_parent_loops() except -1:
-    """In a forked child whose loop has been re-initialised, and has sets of its own: the parent's questions are out of it.
-
-    Not before: libuv would take them out of the parent's epoll, which the child shares until then.
-    """
-    cdef Question question
-    for _, _, _, _, asked, _ in _parents:
-        for question in asked:
-            question.shut()
-        asked.clear()
+    _parents.append((children, ended, _exit_questions, _questions, _hook_loop))
+    children, ended, _exit_questions, _questions, _hook_loop = {}, {}, {}, {}, None
+    return 0

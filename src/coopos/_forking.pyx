@@ -32,7 +32,7 @@ from libc.signal cimport SIGCHLD
 from posix.signal cimport sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t
 from posix.unistd cimport close as c_close, fork as c_fork
 
-from coopos._children cimport Child, forget_parent_loops, forget_parent, note_new, take_note
+from coopos._children cimport Child, forget_parent, note_new, take_note
 from coopos._parking cimport forget_calls, forget_other_threads, os_error, take_over
 from coopos._posix cimport (
     DICT_OFFSET, SIG_BLOCK, SIG_SETMASK, WEAKREFS_OFFSET, PyGreenlet, PyOS_AfterFork_Child, PyOS_AfterFork_Parent, PyOS_BeforeFork,
@@ -457,7 +457,6 @@ cdef int revive_child() except -1:
         else:
             reinit_loop()
             take_over(mode == KEEP)
-            forget_parent_loops()
             ask_again()
         if leaving is not None:
             forget_calls(True)

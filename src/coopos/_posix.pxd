@@ -101,11 +101,7 @@ cdef extern from "<termios.h>" nogil:
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
         pass
-    int PTHREAD_CANCEL_DISABLE
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
-    int pthread_cancel(pthread_t thread)
-    int pthread_join(pthread_t thread, void **value)
-    int pthread_setcancelstate(int state, int *old)
 
 
 cdef extern from "_closing.h" nogil:
@@ -151,9 +147,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_set_arm(int set, int fd, int events)
     int coopos_set_ready(int set, Event *ready, int max)
     void coopos_close_run(int first, int last)
-    int coopos_bell_new(int *bell)
     void coopos_bell_ring(const int *bell)
-    void coopos_bell_close(const int *bell)
     enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_PLAIN
     ctypedef struct Move "struct coopos_move":
         int fd
@@ -168,7 +162,6 @@ cdef extern from "_compat.h" nogil:
     int coopos_may_move(int fd, int writes, off_t offset)
     bint coopos_can_poll(int fd)
     int RWF_NOWAIT
-    int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
     bint coopos_is_direct(int fd)
     int coopos_sem_value(sem_t *semaphore, int *value)
 

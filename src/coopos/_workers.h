@@ -245,18 +245,6 @@ static inline void coopos_mailbox_drop(struct coopos_mailbox *mailbox)
         free(mailbox);
 }
 
-/* Its hub is gone, or the process was forked: the descriptor is closed now, and nobody is told any more. */
-static inline void coopos_mailbox_shut(struct coopos_mailbox *mailbox)
-{
-    coopos_pool_lock();
-    if (!mailbox->is_shut) {
-        mailbox->is_shut = 1;
-        coopos_bell_close(mailbox->bell);
-    }
-    coopos_mailbox_drop(mailbox);
-    coopos_pool_unlock();
-}
-
 static inline struct coopos_job *coopos_job_new(size_t room)
 {
     struct coopos_job *job = calloc(1, sizeof *job);
@@ -291,21 +279,47 @@ static inline void coopos_job_free(struct coopos_job *job)
     coopos_pool_unlock();
 }
 
-/* The next one that has arrived, or NULL. It has no owner's reference left but that of whoever made it. */
-static inline struct coopos_job *coopos_mailbox_take(struct coopos_mailbox *mailbox)
+/* With the lock held: the job and its mailbox have done with each other. Whoever made the job may still have it. */
+static inline void coopos_job_part(struct coopos_job *job)
 {
-    struct coopos_job *job;
-    coopos_pool_lock();
-    job = mailbox->first;
+    struct coopos_mailbox *mailbox = job->mailbox;
+    job->mailbox = NULL;
+    coopos_mailbox_drop(mailbox);
+    coopos_job_drop(job);
+}
+
+/* With the lock held: the next one that has arrived, or NULL. */
+static inline struct coopos_job *coopos_mailbox_next(struct coopos_mailbox *mailbox)
+{
+    struct coopos_job *job = mailbox->first;
     if (job != NULL) {
         mailbox->first = job->next;
         if (mailbox->first == NULL)
             mailbox->last = NULL;
-        coopos_mailbox_drop(mailbox);
-        coopos_job_drop(job);
+        coopos_job_part(job);
     }
+    return job;
+}
+
+static inline struct coopos_job *coopos_mailbox_take(struct coopos_mailbox *mailbox)
+{
+    struct coopos_job *job;
+    coopos_pool_lock();
+    job = coopos_mailbox_next(mailbox);
     coopos_pool_unlock();
     return job;
+}
+
+/* Its hub is gone, or the process was forked, or nobody wants to know any more: the descriptor is closed now, and nobody is told. */
+static inline void coopos_mailbox_shut(struct coopos_mailbox *mailbox)
+{
+    coopos_pool_lock();
+    mailbox->is_shut = 1;
+    coopos_bell_close(mailbox->bell);
+    while (coopos_mailbox_next(mailbox) != NULL)
+        ;
+    coopos_mailbox_drop(mailbox);
+    coopos_pool_unlock();
 }
 
 /* Take a job out that has arrived, and was not taken; whether it was there. */
@@ -315,7 +329,7 @@ static inline int coopos_mailbox_recall(struct coopos_job *job)
     struct coopos_job *before = NULL, *each;
     coopos_pool_lock();
     mailbox = job->mailbox;
-    for (each = job->state == COOPOS_DONE ? mailbox->first : NULL; each != NULL && each != job; each = each->next)
+    for (each = mailbox != NULL ? mailbox->first : NULL; each != NULL && each != job; each = each->next)
         before = each;
     if (each != NULL) {
         if (before != NULL)
@@ -324,8 +338,7 @@ static inline int coopos_mailbox_recall(struct coopos_job *job)
             mailbox->first = job->next;
         if (mailbox->last == job)
             mailbox->last = before;
-        coopos_mailbox_drop(mailbox);
-        coopos_job_drop(job);
+        coopos_job_part(job);
     }
     coopos_pool_unlock();
     return each != NULL;
@@ -345,8 +358,7 @@ static inline void coopos_job_arrive(struct coopos_job *job, struct coopos_closi
     if (!job->waits_for_peer)
         coopos_pool.at_disks--;
     if (mailbox->is_shut) {
-        coopos_mailbox_drop(mailbox);
-        coopos_job_drop(job);
+        coopos_job_part(job);
         return;
     }
     job->next = NULL;
@@ -475,7 +487,6 @@ static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbo
 {
     int err = 0;
     coopos_pool_lock();
-    job->mailbox = mailbox;
     job->is_abandoned = job->is_interrupted = job->has_thread = 0;
     if (!job->waits_for_peer && coopos_pool.at_disks >= coopos_pool.limit) {
         job->state = COOPOS_QUEUED;
@@ -497,6 +508,7 @@ static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbo
         }
     }
     if (err == 0) {
+        job->mailbox = mailbox;
         mailbox->refs++;
         job->refs++;
     }
@@ -551,8 +563,7 @@ static inline int coopos_job_take_back(struct coopos_job *job)
         if (coopos_pool.last == job)
             coopos_pool.last = before;
         job->state = COOPOS_IDLE;
-        coopos_mailbox_drop(job->mailbox);
-        coopos_job_drop(job);
+        coopos_job_part(job);
     }
     coopos_pool_unlock();
     return was_queued;
@@ -665,9 +676,10 @@ static inline int coopos_pool_hear_of_forks(void)
 static inline enum coopos_state coopos_job_orphan(struct coopos_job *job)
 {
     enum coopos_state state = job->state;
+    if (!coopos_mailbox_recall(job) && job->mailbox != NULL)
+        coopos_job_part(job);
     job->state = COOPOS_IDLE;
     job->closing[0] = job->closing[1] = NULL;
-    job->refs = 1;
     return state;
 }
 

@@ -1,9 +1,9 @@
 # Calls that only a thread can make, as the other compiled modules make them.
 
-from posix.types cimport mode_t, off_t
+from posix.types cimport id_t, mode_t, off_t
 
 from coopos._parking cimport Call
-from coopos._posix cimport Closing, sem_t
+from coopos._posix cimport Closing, idtype_t, sem_t
 
 
 cdef extern from "_workers.h" nogil:
@@ -22,6 +22,8 @@ cdef extern from "_workers.h" nogil:
         int flags
         mode_t mode
         off_t offset, other_offset, length
+        idtype_t idtype
+        id_t id
         sem_t *semaphore
         int whence
         int writes
@@ -68,6 +70,14 @@ cdef class Job(Call):
     cdef bint is_late
     cdef bint is_left_behind       # nobody waits any more, and its worker is still at it
     cdef int arrive(self) except -1
+
+
+cdef class Inquiry:
+    cdef CJob *job
+    cdef CMailbox *box             # NULL: nobody is asking
+    cdef int born                  # generation
+    cdef bint begin(self, idtype_t idtype, id_t id, int options) except -1
+    cdef int end(self) noexcept
 
 
 cdef int ask_again() except -1

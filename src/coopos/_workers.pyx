@@ -3,7 +3,7 @@
 The threads are C alone (_workers.h): a job has its operation, its descriptors and a buffer of its own. Five rules hold:
 
 1. A Job is in the registry of calls in flight from before it is submitted until it is over. close() asks there.
-2. The jobs of a hub arrive in its Mailbox, behind one descriptor. Only that hub's thread takes them out.
+2. The jobs of a hub arrive in its Mailbox, behind one descriptor in the loop's set. Only that hub's thread takes them out.
 3. A greenlet that is killed or timed out takes back what has not begun. What has begun is interrupted where it waits for another
    party, waited for where a byte or an offset would be lost, and undone. All that takes a bounded time; after it the worker does
    the rest alone.
@@ -19,14 +19,15 @@ from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENXIO, errno
 from libc.string cimport memcpy
 from posix.fcntl cimport AT_FDCWD, F_GETFD, F_SETFL, F_WRLCK, O_NONBLOCK, O_RDWR, fcntl, openat
-from posix.types cimport mode_t, off_t
+from posix.types cimport id_t, mode_t, off_t
 from posix.unistd cimport close as c_close
 
 from coopos._parking cimport (
-    READ, Call, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, wrong_switch)
+    READ, Call, Wait, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, set_of_loop,
+    wrong_switch)
 from coopos._posix cimport (
     ECANCELED, Closing, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_switch, fstat, sem_t, stat_t)
+    coopos_import_greenlet, coopos_switch, fstat, idtype_t, sem_t, stat_t)
 
 import atexit
 import os
@@ -90,10 +91,9 @@ cdef dict _mailboxes = {}
 
 @cython.final
 @cython.internal
-cdef class Mailbox:
+cdef class Mailbox(Wait):
     """The jobs of one hub. It has a descriptor only while there are some: a hub that is done leaves none open."""
     cdef object loop
-    cdef object watcher
     cdef CMailbox *box
     cdef set jobs                  # that have been submitted, and not arrived
     cdef int waiting               # greenlets
@@ -106,31 +106,38 @@ cdef class Mailbox:
         self.box = coopos_mailbox_new()
         if self.box == NULL:
             raise os_error(errno, "eventfd", "")
-        self.watcher = loop.io(self.box.bell[0], READ)
-        self.watcher.start(self.look)
+        self.fd, self.events = self.box.bell[0], READ
         _mailboxes[loop] = self
 
     def __dealloc__(self):
         if self.box != NULL:
             coopos_mailbox_shut(self.box)
 
+    cdef int listen(self) except -1:
+        """Have the loop tell of what arrives, and live until then."""
+        if self.set is None:
+            set_of_loop(self.loop).enter(self, True, "eventfd")
+        return 0
+
     cdef int rest(self) except -1:
         """Nobody waits any more. What is left to its worker is looked at with the next job."""
         if self.waiting or self.box == NULL or self.born != generation or not is_alive(self.loop):
             return 0
-        if self.jobs:
-            self.watcher.stop()
-            return 0
-        return self.shut()
+        if not self.jobs:
+            return self.shut()
+        if self.set is not None:
+            self.set.leave(self)
+        return 0
 
-    def look(self):
+    cdef int tell(self) except -1:
         """In the hub: some jobs are over."""
         cdef CJob *done
         cdef Job job
         if self.born != generation:
             self.shut()            # in the child of C code that runs no at-fork hooks
         if self.box == NULL:
-            return
+            return 0
+        self.set.leave(self)       # which has told once, and no more
         coopos_bell_hush(self.box.bell)
         while self.box != NULL and (done := coopos_mailbox_take(self.box)) != NULL:
             job = <Job>done.owner
@@ -138,9 +145,10 @@ cdef class Mailbox:
             try:
                 job.arrive()
             except:
-                # Not to the loop: gevent stops an io watcher whose callback raises.
-                self.loop.handle_error(self.watcher, *sys.exc_info())
-        self.rest()
+                self.loop.handle_error(self, *sys.exc_info())
+        if self.waiting and self.box != NULL:
+            self.listen()
+        return self.rest()
 
     cdef int shut(self) except -1:
         """It is empty, or its loop is destroyed; or it is the parent's, in a forked child."""
@@ -151,10 +159,9 @@ cdef class Mailbox:
             del _mailboxes[self.loop]
         for job in self.jobs:
             job.leave()
+        if self.set is not None:
+            self.set.leave(self)
         if box != NULL:
-            if is_alive(self.loop):
-                self.watcher.stop()
-                self.watcher.close()
             coopos_mailbox_shut(box)
         return 0
 
@@ -167,8 +174,11 @@ cdef Mailbox mailbox_of(loop):
             if not is_alive(other.loop):
                 other.shut()
         mailbox = Mailbox(loop)
-    elif not mailbox.watcher.active:
-        mailbox.watcher.start(mailbox.look)
+    try:
+        mailbox.listen()
+    except:
+        mailbox.rest()
+        raise
     return mailbox
 
 
@@ -195,6 +205,8 @@ cdef int ask_again() except -1:
             # Of a thread that isn't here, whose loop is left alone.
             coopos_mailbox_shut(mailbox.box)
             mailbox.box = NULL
+    for inquiry in list(_inquiries):
+        (<Inquiry>inquiry).end()
     return 0
 
 
@@ -407,6 +419,53 @@ cdef object result_of(Job job, object subject, object path=None):
     if path is not None:
         raise OSError(job.job.err, os.strerror(job.job.err), path)
     raise os_error(job.job.err, job.name, subject)
+
+
+# ---- what concerns more than one hub -----------------------------------------------------------------------------------------
+
+# Those that are under way, or whose answer somebody has still to hear.
+cdef set _inquiries = set()
+
+
+cdef class Inquiry:
+    """A waitid(2) that a worker makes, for any number of loops and threads. Its bell rings, for good, when there is an answer.
+
+    Nothing is lost if nobody waits for it any more: it has to be asked with WNOWAIT.
+    """
+
+    cdef bint begin(self, idtype_t idtype, id_t id, int options) except -1:
+        """False: there is no descriptor for the bell, or no thread."""
+        self.born = generation
+        _inquiries.add(self)
+        self.job = coopos_job_new(0)
+        if self.job == NULL:
+            self.end()
+            raise MemoryError
+        self.job.operation = COOPOS_WAITID
+        self.job.waits_for_peer = True
+        self.job.idtype, self.job.id, self.job.flags = idtype, id, options
+        self.box = coopos_mailbox_new()
+        if self.box == NULL or coopos_job_submit(self.job, self.box):
+            self.end()
+            return False
+        return True
+
+    cdef int end(self) noexcept:
+        """Nobody wants to know any more."""
+        cdef CJob *job = self.job
+        cdef CMailbox *box = self.box
+        self.job, self.box = NULL, NULL
+        _inquiries.discard(self)
+        if job == NULL:
+            return 0
+        if self.born != generation:
+            coopos_job_orphan(job)
+        elif coopos_job_state(job) == COOPOS_BEGUN:
+            coopos_job_interrupt(job)
+        if box != NULL:
+            coopos_mailbox_shut(box)
+        coopos_job_free(job)
+        return 0
 
 
 # ---- for Python --------------------------------------------------------------------------------------------------------------
