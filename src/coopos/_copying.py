@@ -130,6 +130,7 @@ if _sendfile and not _TAKES_HEADERS:
     def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
         start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
         sent = 0
+        told: list[int] = []
         try:
             while sent < count:
                 call.check()
@@ -137,12 +138,12 @@ if _sendfile and not _TAKES_HEADERS:
                 if not data:
                     break
                 call.check()
-                written = _core.write(out_fd, data)
+                written = _core.write_telling(out_fd, data, told, False)
                 sent += written
                 if written < len(data):
                     break
         except BaseException as ex:
-            sent += getattr(ex, "characters_written", 0)
+            sent += sum(told)
             if sent:
                 with contextlib.suppress(Exception):  # some classes refuse attributes
                     ex.characters_written = sent  # type: ignore[attr-defined]

@@ -150,6 +150,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_set_new()
     int coopos_set_arm(int set, int fd, int events)
     int coopos_set_ready(int set, Event *ready, int max)
+    bint coopos_set_has(int set, int fd)
     void coopos_close_run(int first, int last)
     int coopos_bell_new(int *bell)
     void coopos_bell_ring(const int *bell)
@@ -169,7 +170,7 @@ cdef extern from "_compat.h" nogil:
     bint coopos_can_poll(int fd)
     int RWF_NOWAIT
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
-    bint coopos_is_direct(int fd)
+    ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint gathers)
     int coopos_sem_value(sem_t *semaphore, int *value)
 
 
