@@ -262,6 +262,7 @@ static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
     for (attempt = 0; attempt < 2; attempt++) {
         memset(&info, 0, sizeof info);
         info.mask = info_exit;
+        errno = 0;
         if (ioctl(pidfd, _IOWR(0xFF, 11, struct coopos_pidfd_info), &info) == 0 && (info.mask & info_exit)) {
             report->status = info.exit_code;
             report->code = WIFEXITED(info.exit_code) ? CLD_EXITED : info.exit_code & 0x80 ? CLD_DUMPED : CLD_KILLED;
@@ -836,8 +837,12 @@ static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count
 static inline int coopos_may_move(int fd, int writes, off_t offset)
 {
 #if defined(__linux__)
-    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0};
-    return (int)coopos_move_plainly(&nothing);
+    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0};
+    int rc;
+    do
+        rc = (int)coopos_move_plainly(&nothing);
+    while (rc < 0 && errno == EINTR);
+    return rc;
 #else
     (void)writes; (void)offset;
     return fcntl(fd, F_GETFL) < 0 ? -1 : 0;

@@ -271,6 +271,7 @@ cdef int step(Move *move, int err, str call) except -1:
 
 
 cdef long guarded_calls = 0
+cdef long dontwait_calls = 0
 
 
 def count_guarded_calls():
@@ -278,8 +279,13 @@ def count_guarded_calls():
     return guarded_calls
 
 
+def count_dontwait_calls():
+    """And how many were made of a socket's own way not to wait."""
+    return dontwait_calls
+
+
 cdef int step_down(Move *move, str call) except -1:
-    global guarded_calls
+    global dontwait_calls, guarded_calls
     cdef bint can_wait = is_pollable(move.fd, call)
     if move.count > IOV_MAX:
         raise os_error(errno if coopos_may_move(move.fd, move.writes, move.offset) < 0 else EINVAL, call, move.fd)
@@ -290,6 +296,7 @@ cdef int step_down(Move *move, str call) except -1:
         return AGAIN
     if move.offset < 0 and not move.flags and is_socket(move.fd):
         move.how = COOPOS_DONTWAIT
+        dontwait_calls += 1
         return AGAIN
     if coopos_may_move(move.fd, move.writes, move.offset) < 0:
         raise os_error(errno, call, move.fd)

@@ -93,9 +93,11 @@ cdef class Owned:
 
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
+        cdef int err
         cdef int flags
         if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
-            raise OSError(errno, os.strerror(errno))
+            err = errno
+            raise OSError(err, os.strerror(err))
         self.fd = fd
         self.inside, self.outside = [], []
         self.may_read, self.may_write = may_read, may_write

@@ -11,7 +11,7 @@ The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of
 
 cimport cython
 from cpython.object cimport PyObject
-from libc.errno cimport E2BIG, EBADF, EINTR, EINVAL, EPERM, errno
+from libc.errno cimport E2BIG, EBADF, EINTR, EINVAL, ENOSYS, EPERM, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
 from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
@@ -412,14 +412,14 @@ cdef class Set:
         self.shut()
         free(self.ready)
 
-    cdef bint open(self) except -1:
-        """At the first wait: a program that never waits has no descriptor more, and a forked child none that it might close. False
-        where there is no epoll, or no descriptor left for one.
+    cdef int open(self) except -1:
+        """At the first wait: a program that never waits has no descriptor more, and a forked child none that it might close. 0, or
+        errno: there is no epoll, or no descriptor left for one.
         """
         cdef int fd
         cdef Ear ear
         if not _has_epoll:
-            return False
+            return ENOSYS
         ear = Ear()
         if self.ready == NULL:
             self.ready = <Event *>malloc(COOPOS_SET_BATCH * sizeof(Event))
@@ -427,7 +427,7 @@ cdef class Set:
                 raise MemoryError
         fd = coopos_set_new()
         if fd < 0:
-            return False
+            return errno
         try:
             watcher = self.loop.io(fd, READ, ref=False)
             set_ref(watcher, False)
@@ -437,11 +437,11 @@ cdef class Set:
         if self.fd >= 0:           # a signal's handler has waited meanwhile
             watcher.close()
             c_close(fd)
-            return True
+            return 0
         ear.set = <PyObject *>self
         self.fd, self.watcher, self.ear = fd, watcher, ear
         self.is_on = self.is_held = False
-        return True
+        return 0
 
     cdef int shut(self) noexcept:
         cdef int fd = self.fd
@@ -534,7 +534,7 @@ cdef class Set:
         check_open(wait.fd, call)
         if wait.fd < 0:
             raise os_error(EBADF, call, wait.fd)
-        cdef bint has_set = self.fd >= 0 or self.open()
+        cdef bint has_set = self.fd >= 0 or self.open() == 0
         if self.is_on != 1 or (is_held and self.is_held != 1):
             # May run a signal's handler: before anybody could wake us.
             self.settle(self.members + 1, self.holds + is_held)
@@ -601,8 +601,9 @@ cdef class Set:
 
     cdef int renew(self) except -1:
         """Have those who wait in a new set."""
-        if not self.open():
-            raise os_error(errno, "epoll_create1", "")
+        cdef int err = self.open()
+        if err:
+            raise os_error(err, "epoll_create1", "")
         self.settle(self.members, self.holds)
         self.arm_all()
         return 0
