@@ -20,6 +20,7 @@ from .support import (
     HubThread,
     clog,
     closing,
+    deadline,
     drain,
     error_of,
     make_clogged_pipe,
@@ -718,3 +719,53 @@ def test_close_under_anothers_watcher_wakes_our_readers_too(watched):
     assert result_of(greenlet) == BAD_FD
     turn_loop()
     assert not is_open(fd)
+
+
+def test_close_put_off_is_made_though_the_loop_has_nothing_else_to_do(watched):
+    """Whoever waits at the other end, in another thread, is not kept waiting until something happens here."""
+    fd, theirs, _watcher = watched
+    heard = gevent.event.Event()
+    at_end = Future()
+
+    def read():
+        at_end.set_result(theirs.recv(1))
+        loop.run_callback_threadsafe(heard.set)
+
+    loop = get_hub().loop
+    threading.Thread(target=read, daemon=True).start()
+    coopos.close(fd)
+    with deadline():
+        heard.wait()
+    assert at_end.result() == b""
+
+
+WAITS = {"coopos": lambda fd: coopos.read(fd, 1), "gevent": gevent.socket.wait_read}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+@pytest.mark.parametrize("is_first", [True, False], ids=["before it", "after it"])
+def test_close_while_anothers_watcher_is_about_to_be_called(wait, is_first):
+    """A gevent socket and whoever closes its number are woken in one turn of the loop. What the socket reads is its own."""
+    ours, theirs = gevent.socket.socketpair()
+    stranger, sender = socket.socketpair()
+    sender.send(b"another's")
+    fd = ours.fileno()
+    with theirs, stranger, sender, make_pipe() as (reader, writer):
+
+        def close():
+            wait(reader)
+            coopos.close(fd)
+            assert error_of(coopos.close, fd) == BAD_FD
+            return os.dup(stranger.fileno())
+
+        calls = [close, lambda: ours.recv(100)]
+        greenlets = [gevent.spawn(call) for call in (calls if is_first else reversed(calls))]
+        turn_loop()
+        theirs.send(b"its own")
+        os.write(writer, b"x")
+        assert {result_of(greenlet) for greenlet in greenlets} >= {b"its own"}
+        turn_loop()
+        ours.detach()
+        [copy] = [greenlet.value for greenlet in greenlets if greenlet.value != b"its own"]
+        with closing(copy):
+            assert copy == fd or not is_open(fd)

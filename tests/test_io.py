@@ -289,6 +289,47 @@ def test_fileio_wrong_arguments(tmp_path, monkeypatch, arguments):
     assert open_fds() == before
 
 
+@pytest.mark.parametrize("mode", ["r", "w", "q"])
+@pytest.mark.parametrize("name", ["a\0b", b"a\0b", 1.5, None, "\ud800\0", pathlib.Path("x")], ids=repr)
+@pytest.mark.parametrize("number", [-1, -5, 2**31, 2**70, 987654, None, 1.0, "1", "directory"], ids=repr)
+def test_fileio_opener_is_asked_and_answers_as_with_io(tmp_path, number, name, mode):
+    """Not for a name that is none."""
+    outcomes = []
+    for kind in BOTH:
+        asked = []
+
+        def opener(path, flags, asked=asked):
+            asked.append((path, flags))
+            return os.open(tmp_path, os.O_RDONLY) if number == "directory" else number
+
+        outcomes.append((error_of(kind, name, mode, True, opener), asked))
+    assert outcomes[1] == outcomes[0]
+
+
+@pytest.mark.parametrize("is_path", [True, False], ids=["path", "descriptor"])
+def test_fileio_whose_last_step_fails_leaves_nothing(path, monkeypatch, is_path):
+    """It closes what it has opened, and no other; what there is of it is closed, and keeps no number."""
+
+    def fail(*args):
+        raise MemoryError
+
+    before = open_fds()
+    with closing(os.open(path, os.O_RDONLY)) as (fd,):
+        file = coopos.FileIO.__new__(coopos.FileIO)
+        with monkeypatch.context() as patch:
+            patch.setattr(coopos.io, "Owned", fail)
+            with pytest.raises(MemoryError):
+                file.__init__(path if is_path else fd)
+        assert file.closed
+        assert error_of(file.read)[0] is ValueError
+        assert os.fstat(fd)
+        file.__init__(path)
+        with file:
+            assert file.read() == path.read_bytes()
+    turn_loop()
+    assert open_fds() == before
+
+
 def test_fileio_of_a_directory_leaves_a_descriptor_open():
     fd = os.open("/", os.O_RDONLY)
     for kind in BOTH:

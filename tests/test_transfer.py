@@ -5,10 +5,13 @@ byte; close gives EBADF. A test has a case for each kind, and goes through the f
 """
 
 import array
+import contextlib
 import dataclasses
 import errno
+import io
 import os
 import select
+import socket
 import termios
 
 import gevent
@@ -16,9 +19,11 @@ import pytest
 
 import coopos
 from coopos._copying import sendfile_with_headers
+from coopos.io import WholeFileIO
 
 from .descriptors import (
     FILLABLE,
+    HAS_PREADV2,
     KINDS,
     READS,
     STREAMS,
@@ -54,6 +59,7 @@ from .support import (
     make_pipe,
     parked,
     result_of,
+    run_script,
     turn_loop,
 )
 
@@ -419,18 +425,144 @@ def test_write_of_a_file_killed_twice_while_a_worker_writes_says_what_it_wrote_i
         assert content_of(fd) == b"abc"
 
 
-def test_exception_that_refuses_attributes_comes_out_all_the_same():
-    @dataclasses.dataclass(frozen=True)
-    class Frozen(Exception):
-        why: str
+class ReadOnly(Exception):
+    @property
+    def characters_written(self):
+        return 7
 
-    with make_pipe(blocking=True) as (reader, writer):
-        calls = [(coopos.write, writer, bytes(100_000)), (coopos.write_all, writer, b"x"), (coopos.read_exactly, reader, 10**6)]
+    partial = characters_written
+
+
+class OfClass(Exception):
+    characters_written = partial = "of the class"
+
+
+class Slots(Exception):
+    __slots__ = ("characters_written", "partial")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    why: str = ""
+
+
+@pytest.mark.parametrize("kind", [ReadOnly, OfClass, Slots, Frozen])
+def test_exception_that_refuses_attributes_comes_out_all_the_same(kind):
+    with make_pipe(blocking=True) as (reader, writer), make_file(bytes(1_000_000)) as fd:
+        calls = [
+            (coopos.write, writer, bytes(100_000)),
+            (coopos.write_all, writer, b"x"),
+            (coopos.read_exactly, reader, 10**6),
+            (coopos.sendfile, writer, fd, 0, 1_000_000),
+            (WholeFileIO(writer, "w", closefd=False).write, bytes(100_000)),
+            (coopos.fdopen(writer, "wb", 0, closefd=False).write, bytes(100_000)),
+        ]
         for call, *args in calls:
+            thrown = kind()
             greenlet = parked(call, *args)
-            greenlet.kill(Frozen("thrown in"), block=False)
-            with pytest.raises(Frozen):
+            greenlet.kill(thrown, block=False)
+            with pytest.raises(kind) as caught:
                 result_of(greenlet)
+            assert caught.value is thrown
+
+
+@pytest.mark.parametrize("kind", [OfClass, Slots])
+def test_write_by_several_moves_counts_what_it_wrote_and_not_what_the_exception_had(kind):
+    with make_pipe(blocking=True) as (reader, writer), make_file(bytes(1_000_000)) as fd:
+        write = WholeFileIO(writer, "w", closefd=False).write
+        for call, *args in [(coopos.sendfile, writer, fd, 0, 1_000_000), (write, bytes(1_000_000))]:
+            thrown = kind()
+            thrown.characters_written = 5
+            greenlet = parked(call, *args)
+            until(lambda: select.select([reader], [], [], 0)[0])
+            greenlet.kill(thrown, block=False)
+            error_of(result_of, greenlet)
+            assert thrown.characters_written == len(drain(reader))
+
+
+# ---- bad input, and how much it takes -----------------------------------------------------------------------------------------
+
+
+NOTHING = {
+    "read": (lambda fd: os.read(fd, 0), lambda fd: coopos.read(fd, 0)),
+    "readinto": (lambda fd: len(os.read(fd, 0)), lambda fd: coopos.readinto(fd, bytearray())),
+    "pread": (lambda fd: os.pread(fd, 0, 0), lambda fd: coopos.pread(fd, 0, 0)),
+    "readv": (lambda fd: os.readv(fd, [bytearray()]), lambda fd: coopos.readv(fd, [bytearray()])),
+    "write": (lambda fd: os.write(fd, b""), lambda fd: coopos.write(fd, b"")),
+    "pwrite": (lambda fd: os.pwrite(fd, b"", 0), lambda fd: coopos.pwrite(fd, b"", 0)),
+    "writev": (lambda fd: os.writev(fd, [b""]), lambda fd: coopos.writev(fd, [b""])),
+    "read of a file": tuple(lambda fd, io=io: io.FileIO(fd, "r", closefd=False).read(0) for io in (io, coopos)),
+    "readinto of a file": tuple(lambda fd, io=io: io.FileIO(fd, "r", closefd=False).readinto(bytearray()) for io in (io, coopos)),
+    "write of a file": tuple(lambda fd, io=io: io.FileIO(fd, "w", closefd=False).write(b"") for io in (io, coopos)),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_at_all_is_what_the_kernel_makes_of_it(name, tmp_path):
+    """read(2) and write(2) may have something to say of it; readv(2) and writev(2) may not."""
+    by_os, ours = NOTHING[name]
+    with contextlib.ExitStack() as stack:
+        fds = {"no descriptor": 987_654, "no number": -1}
+        for kind in KINDS:
+            # inotify's read waits even so.
+            if KINDS[kind].is_available and (kind != "inotify" or "read" not in name):
+                fds[kind] = stack.enter_context(make_ends(kind, tmp_path)).reader
+        for path in ["/dev/null", "/dev/zero", "/dev/full", "/proc/self/stat", "/", os.fspath(tmp_path)]:
+            for way in (os.O_RDONLY, os.O_WRONLY):
+                with contextlib.suppress(OSError):
+                    [fds[path, way]] = stack.enter_context(closing(os.open(path, way)))
+        for way in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+            fds["file", way] = stack.enter_context(make_file(b"abc", flags=way))
+        unconnected, unbound = socket.socket(), socket.socket(type=socket.SOCK_DGRAM)
+        fds["TCP, not connected"] = stack.enter_context(unconnected).fileno()
+        fds["UDP, not connected"] = stack.enter_context(unbound).fileno()
+        for kind, fd in fds.items():
+            expected = error_of(by_os, fd)
+            assert (kind, outcome_of(gevent.spawn(ours, fd))) == (kind, expected)
+
+
+@has_offset_calls
+@pytest.mark.skipif(not HAS_PREADV2, reason="no flags here")
+@pytest.mark.parametrize("is_ready", [True, False], ids=["ready", "not ready"])
+@each_mode
+@each_of([kind for kind in KINDS if kind not in ("timerfd", "inotify")])
+def test_flags_that_a_file_does_not_know_are_refused_and_nothing_is_moved(kind, blocking, is_ready, tmp_path):
+    """Before anything waits."""
+    unknown = 1 << 30
+    with make_ends(kind, tmp_path, blocking) as ends:
+        data = b""
+        if is_ready:
+            data = ends.feed()
+            until_readable(ends.reader)
+        assert error_of(coopos.preadv, ends.reader, [bytearray(8)], -1, unknown) == (OSError, errno.EOPNOTSUPP)
+        assert error_of(coopos.pwritev, ends.writer, [b"12345678"], -1, unknown) == (OSError, errno.EOPNOTSUPP)
+        assert drain(ends.reader) == data
+
+
+@pytest.mark.parametrize("name", ["write", "writev", "pwrite", "pwritev", "write_all", "sendfile"])
+def test_write_that_fails_later_on_is_a_short_one(name):
+    """As of os: the error is the next call's. write_all has to raise it, and says how much it wrote."""
+    run_script(f"""
+        import os, resource, tempfile, coopos
+        name = {name!r}
+        data = os.urandom(4 << 20)
+        limit = (3 << 20) + 5
+        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
+            source.write(data)
+            source.flush()
+            args = {{
+                "write": (data,), "writev": ([data],), "pwrite": (data, 0), "pwritev": ([data], 0), "write_all": (data,),
+                "sendfile": (source.fileno(), 0, len(data)),
+            }}[name]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                assert getattr(coopos, name)(target.fileno(), *args) == limit
+            except OSError as ex:
+                assert name == "write_all" and ex.characters_written == limit, ex
+            else:
+                assert name != "write_all"
+            assert os.pread(target.fileno(), len(data), 0) == data[:limit]
+    """)
 
 
 @pytest.mark.parametrize("name", ["write", "writev", "pwrite", "pwritev", "read", "pread"])

@@ -36,6 +36,7 @@ from .support import (
 BAD_FD = (OSError, errno.EBADF)
 #: A file system in memory takes a thread for each read and write: it knows no RWF_NOWAIT, or is so on every kernel that was seen.
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies memory so that it can fail")
 
 
 @contextlib.contextmanager
@@ -533,6 +534,111 @@ def test_read_and_write_of_a_direct_file(tmp_path):
         assert buffer[1:] == data[:4096]
         assert coopos.pwrite(fd, bytes(4096), 0) == 4096
         assert error_of(coopos.pread, fd, 5, 3) == error_of(os.pread, fd, 5, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT")
+@pytest.mark.parametrize("name", ["read", "pread", "readv", "preadv", "write", "pwrite", "writev", "pwritev"])
+def test_call_on_a_direct_file_is_that_of_os(name, tmp_path):
+    """With memory as the disk wants it; in sizes and at offsets that it wants, and others."""
+    data = os.urandom(16384)
+    try:
+        os.close(os.open(tmp_path / "file", os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("not on this file system")
+
+    def outcome(module, size, offset):
+        (tmp_path / "file").write_bytes(data)
+        buffer = memoryview(mmap.mmap(-1, 65536))[:size]
+        has_offset, is_vector = name.startswith("p"), name.endswith("v")
+        arg = [buffer] if is_vector else size if name.endswith("read") else buffer
+        with closing(os.open(tmp_path / "file", os.O_RDWR | os.O_DIRECT)) as (fd,):
+            os.lseek(fd, offset, os.SEEK_SET)
+            error, result = error_of(getattr(module, name), fd, arg, *([offset] if has_offset else []))
+            return error, result, bytes(buffer), os.lseek(fd, 0, os.SEEK_CUR), (tmp_path / "file").read_bytes()
+
+    for size in (0, 100, 512, 4096, 4097, 32768):
+        for offset in (0, 1, 512, 4096, 16384):
+            by_os, ours = outcome(os, size, offset), outcome(coopos, size, offset)
+            # os.read takes memory as it comes, which may be wrong.
+            assert (size, offset, ours) == (size, offset, by_os) or (name in ("read", "pread") and by_os[0] and not ours[0])
+
+
+@needs_linux
+@pytest.mark.parametrize("nowait", ["0", None])
+def test_buffer_of_a_file_that_is_shorter_by_now_is_efault(nowait, tmp_path):
+    """As os has it, wherever the bytes are copied; the part before it is moved, and the offset is where that ends."""
+    run_script("""
+        import fcntl, mmap, os, sys, coopos
+
+        data = os.urandom(16384)
+        with open("data", "wb") as file:
+            file.write(data)
+
+
+        def truncated():
+            with open("map", "w+b") as file:
+                file.truncate(8192)
+                file.flush()
+                area = mmap.mmap(file.fileno(), 8192)
+                file.truncate(0)
+            return area
+
+
+        def opened(how):
+            if how == "memory":
+                fd = os.memfd_create("memory")
+                os.write(fd, data)
+                os.lseek(fd, 0, os.SEEK_SET)
+                return fd
+            if how in ("/dev/zero", "/proc/self/maps"):
+                return os.open(how, os.O_RDONLY)
+            if how == "direct":
+                try:
+                    return os.open("data", os.O_RDWR | os.O_DIRECT)
+                except OSError:
+                    how = "cached"
+            fd = os.open("data", os.O_RDWR)
+            if how == "cold":
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return fd
+
+
+        def outcome(module, name, how, buffers):
+            fd = opened(how)
+            args = ([0] if name.startswith("p") else [])
+            try:
+                result = getattr(module, name)(fd, buffers(), *args)
+            except OSError as ex:
+                result = ex.errno
+            where = None if how.startswith("/dev") else os.lseek(fd, 0, os.SEEK_CUR)
+            os.close(fd)
+            return result, where
+
+
+        # Page by page, as the kernel does it of a file.
+        shapes = {"alone": lambda: [truncated()], "second": lambda: [bytearray(4096), truncated()]}
+        for how in ["cached", "cold", "direct", "memory", "/dev/zero", "/proc/self/maps"]:
+            for name in ["readv", "preadv", "writev", "pwritev"]:
+                if "write" in name and how[0] == "/":
+                    continue
+                for shape, buffers in shapes.items():
+                    if shape == "second" and how in ("direct", "/proc/self/maps"):
+                        continue               # of these it is a matter of the kernel's version
+                    expected = outcome(os, name, how, buffers)
+                    assert outcome(coopos, name, how, buffers) == expected, (how, name, shape, expected)
+        for area in (truncated(), memoryview(truncated())[10:20]):
+            for call in (coopos.write, coopos.readinto, coopos.FileIO.write, coopos.FileIO.readinto):
+                file = coopos.FileIO("data", "r+")
+                try:
+                    call(file if "FileIO" in call.__qualname__ or "Moving" in call.__qualname__ else file.fileno(), area)
+                except OSError as ex:
+                    assert ex.errno == 14, ex
+                else:
+                    raise AssertionError(call)
+                assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0
+                file.close()
+    """, at=tmp_path / "script.py", COOPOS_NOWAIT=nowait, under=["env", "-C", os.fspath(tmp_path)])
 
 
 def test_large_write_is_whole():

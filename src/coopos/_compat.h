@@ -262,6 +262,7 @@ static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
     for (attempt = 0; attempt < 2; attempt++) {
         memset(&info, 0, sizeof info);
         info.mask = info_exit;
+        errno = 0;
         if (ioctl(pidfd, _IOWR(0xFF, 11, struct coopos_pidfd_info), &info) == 0 && (info.mask & info_exit)) {
             report->status = info.exit_code;
             report->code = WIFEXITED(info.exit_code) ? CLD_EXITED : info.exit_code & 0x80 ? CLD_DUMPED : CLD_KILLED;
@@ -372,7 +373,10 @@ static int coopos_set_ready(int set, struct coopos_event *ready, int max)
 {
 #if defined(__linux__)
     struct epoll_event events[COOPOS_SET_BATCH];
-    int i, n = epoll_wait(set, events, max, 0);
+    int i, n;
+    do
+        n = epoll_wait(set, events, max, 0);
+    while (n < 0 && errno == EINTR);
     for (i = 0; i < n; i++) {
         /* An error, or the other end's being gone, concerns all. */
         uint32_t all = events[i].events & (EPOLLERR | EPOLLHUP);
@@ -384,6 +388,23 @@ static int coopos_set_ready(int set, struct coopos_event *ready, int max)
 #else
     (void)set; (void)ready; (void)max;
     return coopos_unsupported();
+#endif
+}
+
+/* Whether *fd* is, or may be, in a set that somebody else has made. */
+static inline int coopos_set_has(int set, int fd)
+{
+#if defined(__linux__)
+    struct epoll_event nothing;
+    memset(&nothing, 0, sizeof nothing);
+    if (epoll_ctl(set, EPOLL_CTL_ADD, fd, &nothing) == 0) {
+        (void)epoll_ctl(set, EPOLL_CTL_DEL, fd, &nothing);
+        return 0;
+    }
+    return errno != EPERM;         /* a regular file, which can't be in one */
+#else
+    (void)set; (void)fd;
+    return 1;
 #endif
 }
 
@@ -681,8 +702,9 @@ static ssize_t coopos_move_guarded(const struct coopos_move *move)
     }
     ready.fd = move->fd;
     ready.events = move->writes ? POLLOUT : POLLIN;
-    /* To move nothing is not a matter of readiness; and a signal that is pending says nothing of it. */
-    while ((is_ready = total ? poll(&ready, 1, 0) : 1) < 0 && errno == EINTR)
+    /* To move nothing is not a matter of readiness, nor are flags that this file may not know, which only the call itself tells; and
+     * a signal that is pending says nothing of it. */
+    while ((is_ready = total && !move->flags ? poll(&ready, 1, 0) : 1) < 0 && errno == EINTR)
         ;
     err = is_ready ? errno : EAGAIN;
     moved = -1;
@@ -785,24 +807,42 @@ static inline ssize_t coopos_random(char *buf, size_t size, unsigned flags)
 #endif
 }
 
-/* Whether a descriptor was opened for reads and writes that bypass the page cache, from and to aligned memory. */
-static inline int coopos_is_direct(int fd)
+/* Copy *size* bytes from the caller's buffers to our own memory, or from there to the buffers, in the way a system call does it: a
+ * buffer may be a mapping of a file that is shorter by now, which is EFAULT and not a SIGBUS. How many bytes; -1 with errno: none.
+ */
+static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
 {
-#if defined(O_DIRECT)
-    int flags = fcntl(fd, F_GETFL);
-    return flags >= 0 && (flags & O_DIRECT) != 0;
-#else
-    (void)fd;
-    return 0;
+    size_t done = 0, n;
+    int i;
+#if defined(__linux__) && defined(SYS_process_vm_readv) && defined(SYS_process_vm_writev)
+    struct iovec local;
+    ssize_t copied;
+    local.iov_base = ours;
+    local.iov_len = size;
+    copied = syscall(gathers ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
+    if (copied >= 0 || (errno != ENOSYS && errno != EPERM))
+        return copied;
 #endif
+    for (i = 0; i < count && done < size; i++, done += n) {
+        n = buffers[i].iov_len < size - done ? buffers[i].iov_len : size - done;
+        if (gathers)
+            memcpy(ours + done, buffers[i].iov_base, n);
+        else
+            memcpy(buffers[i].iov_base, ours + done, n);
+    }
+    return (ssize_t)done;
 }
 
 /* Whether a read or write of this descriptor, at this offset, could come to anything: 0, or -1 with errno. Moves no byte. */
 static inline int coopos_may_move(int fd, int writes, off_t offset)
 {
 #if defined(__linux__)
-    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0};
-    return (int)coopos_move_plainly(&nothing);
+    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0};
+    int rc;
+    do
+        rc = (int)coopos_move_plainly(&nothing);
+    while (rc < 0 && errno == EINTR);
+    return rc;
 #else
     (void)writes; (void)offset;
     return fcntl(fd, F_GETFL) < 0 ? -1 : 0;

@@ -77,14 +77,15 @@ def _chunks(call: InFlight, in_fd: int, start: int, count: int) -> Iterator[byte
 def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, pieces: Iterable[Any], start: int | None) -> int:
     """Write *pieces* one after the other, up to the first of which a part is left; the offset of *in_fd* moves from *start* on."""
     sent = 0
+    told: list[int] = []
     try:
         for data in pieces:
-            written = _core.write(out_fd, data)
+            written = _core.write_telling(out_fd, data, told, False)
             sent += written
             if written < len(data):
                 break
     except BaseException as ex:
-        sent += getattr(ex, "characters_written", 0)
+        sent += sum(told)
         if sent:
             with contextlib.suppress(Exception):  # some classes refuse attributes
                 ex.characters_written = sent  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept
 cdef ssize_t attempt(Move *move, int *err) except -2
 cdef ssize_t attempt_at_once(Move *move, int *err) except -2
 cdef object read_bytes(Move *move, Py_ssize_t n, str call)
+cdef int give_one(Move *move, iovec *iov) noexcept
 cdef Py_ssize_t read_into(Move *move, str call) except -1
-cdef int tell(ex, str name, value) except -1
 cdef Py_ssize_t write_from(Move *move, str call, Py_ssize_t *told=*) except -1
 cdef Py_ssize_t write_once(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint is_later=*) except -2

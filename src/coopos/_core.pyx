@@ -24,7 +24,7 @@ from libc.errno cimport EAGAIN, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.limits cimport INT_MAX
 from libc.stdio cimport SEEK_CUR
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.fcntl cimport F_GETFL, F_SETFL, O_APPEND, O_NONBLOCK, fcntl
 from posix.types cimport off_t
 from posix.unistd cimport isatty, lseek, read as c_read, write as c_write
@@ -33,9 +33,9 @@ from coopos._parking cimport (
     KNOWN_SIZE, READ, WRITE, as_int, check_open, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
 from coopos._posix cimport (
     COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT, Move,
-    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_is_direct,
+    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_copy_buffers,
     coopos_may_move, coopos_move, fstat, iovec, stat_t)
-from coopos._workers cimport COOPOS_MOVE, Job, new_job, run
+from coopos._workers cimport COOPOS_MOVE, Job, give_back, new_job, run, tell
 
 import os
 import posix
@@ -44,7 +44,9 @@ import posix
 # ---- what this process can do ------------------------------------------------------------------------------------------------
 
 cdef bint has_nowait() except -1:
-    """Whether the kernel knows RWF_NOWAIT and lets us use it. COOPOS_NOWAIT=0: as where it doesn't."""
+    """Whether there is a call with RWF_NOWAIT, and we may make it. What it serves only each file knows: regular files have it since
+    Linux 4.14, and pipes since 6.3. COOPOS_NOWAIT=0: as where there is none.
+    """
     cdef Move move
     cdef iovec iov
     cdef char byte
@@ -55,7 +57,7 @@ cdef bint has_nowait() except -1:
     iov.iov_base, iov.iov_len = &byte, 1
     memset(&move, 0, sizeof(Move))
     move.fd, move.how, move.iov, move.count, move.offset = reader, COOPOS_NOWAIT, &iov, 1, -1
-    knows = coopos_move(&move) < 0 and errno == EAGAIN
+    knows = coopos_move(&move) < 0 and errno in (EAGAIN, EOPNOTSUPP)
     posix.close(reader)
     posix.close(writer)
     return knows
@@ -184,6 +186,15 @@ cdef bint is_undecided(int err) noexcept:
     return err == EOPNOTSUPP or err == ENOSYS or err == EPERM
 
 
+cdef bint is_of_nowait(int err, const Move *move) noexcept:
+    """Whether EINVAL may be about how we ask and not about what: RWF_NOWAIT for a write to the page cache, in Linux before 6.0, or
+    memory that is not aligned as O_DIRECT wants it.
+    """
+    cdef stat_t st
+    return (err == EINVAL and move.how == COOPOS_NOWAIT and move.count <= IOV_MAX and fstat(move.fd, &st) == 0
+            and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode)))
+
+
 cdef bint is_pollable(int fd, str call) except -1:
     """Whether readiness means anything for *fd*: regular files and block devices are always ready, and block all the same."""
     cdef stat_t st
@@ -252,14 +263,15 @@ cdef int step(Move *move, int err, str call) except -1:
             wait_until_ready(move.fd, events, call, move.may_stand)
             return AGAIN
         return IN_THREAD
-    if err == EINVAL and coopos_is_direct(move.fd):
-        return IN_THREAD           # whose buffer is aligned
+    if is_of_nowait(err, move):
+        return IN_THREAD
     if not is_undecided(err) or move.how > COOPOS_NOWAIT:
         raise os_error(err, call, move.fd)
     return step_down(move, call)
 
 
 cdef long guarded_calls = 0
+cdef long dontwait_calls = 0
 
 
 def count_guarded_calls():
@@ -267,8 +279,13 @@ def count_guarded_calls():
     return guarded_calls
 
 
+def count_dontwait_calls():
+    """And how many were made of a socket's own way not to wait."""
+    return dontwait_calls
+
+
 cdef int step_down(Move *move, str call) except -1:
-    global guarded_calls
+    global dontwait_calls, guarded_calls
     cdef bint can_wait = is_pollable(move.fd, call)
     if move.count > IOV_MAX:
         raise os_error(errno if coopos_may_move(move.fd, move.writes, move.offset) < 0 else EINVAL, call, move.fd)
@@ -277,8 +294,9 @@ cdef int step_down(Move *move, str call) except -1:
     if is_nonblocking(move.fd):
         move.how = COOPOS_PLAIN
         return AGAIN
-    if move.offset < 0 and is_socket(move.fd):
+    if move.offset < 0 and not move.flags and is_socket(move.fd):
         move.how = COOPOS_DONTWAIT
+        dontwait_calls += 1
         return AGAIN
     if coopos_may_move(move.fd, move.writes, move.offset) < 0:
         raise os_error(errno, call, move.fd)
@@ -288,6 +306,12 @@ cdef int step_down(Move *move, str call) except -1:
     move.how = COOPOS_GUARDED
     guarded_calls += 1
     return AGAIN
+
+
+cdef int give_one(Move *move, iovec *iov) noexcept:
+    """One buffer, as read(2) and write(2) have it."""
+    move.iov, move.count = iov, 1
+    return 0 if iov.iov_len else choose_for_nothing(move)
 
 
 cdef int choose_for_nothing(Move *move) noexcept:
@@ -306,7 +330,7 @@ cdef enum:
     PIECE = 1 << 20
 
 
-cdef bytes read_in_thread(Move *move, Py_ssize_t n, str call):
+cdef Job read_in_thread(Move *move, Py_ssize_t n, str call):
     """Up to *n* bytes, read by a worker in one system call. If the greenlet is killed meanwhile, the offset is moved back."""
     cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
     job.job.offset, job.job.flags = move.offset, move.flags
@@ -315,16 +339,32 @@ cdef bytes read_in_thread(Move *move, Py_ssize_t n, str call):
     run(job)
     if job.job.rc < 0:
         raise os_error(job.job.err, call, move.fd)
-    return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
+    return job
 
 
-cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize_t *late) except -1:
+cdef Py_ssize_t scatter(Job job, const Move *move, str call) except -1:
+    """How many of the bytes that were read the buffers have taken. The others go back to the file."""
+    cdef Py_ssize_t n = coopos_copy_buffers(move.iov, move.count, job.job.buf, <size_t>job.job.rc, False)
+    cdef int err = errno
+    if n < job.job.rc:
+        give_back(job, job.job.rc - max(n, 0))
+        if n < 0:
+            raise os_error(err, call, move.fd)
+    return n
+
+
+cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint is_later) except -2:
     """How many bytes a worker has written of the buffers of *move*, in one system call; in *late*, if the greenlet was killed
-    meanwhile.
+    meanwhile. -1 as of write_once().
     """
     cdef Py_ssize_t n = min(total_of(move), <Py_ssize_t>PIECE)
     cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
-    gather(move, job.job.buf, n)
+    n = coopos_copy_buffers(move.iov, move.count, job.job.buf, <size_t>n, True)
+    if n < 0:
+        if is_later:
+            return -1
+        raise os_error(errno, call, move.fd)
+    job.job.size = <size_t>n
     job.job.offset, job.job.flags, job.job.writes = move.offset, move.flags, True
     job.job.is_undoable = is_undoable and not appends(move.fd)
     job.job.waits_for_peer = is_pollable(move.fd, call)
@@ -334,7 +374,7 @@ cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize
         if job.job.rc > 0 and not job.job.is_undoable:
             late[0] = job.job.rc
         raise
-    if job.job.rc < 0:
+    if job.job.rc < 0 and not is_later:
         raise os_error(job.job.err, call, move.fd)
     return job.job.rc
 
@@ -344,22 +384,11 @@ cdef bint appends(int fd) noexcept:
     return flags >= 0 and flags & O_APPEND
 
 
-cdef int gather(const Move *move, char *target, Py_ssize_t left) noexcept:
-    """Copy the first bytes of the buffers."""
-    cdef Py_ssize_t n
-    cdef int i
-    for i in range(move.count):
-        n = min(left, <Py_ssize_t>move.iov[i].iov_len)
-        memcpy(target, move.iov[i].iov_base, <size_t>n)
-        target += n
-        left -= n
-    return 0
-
-
 # ---- reads and writes, whole -------------------------------------------------------------------------------------------------
 
 cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     """Up to *n* bytes."""
+    cdef Job job
     cdef int err = 0
     if n < 0:
         raise os_error(EINVAL, call, move.fd)
@@ -374,7 +403,8 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
                 continue
         elif data or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
             return data
-        return read_in_thread(move, n, call)
+        job = read_in_thread(move, n, call)
+        return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
 
 
 cdef Py_ssize_t total_of(const Move *move) noexcept:
@@ -383,20 +413,6 @@ cdef Py_ssize_t total_of(const Move *move) noexcept:
     for i in range(move.count):
         total += <Py_ssize_t>move.iov[i].iov_len
     return total
-
-
-cdef Py_ssize_t fill(const Move *move, bytes data) noexcept:
-    """Distribute *data* over the buffers."""
-    cdef const char *source = PyBytes_AS_STRING(data)
-    cdef Py_ssize_t left = len(data)
-    cdef Py_ssize_t n
-    cdef int i
-    for i in range(move.count):
-        n = min(left, <Py_ssize_t>move.iov[i].iov_len)
-        memcpy(move.iov[i].iov_base, source, <size_t>n)
-        source += n
-        left -= n
-    return len(data)
 
 
 cdef Py_ssize_t read_into(Move *move, str call) except -1:
@@ -413,7 +429,7 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
         elif nread or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
             return nread
         # Into a buffer of the thread's own: ours may be gone before it has read.
-        return fill(move, read_in_thread(move, n, call))
+        return scatter(read_in_thread(move, n, call), move, call)
 
 
 cdef int advance(Move *move, Py_ssize_t written) noexcept:
@@ -429,20 +445,6 @@ cdef int advance(Move *move, Py_ssize_t written) noexcept:
         if not move.iov.iov_len and move.count > 1:
             move.iov += 1
             move.count -= 1
-    return 0
-
-
-cdef int tell(ex, str name, value) except -1:
-    """Have an exception say what was moved before it came; None: nothing. One object may come more than once, as Timeouts do. Some
-    classes refuse attributes, as a frozen dataclass does: what was thrown in comes out all the same.
-    """
-    try:
-        if value is not None:
-            setattr(ex, name, value)
-        elif hasattr(ex, name):
-            delattr(ex, name)
-    except Exception:
-        pass
     return 0
 
 
@@ -479,10 +481,10 @@ cdef Py_ssize_t write_once(Move *move, str call, bint is_undoable, Py_ssize_t *l
         written = attempt(move, &err)
         if written >= 0:
             return written
-        if is_later and err != EAGAIN and not is_undecided(err) and not (err == EINVAL and coopos_is_direct(move.fd)):
+        if is_later and err != EAGAIN and not is_undecided(err) and not is_of_nowait(err, move):
             return -1
         if step(move, err, call) == IN_THREAD:
-            return write_in_thread(move, call, is_undoable, late)
+            return write_in_thread(move, call, is_undoable, late, is_later)
 
 
 cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) except -1:
@@ -637,9 +639,7 @@ cdef Py_ssize_t write_as_blocking(int fd, const Py_buffer *view) except -1:
     cdef Move move = move_of(fd, True, -1, 0)
     cdef iovec iov
     iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
-    move.iov, move.count = &iov, 1
-    if view.len == 0:
-        choose_for_nothing(&move)
+    give_one(&move, &iov)
     return write_from(&move, "nb_write")
 
 
@@ -736,9 +736,7 @@ def readinto(Py_ssize_t fd, buffer, /):
         if memoryview(buffer).readonly:
             raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
         raise
-    move.iov, move.count = &iov, 1
-    if view.len == 0:
-        choose_for_nothing(&move)
+    give_one(&move, &iov)
     try:
         return read_into(&move, "readinto")
     finally:
@@ -775,9 +773,7 @@ def write(Py_ssize_t fd, data, /):
     cdef Py_buffer view
     cdef iovec iov
     take_buffer(data, &view, False, &iov)
-    move.iov, move.count = &iov, 1
-    if view.len == 0:
-        choose_for_nothing(&move)
+    give_one(&move, &iov)
     try:
         return write_from(&move, "write")
     finally:
@@ -901,7 +897,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
     cdef Py_buffer view
     cdef iovec iov
     take_buffer(buffer, &view, False, &iov)
-    move.iov, move.count = &iov, 1
+    give_one(&move, &iov)
     try:
         if offset < 0:
             raise os_error(EINVAL, "pwrite", fd)
@@ -1022,9 +1018,7 @@ def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
             move = move_of(number, False, -1, 0)
             iov.iov_base = PyBytes_AS_STRING(data) + done
             iov.iov_len = <size_t>min(n - done, <Py_ssize_t>COOPOS_IO_MAX)
-            move.iov, move.count = &iov, 1
-            if n == 0:
-                choose_for_nothing(&move)
+            give_one(&move, &iov)
             nread = read_into(&move, "read_exactly")
             done += nread
             if done == n:
@@ -1067,8 +1061,10 @@ def write_all(Py_ssize_t fd, data, /):
     write_telling(fd, data, None)
 
 
-def write_telling(Py_ssize_t fd, data, list told, /):
-    """write_all, which also appends to *told* how much was written if anything is raised: an exception may refuse attributes."""
+def write_telling(Py_ssize_t fd, data, list told, bint is_all=True):
+    """write_all, or write, which also appends to *told* how much was written if anything is raised: an exception may refuse
+    attributes.
+    """
     cdef int number = as_int(fd)
     cdef Move move
     cdef Py_buffer view
@@ -1081,12 +1077,10 @@ def write_telling(Py_ssize_t fd, data, list told, /):
             move = move_of(number, True, -1, 0)
             iov.iov_base = <char *>view.buf + done
             iov.iov_len = <size_t>min(view.len - done, <Py_ssize_t>COOPOS_IO_MAX)
-            move.iov, move.count = &iov, 1
-            if view.len == 0:
-                choose_for_nothing(&move)
+            give_one(&move, &iov)
             done += write_from(&move, "write_all", &late)
-            if done >= view.len:
-                return
+            if done >= view.len or not is_all:
+                return done
     except BaseException as ex:
         tell(ex, "characters_written", (done + late) or None)
         if told is not None:

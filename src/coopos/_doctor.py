@@ -55,16 +55,28 @@ def _nonblocking(read_fd: int, write_fd: int) -> str:
     return "read(2), write(2), and the hub while they would block"
 
 
-def _any_mode(read_fd: int) -> str:
-    """What serves read on a descriptor that has data, whatever its mode: nothing that waits, or a thread."""
+def _counts() -> list[int]:
+    return [coopos._workers.count_calls(), coopos._core.count_guarded_calls(), coopos._core.count_dontwait_calls()]
+
+
+def _mechanism(call: Callable[[], object], wanted: object) -> str:
+    """What serves a call that has nothing to wait for: which kinds of files know RWF_NOWAIT differs from kernel to kernel."""
+    before = _counts()
+    _expect(call(), wanted)
+    for name, count, now in zip(("a worker thread", "poll(2), and a guard", "MSG_DONTWAIT"), before, _counts(), strict=True):
+        if now > count:
+            return name
+    return "RWF_NOWAIT"
+
+
+def _any_mode(read_fd: int, write_fd: int = -1) -> str:
+    """What serves read on a descriptor that has data, whatever its mode, and write on its other end."""
     if not HAS_CORE:
         _expect(coopos.tp_read(read_fd, 100), MESSAGE)
         return "the threadpool"
-    in_thread, guarded = coopos._workers.count_calls(), coopos._core.count_guarded_calls()
-    _expect(coopos.read(read_fd, len(MESSAGE)), MESSAGE)
-    if coopos._workers.count_calls() > in_thread:
-        return "a worker thread"
-    return "poll(2), and a guard" if coopos._core.count_guarded_calls() > guarded else "RWF_NOWAIT"
+    reads = _mechanism(lambda: coopos.read(read_fd, len(MESSAGE)), MESSAGE)
+    writes = reads if write_fd < 0 else _mechanism(lambda: coopos.write(write_fd, MESSAGE), len(MESSAGE))
+    return reads if reads == writes else f"{reads} for reads, {writes} for writes"
 
 
 def check_pipe() -> str:
@@ -86,15 +98,24 @@ def check_pty() -> str:
     return _nonblocking(slave, master)
 
 
-def check_blocking_pipe() -> str:
-    read_fd, write_fd = os.pipe()
+def _blocking(read_fd: int, write_fd: int) -> str:
+    """tp_read and tp_write on the two ends of something; closes them."""
     try:
         _waits(lambda: coopos.tp_read(read_fd, 100), lambda: coopos.tp_write(write_fd, MESSAGE))
         coopos.tp_write(write_fd, MESSAGE)
-        return _any_mode(read_fd)
+        return _any_mode(read_fd, write_fd)
     finally:
         coopos.close(read_fd)
         coopos.close(write_fd)
+
+
+def check_blocking_pipe() -> str:
+    return _blocking(*os.pipe())
+
+
+def check_blocking_socket() -> str:
+    ours, theirs = socket.socketpair()
+    return _blocking(ours.detach(), theirs.detach())
 
 
 def check_fifo() -> str:
@@ -115,7 +136,7 @@ def check_file() -> str:
         file.write(MESSAGE)
         file.flush()
         os.lseek(file.fileno(), 0, os.SEEK_SET)
-        return _any_mode(file.fileno())
+        return _any_mode(file.fileno(), file.fileno())
 
 
 def check_close() -> str:
@@ -184,6 +205,7 @@ if HAS_CORE:
         ("socket", check_socket),
         ("pty", check_pty),
         *CHECKS,
+        ("blocking socket", check_blocking_socket),
         ("FIFO", check_fifo),
         ("close", check_close),
         ("child", check_child),
@@ -202,10 +224,10 @@ def main() -> int:
     for name, check in CHECKS:
         try:
             with gevent.Timeout(CHECK_TIMEOUT_S, AssertionError("hung")):
-                print(f"{name:14} ok      {check()}")
+                print(f"{name:15} ok      {check()}")
         except Exception as ex:
             failed += 1
-            print(f"{name:14} FAILED  {type(ex).__name__}: {ex}")
+            print(f"{name:15} FAILED  {type(ex).__name__}: {ex}")
     if HAS_CORE:
         refusals = coopos._children.count_refusals().items()
         counts = ", ".join(f"{errno.errorcode.get(code, code)} {count} times" for code, count in refusals)

@@ -21,12 +21,13 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, be_fair, fairness, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, tell,
+    QUICK, attempt, attempt_at_once, be_fair, fairness, give_one, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer,
     write_once)
 from coopos._parking cimport (
     READ, WRITE, Wait, close_fd, evict, give_way, os_error, park, reachable_hub, this_greenlet, wrong_switch)
 from coopos._posix cimport (
     COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
+from coopos._workers cimport tell
 
 import os
 
@@ -86,14 +87,17 @@ cdef class Owned:
     cdef bint is_stream            # read by what stands here, as far as is known
     cdef bint is_plain             # in non-blocking mode when it was opened
     cdef bint is_drained           # there was nothing more to read a moment ago
+    cdef readonly Py_ssize_t late  # bytes that the last write has written although it raised something
     cdef list inside               # the greenlets, of any thread, that may have given way in a read or write
     cdef list outside              # (hub, Wait) of greenlets that are in wait_for_others()
 
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
+        cdef int err
         cdef int flags
         if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
-            raise OSError(errno, os.strerror(errno))
+            err = errno
+            raise OSError(err, os.strerror(err))
         self.fd = fd
         self.inside, self.outside = [], []
         self.may_read, self.may_write = may_read, may_write
@@ -284,7 +288,7 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
         if nread >= 0:
             return nread
     move = owned.move(False)
-    move.iov, move.count = iov, 1
+    give_one(&move, iov)
     current = owned.enter()
     try:
         return read_into(&move, "readinto")
@@ -366,7 +370,6 @@ class Moving:
     def write(self, data, /):
         """Write as much of *data* as one system call takes; how many bytes. Fewer than there are is no error."""
         cdef Owned owned = owned_by(self)
-        cdef Py_ssize_t late = 0
         cdef Move move
         cdef Py_buffer view
         cdef iovec iov
@@ -375,9 +378,10 @@ class Moving:
         if owned is None or owned.fd < 0 or not owned.may_write:
             return super().write(data)
         take_buffer(data, &view, False, &iov)
+        owned.late = 0
         try:
             move = owned.move(True)
-            move.iov, move.count = &iov, 1
+            give_one(&move, &iov)
             if owned.is_plain:
                 owned.take_turn()
                 while True:
@@ -398,9 +402,9 @@ class Moving:
             current = owned.enter()
             try:
                 be_fair(owned.fd, "write")
-                return write_once(&move, "write", True, &late)
+                return write_once(&move, "write", True, &owned.late)
             except BaseException as ex:
-                tell(ex, "characters_written", late or None)
+                tell(ex, "characters_written", owned.late or None)
                 raise
             finally:
                 owned.leave(current)

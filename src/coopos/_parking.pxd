@@ -48,7 +48,7 @@ cdef class Set:
     cdef int n_direct          # switches since the loop had its turn
     cdef long long direct_since_us
     cdef list posted           # by other threads: [(Wait, PutOffClose or None), ...]
-    cdef bint open(self) except -1
+    cdef int open(self) except -1
     cdef int renew(self) except -1
     cdef int shut(self) noexcept
     cdef bint is_there(self) except -1

@@ -11,7 +11,7 @@ The module knows libc, `gevent.hub` and the loop's watchers, and nothing else of
 
 cimport cython
 from cpython.object cimport PyObject
-from libc.errno cimport E2BIG, EBADF, EINTR, EINVAL, EPERM, errno
+from libc.errno cimport E2BIG, EBADF, EINTR, EINVAL, ENOSYS, EPERM, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strerror
 from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
@@ -20,8 +20,8 @@ from posix.unistd cimport close as c_close
 from coopos._posix cimport (
     COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, S_ISREG, Closing, Event, PyErr_CheckSignals, coopos_closing_drop,
     coopos_closing_enter, coopos_closing_is_due, coopos_closing_leave, coopos_closing_new, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_new, coopos_set_ready, coopos_switch, fstat, poll, pollfd,
-    pthread_atfork, stat_t)
+    coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_has, coopos_set_new, coopos_set_ready, coopos_switch, fstat,
+    poll, pollfd, pthread_atfork, stat_t)
 
 import os
 import sys
@@ -412,14 +412,14 @@ cdef class Set:
         self.shut()
         free(self.ready)
 
-    cdef bint open(self) except -1:
-        """At the first wait: a program that never waits has no descriptor more, and a forked child none that it might close. False
-        where there is no epoll, or no descriptor left for one.
+    cdef int open(self) except -1:
+        """At the first wait: a program that never waits has no descriptor more, and a forked child none that it might close. 0, or
+        errno: there is no epoll, or no descriptor left for one.
         """
         cdef int fd
         cdef Ear ear
         if not _has_epoll:
-            return False
+            return ENOSYS
         ear = Ear()
         if self.ready == NULL:
             self.ready = <Event *>malloc(COOPOS_SET_BATCH * sizeof(Event))
@@ -427,7 +427,7 @@ cdef class Set:
                 raise MemoryError
         fd = coopos_set_new()
         if fd < 0:
-            return False
+            return errno
         try:
             watcher = self.loop.io(fd, READ, ref=False)
             set_ref(watcher, False)
@@ -437,11 +437,11 @@ cdef class Set:
         if self.fd >= 0:           # a signal's handler has waited meanwhile
             watcher.close()
             c_close(fd)
-            return True
+            return 0
         ear.set = <PyObject *>self
         self.fd, self.watcher, self.ear = fd, watcher, ear
         self.is_on = self.is_held = False
-        return True
+        return 0
 
     cdef int shut(self) noexcept:
         cdef int fd = self.fd
@@ -534,7 +534,7 @@ cdef class Set:
         check_open(wait.fd, call)
         if wait.fd < 0:
             raise os_error(EBADF, call, wait.fd)
-        cdef bint has_set = self.fd >= 0 or self.open()
+        cdef bint has_set = self.fd >= 0 or self.open() == 0
         if self.is_on != 1 or (is_held and self.is_held != 1):
             # May run a signal's handler: before anybody could wake us.
             self.settle(self.members + 1, self.holds + is_held)
@@ -601,8 +601,9 @@ cdef class Set:
 
     cdef int renew(self) except -1:
         """Have those who wait in a new set."""
-        if not self.open():
-            raise os_error(errno, "epoll_create1", "")
+        cdef int err = self.open()
+        if err:
+            raise os_error(err, "epoll_create1", "")
         self.settle(self.members, self.holds)
         self.arm_all()
         return 0
@@ -1126,9 +1127,20 @@ cdef class PutOffClose:
             self.stopped()
         return 0
 
-    def after_polling(self, check):
-        check.stop()
-        check.close()
+    cdef int wait_for_turn(self, object loop) except -1:
+        """Have the loop that is asked to be a party, until it has polled once more and called whoever had something to hear."""
+        self.is_polled = True
+        # Without something to do the loop would sleep before that, for as long as nothing happens.
+        idle = loop.idle()
+        idle.start(bool)
+        check = loop.check(priority=loop.MINPRI)
+        check.start(self.after_polling, check, idle)
+        return 0
+
+    def after_polling(self, *watchers):
+        for watcher in watchers:
+            watcher.stop()
+            watcher.close()
         self.stopped()
 
 
@@ -1183,6 +1195,17 @@ def close(Py_ssize_t fd):
     close_fd(as_int(fd))
 
 
+cdef bint may_be_pending(object loop, int fd) except -1:
+    """Whether libev may be about to call a watcher of *fd* in this turn. gevent's closing_fd() tells of active watchers by making
+    them pending, and of those that are pending already it does not tell: ev_feed_event in
+    https://github.com/enki/libev/blob/master/ev.c. A watcher's number is in libev's own epoll.
+    """
+    if not loop.pendingcnt:
+        return False
+    epoll = loop.fileno()
+    return epoll is None or coopos_set_has(epoll, fd)
+
+
 cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
     cdef Set here
@@ -1203,16 +1226,14 @@ cdef int close_fd(int fd) except -1:
         if later is None:
             later = put_off(fd)
         tell_calls(fd, later.closing)
-    if loop is not None and loop.closing_fd(fd):
+    if loop is not None and (loop.closing_fd(fd) or may_be_pending(loop, fd)):
         if later is None:
             here = <Set>sets_of_this_thread().get(loop)
             if here is not None and here.fd == fd and here.is_there():
                 # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
                 raise os_error(EBADF, "close", fd)
             later = put_off(fd)
-        later.is_polled = True
-        check = loop.check()
-        check.start(later.after_polling, check)
+        later.wait_for_turn(loop)
         return 0
     if later is not None:
         later.stopped()

@@ -146,6 +146,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_set_new()
     int coopos_set_arm(int set, int fd, int events)
     int coopos_set_ready(int set, Event *ready, int max)
+    bint coopos_set_has(int set, int fd)
     void coopos_close_run(int first, int last)
     void coopos_bell_ring(const int *bell)
     enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_PLAIN
@@ -162,7 +163,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_may_move(int fd, int writes, off_t offset)
     bint coopos_can_poll(int fd)
     int RWF_NOWAIT
-    bint coopos_is_direct(int fd)
+    ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint gathers)
     int coopos_sem_value(sem_t *semaphore, int *value)
 
 

@@ -54,6 +54,7 @@ struct coopos_job {
     int writes;
     int is_undoable;           /* a move that nobody wants is undone: the offset goes back */
     size_t size;               /* bytes to be moved */
+    size_t room;               /* in *buf* */
     char *buf;                 /* aligned to COOPOS_ALIGNMENT; or a path */
     ssize_t rc;
     int err;
@@ -61,6 +62,9 @@ struct coopos_job {
 };
 
 enum { COOPOS_ALIGNMENT = 4096, COOPOS_LINGER_S = 1 };
+
+/* One buffer of such a size is kept for the next job: pages that are new to the process cost more than to copy what is in them. */
+enum { COOPOS_SPARE_MIN = 32 * 1024, COOPOS_SPARE_MAX = 1024 * 1024 };
 
 struct coopos_worker {
     struct coopos_worker *next;          /* that is idle, too */
@@ -79,7 +83,9 @@ static struct coopos_pool {
     int is_ending;                       /* the process is: idle workers end at once */
     int is_held;                         /* for tests: workers stand still before the system call */
     pthread_cond_t is_let_go;
-} coopos_pool = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, NULL, 64, 0, 0, 0, 0, 0, PTHREAD_COND_INITIALIZER};
+    char *spare;                         /* a buffer that no job has, or NULL */
+    size_t spare_room;
+} coopos_pool = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, NULL, 64, 0, 0, 0, 0, 0, PTHREAD_COND_INITIALIZER, NULL, 0};
 
 static inline void coopos_pool_lock(void)
 {
@@ -251,12 +257,22 @@ static inline struct coopos_job *coopos_job_new(size_t room)
     void *buf = NULL;
     if (job == NULL)
         return NULL;
-    if (room && posix_memalign(&buf, COOPOS_ALIGNMENT, room) != 0) {
+    job->size = job->room = room;
+    if (room >= COOPOS_SPARE_MIN) {
+        coopos_pool_lock();
+        if (coopos_pool.spare_room >= room) {
+            buf = coopos_pool.spare;
+            job->room = coopos_pool.spare_room;
+            coopos_pool.spare = NULL;
+            coopos_pool.spare_room = 0;
+        }
+        coopos_pool_unlock();
+    }
+    if (room && buf == NULL && posix_memalign(&buf, COOPOS_ALIGNMENT, room) != 0) {
         free(job);
         return NULL;
     }
     job->buf = buf;
-    job->size = room;
     job->refs = 1;
     job->fd = job->other = -1;
     job->offset = job->other_offset = -1;
@@ -266,8 +282,14 @@ static inline struct coopos_job *coopos_job_new(size_t room)
 /* With the lock held. */
 static inline void coopos_job_drop(struct coopos_job *job)
 {
+    char *buf = job->buf;
     if (--job->refs == 0) {
-        free(job->buf);
+        if (job->room >= COOPOS_SPARE_MIN && job->room <= COOPOS_SPARE_MAX && job->room > coopos_pool.spare_room) {
+            buf = coopos_pool.spare;
+            coopos_pool.spare = job->buf;
+            coopos_pool.spare_room = job->room;
+        }
+        free(buf);
         free(job);
     }
 }

@@ -49,6 +49,7 @@ cdef extern from "_workers.h" nogil:
     bint coopos_job_keep_open(CJob *job, int which, Closing *closing)
     bint coopos_job_interrupt(CJob *job)
     void coopos_job_abandon(CJob *job)
+    void coopos_job_undo(CJob *job)
     void coopos_pool_set_limit(int limit)
     void coopos_pool_hold(int is_held)
     void coopos_pool_end()
@@ -83,4 +84,6 @@ cdef class Inquiry:
 cdef int ask_again() except -1
 cdef Job new_job(coopos_operation operation, str name, int fd=*, size_t room=*)
 cdef int run(Job job) except -1
+cdef int give_back(Job job, ssize_t n) except -1
+cdef int tell(ex, str name, value) except -1
 cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1

@@ -412,6 +412,27 @@ cdef object last_word(Job job, object hub, object current):
     return thrown
 
 
+cdef int give_back(Job job, ssize_t n) except -1:
+    """Of what a read has brought, the last *n* bytes."""
+    job.job.rc = n
+    coopos_job_undo(job.job)
+    return 0
+
+
+cdef int tell(ex, str name, value) except -1:
+    """Have an exception say what was moved before it came; None: nothing. One object may come more than once, as Timeouts do. Some
+    classes refuse attributes, as a frozen dataclass does: what was thrown in comes out all the same.
+    """
+    try:
+        if value is not None:
+            setattr(ex, name, value)
+        elif hasattr(ex, name):
+            delattr(ex, name)
+    except Exception:
+        pass
+    return 0
+
+
 cdef object result_of(Job job, object subject, object path=None):
     """What the system call has returned, once it was run; or its error."""
     if job.job.rc >= 0:
@@ -585,11 +606,7 @@ def transfer(
     try:
         run(job)
     except BaseException as ex:
-        if job.job.rc > 0:
-            try:
-                ex.characters_written = job.job.rc
-            except Exception:
-                pass
+        tell(ex, "characters_written", job.job.rc if job.job.rc > 0 else None)
         raise
     return result_of(job, source)
 

@@ -53,7 +53,9 @@ def _is_number(file: object) -> bool:
 
 
 def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int] | None) -> int:
-    """A new descriptor for the path *file*."""
+    """A new descriptor for the path *file*. What io.FileIO refuses before it asks the opener is refused before that here."""
+    if b"\0" in os.fsencode(file):
+        raise ValueError("embedded null byte")
     flags = _flags_of(mode)
     sys.audit("open", file, mode, flags)
     if not closefd:
@@ -68,6 +70,8 @@ def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int]
     fd = opener(file, flags)
     if not isinstance(fd, int):
         raise TypeError("expected integer from opener")
+    if fd.bit_length() > 31:
+        raise OverflowError("Python int too large to convert to C int")
     if fd < 0:
         raise ValueError(f"opener returned {fd}")
     os.set_inheritable(fd, False)
@@ -129,21 +133,21 @@ class FileIO(Moving, io.FileIO):
         if hasattr(self, "_owned"):
             super().close()
             self._let_go()
-        if _is_number(file):
-            super().__init__(file, mode, False)
-            fd = operator.index(file)  # type: ignore[arg-type]
-        else:
-            fd = _open(file, mode, closefd, opener)
-            try:
-                super().__init__(fd, mode, False)
+        is_path = not _is_number(file)
+        number: Any = _open(file, mode, closefd, opener) if is_path else file
+        try:
+            super().__init__(number, mode, False)
+            if is_path:
                 self.name = file
-            except BaseException as ex:
-                _parking.close(fd)
+            self._closes = closes
+            self._owned = Owned(operator.index(number), super().readable(), super().writable())
+        except BaseException as ex:
+            super().close()  # or it would go on with a number that may be another file's
+            if is_path:
+                _parking.close(number)
                 if isinstance(ex, OSError):
                     ex.filename = file
-                raise
-        self._closes = closes
-        self._owned = Owned(fd, super().readable(), super().writable())
+            raise
 
     @property
     def closefd(self) -> bool:
@@ -193,7 +197,8 @@ class WholeFileIO(FileIO):
                     if not len(octets) or not os.get_blocking(self.fileno()):
                         break
             except BaseException as ex:
-                written += getattr(ex, "characters_written", 0)
+                if hasattr(self, "_owned"):
+                    written += self._owned.late
                 if written:
                     with contextlib.suppress(Exception):  # some classes refuse attributes
                         ex.characters_written = written  # type: ignore[attr-defined]
