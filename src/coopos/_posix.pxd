@@ -154,7 +154,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_bell_new(int *bell)
     void coopos_bell_ring(const int *bell)
     void coopos_bell_close(const int *bell)
-    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_PLAIN
+    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_ASKED
     ctypedef struct Move "struct coopos_move":
         int fd
         int how
@@ -164,9 +164,13 @@ cdef extern from "_compat.h" nogil:
         off_t offset
         int flags
         int may_stand
+        size_t most
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)
     bint coopos_can_poll(int fd)
+    bint coopos_is_in_background(int fd, int writes)
+    bint coopos_gathers(int fd, int *min, int *tenths)
+    int coopos_bytes_there(int fd)
     int RWF_NOWAIT
     int coopos_thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *arg)
     bint coopos_is_direct(int fd)

@@ -25,7 +25,7 @@ from posix.unistd cimport close as c_close
 from coopos._parking cimport (
     READ, Call, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, wrong_switch)
 from coopos._posix cimport (
-    ECANCELED, Closing, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
+    ECANCELED, Closing, Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
     coopos_import_greenlet, coopos_switch, fstat, sem_t, stat_t)
 
 import atexit
@@ -407,6 +407,11 @@ cdef object result_of(Job job, object subject, object path=None):
     if path is not None:
         raise OSError(job.job.err, os.strerror(job.job.err), path)
     raise os_error(job.job.err, job.name, subject)
+
+
+cdef ssize_t move_guarded(const Move *move) noexcept:
+    """One read or write of what poll(2) calls ready; a signal ends it, should it block. The signal that interrupts workers, too."""
+    return coopos_move_guarded(move)
 
 
 # ---- for Python --------------------------------------------------------------------------------------------------------------
