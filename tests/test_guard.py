@@ -11,15 +11,29 @@ import struct
 import subprocess
 import termios
 import textwrap
+import threading
 import tty
 
 import gevent
 import pytest
+from gevent.exceptions import BlockingSwitchOutError
 
 import coopos
 
 from .descriptors import KINDS, READS, by_name, frozen_hub_is_an_error, libc, make_ends, until
-from .support import clog, closing, error_of, needs_libev, parked, result_of, run_script, run_seccomp, ticking, turn_loop
+from .support import (
+    DEADLINE_S,
+    clog,
+    closing,
+    error_of,
+    needs_libev,
+    parked,
+    result_of,
+    run_script,
+    run_seccomp,
+    ticking,
+    turn_loop,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +87,13 @@ needs_inotify = pytest.mark.skipif(not KINDS["inotify"].is_available, reason=KIN
     [
         "waits()",
         "resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0)); waits()",
-        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG}); waits();"
-        "assert signal.SIGURG in signal.pthread_sigmask(signal.SIG_BLOCK, ()); assert not signal.sigpending()",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals());"
+        "mask = signal.pthread_sigmask(signal.SIG_BLOCK, ()); waits();"
+        "assert mask == signal.pthread_sigmask(signal.SIG_BLOCK, ()); assert not signal.sigpending()",
         "thread = threading.Thread(target=waits); thread.start(); thread.join()",
+        "[signal.signal(number, print) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}]; waits()",
     ],
-    ids=["timer", "no timer to be had", "SIGURG blocked", "thread"],
+    ids=["timer", "no timer to be had", "all signals blocked", "thread", "all signals handled"],
 )
 def test_call_that_blocks_all_the_same_is_interrupted(source):
     run_script(f"{GUARDED}\n    {source}\n")
@@ -372,6 +388,29 @@ def test_read_of_a_terminal_that_gathers_and_is_closed_or_hung_up(vmin, vtime, n
         assert result_of(greenlet) in [(None, b""), (OSError, errno.EIO)]
 
 
+@pytest.mark.parametrize(
+    ("vmin", "vtime", "there", "read_then"),
+    [(3, LONG_DS, b"abc", b"abc"), (3, 1, b"ab", b"ab"), (0, 1, b"", b"")],
+)
+def test_read_of_a_terminal_that_gathers_in_a_thread_without_a_hub(vmin, vtime, there, read_then):
+    with make_gathering_terminal(vmin, vtime) as (master, slave):
+        outcomes = []
+        thread = threading.Thread(target=lambda: outcomes.append(coopos.read(slave, 5)))
+        thread.start()
+        os.write(master, there)
+        thread.join(DEADLINE_S)
+        assert outcomes == [read_then]
+
+
+def test_read_of_a_terminal_that_gathers_in_the_hub():
+    """Where nothing can be switched to it doesn't wait."""
+    with make_gathering_terminal(3, LONG_DS) as (_master, slave):
+        outcomes = []
+        gevent.get_hub().loop.run_callback(lambda: outcomes.append(error_of(coopos.read, slave, 5)))
+        turn_loop()
+        assert outcomes == [(BlockingSwitchOutError, None)]
+
+
 def test_read_by_a_file_of_a_terminal_that_has_no_more():
     """VMIN=0: a read that came back short doesn't mean that the next one has to wait. In non-blocking mode, too."""
     for blocking in (True, False):
@@ -471,7 +510,7 @@ def test_read_in_the_background(call):
 
 @pytest.mark.parametrize("call", ["os.write(slave, b'x')", "coopos.write(slave, b'x')", "coopos.nb_write(slave, b'x')"])
 def test_write_in_the_background(call):
-    """With TOSTOP: it goes through where SIGTTOU is ignored or blocked; else it stops the process at once, if there is room or not."""
+    """With TOSTOP: it goes through where SIGTTOU is ignored or blocked; else it stops the process, room or not."""
     run_script(
         BACKGROUND
         + f"""

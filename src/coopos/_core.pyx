@@ -300,8 +300,8 @@ cdef double LOOK_S = 0.01
 
 
 cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
-    """Wait as the kernel does in a read of *n* bytes of a terminal that gathers: for VMIN bytes, and no longer than VTIME says. Then
-    the read does not wait, whatever poll(2) says of it.
+    """Wait as the kernel does in a read of *n* bytes of a terminal that gathers: for VMIN bytes, and no longer than VTIME says.
+    Then the read does not wait, whatever poll(2) says of it.
     """
     cdef int min_bytes, tenths, there
     cdef int had = 0
@@ -326,7 +326,7 @@ cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
                 move.most = <size_t>there
                 return AGAIN if there else NOTHING
         has_waited()
-        # Of the first byte the kernel tells where there is a VTIME, else of VMIN bytes.
+        # Of the first byte it tells where there is a VTIME, else of VMIN bytes.
         if there == 0 and (tenths or min_bytes <= wanted):
             park(move.fd, READ, call, move.may_stand, left_us)
         else:

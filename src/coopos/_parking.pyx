@@ -887,7 +887,7 @@ cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=N
     wait.greenlet = current = coopos_current_greenlet()
     try:
         if us != NEVER:
-            timer = hub.loop.timer(us / 1e6)
+            timer = hub.loop.timer(max(us, 1000) / 1e6)  # libuv warns of less
             timer.start(wait.wake)
         came_back = rest(here, wait, hub, current, call)
     finally:
@@ -1094,7 +1094,8 @@ cdef int forget_calls(bint all_of_them) except -1:
 
 
 cdef int take_turns(int fd=-1, str name="", double seconds=0) except -1:
-    """Let the other greenlets that are ready run once, or for so long, for a call that is going to use *fd*. Without a hub: nothing.
+    """Let the other greenlets that are ready run once, or for so long, for a call that is going to use *fd*. Without a hub it does
+    nothing.
     """
     cdef object hub = reachable_hub()
     cdef Call call

@@ -582,8 +582,9 @@ static inline int coopos_job_interrupt(struct coopos_job *job)
 {
     struct timespec pause = {0, COOPOS_INTERRUPT_US * 1000L};
     int attempt, is_over = 0;
-    const int may_send = job->signal && job->signal == coopos_signal_take();   /* not if the program has come to handle it */
-    for (attempt = 0; attempt < COOPOS_INTERRUPTS && !is_over; attempt++) {
+    /* The program may have come to handle it. */
+    const int attempts = job->signal && job->signal == coopos_signal_take() ? COOPOS_INTERRUPTS : 0;
+    for (attempt = 0; attempt <= attempts && !is_over; attempt++) {
         if (attempt)
             (void)nanosleep(&pause, NULL);
         if (attempt > COOPOS_INTERRUPTS / 3)
@@ -591,7 +592,7 @@ static inline int coopos_job_interrupt(struct coopos_job *job)
         coopos_pool_lock();
         __atomic_store_n(&job->is_interrupted, 1, __ATOMIC_RELAXED);
         is_over = job->state != COOPOS_BEGUN;
-        if (!is_over && job->has_thread && may_send)
+        if (!is_over && job->has_thread && attempts)
             (void)pthread_kill(job->thread, job->signal);
         if (coopos_pool.is_held)
             (void)pthread_cond_broadcast(&coopos_pool.is_let_go);
