@@ -305,6 +305,48 @@ def raises(error, function, *args):
 """
 
 
+#: For scripts of run_seccomp().
+SECCOMP = """
+import ctypes, errno, os, platform, struct
+if platform.machine() not in ("x86_64", "aarch64"):
+    print("skip: no system call numbers for this machine")
+    raise SystemExit
+libc = ctypes.CDLL(None, use_errno=True)
+numbers = {"pidfd_open": 434, "waitid": {"x86_64": 247, "aarch64": 95}[platform.machine()],
+           "ioctl": {"x86_64": 16, "aarch64": 29}[platform.machine()],
+           "timer_create": {"x86_64": 222, "aarch64": 107}[platform.machine()],
+           "timer_settime": {"x86_64": 223, "aarch64": 110}[platform.machine()],
+           "clone": {"x86_64": 56, "aarch64": 220}[platform.machine()], "clone3": 435}
+
+def refuse(call, err, argument=None, value=None):
+    '''From now on this process's *call*, with that value of an argument, fails with errno *err*.'''
+    load, jump_equal, ret = 0x20, 0x15, 0x06
+    program = [(load, 0, 0, 0)]
+    checks = [numbers[call]] + ([] if argument is None else [value])
+    for index, expected in enumerate(checks):
+        if index:
+            program.append((load, 0, 0, 16 + 8 * argument))
+        left = 2 * (len(checks) - 1 - index)
+        program.append((jump_equal, 0, left + 1, expected))
+    program += [(ret, 0, 0, 0x00050000 | err), (ret, 0, 0, 0x7FFF0000)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+    filter = Program(len(program), ctypes.addressof(code))
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(filter), 0, 0):
+        print("skip: no seccomp here")
+        raise SystemExit
+"""
+
+
+def run_seccomp(source, **kwargs):
+    """run_script() with a function refuse(), which has system calls fail from then on."""
+    output = run_script(SECCOMP + source, **kwargs)
+    if output.startswith("skip: "):
+        pytest.skip(output[6:].strip())
+    return output
+
+
 def kill_group(pgid):
     """SIGKILL to all that is left of a process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

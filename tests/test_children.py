@@ -56,6 +56,7 @@ from .support import (
     parked,
     result_of,
     run_script,
+    run_seccomp,
     turn_loop,
 )
 
@@ -1407,35 +1408,6 @@ def test_waitpid_beside_a_busy_hub(question):
 
 # ---- where there is no pidfd -------------------------------------------------------------------------------------------------
 
-SECCOMP = """
-import ctypes, errno, os, platform, struct
-if platform.machine() not in ("x86_64", "aarch64"):
-    print("skip: no system call numbers for this machine")
-    raise SystemExit
-libc = ctypes.CDLL(None, use_errno=True)
-numbers = {"pidfd_open": 434, "clone3": 435, "waitid": {"x86_64": 247, "aarch64": 95}[platform.machine()],
-           "ioctl": {"x86_64": 16, "aarch64": 29}[platform.machine()]}
-
-def refuse(call, err, argument=None, value=None):
-    '''From now on this process's *call*, with that value of an argument, fails with errno *err*.'''
-    load, jump_equal, ret = 0x20, 0x15, 0x06
-    program = [(load, 0, 0, 0)]
-    checks = [numbers[call]] + ([] if argument is None else [value])
-    for index, expected in enumerate(checks):
-        if index:
-            program.append((load, 0, 0, 16 + 8 * argument))
-        left = 2 * (len(checks) - 1 - index)
-        program.append((jump_equal, 0, left + 1, expected))
-    program += [(ret, 0, 0, 0x00050000 | err), (ret, 0, 0, 0x7FFF0000)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
-    filter = Program(len(program), ctypes.addressof(code))
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(filter), 0, 0):
-        print("skip: no seccomp here")
-        raise SystemExit
-"""
-
 FALLBACK = """
 import gevent, coopos
 from gevent.hub import get_hub
@@ -1466,18 +1438,15 @@ for fork in (coopos.fork, coopos.fork_gevent):
 """
 
 
-def run_seccomp(source, **kwargs):
-    output = run_script(SECCOMP + source.replace("FALLBACK", FALLBACK), **kwargs)
-    if output.startswith("skip: "):
-        pytest.skip(output[6:].strip())
-    return output
+def run_refused(source, **kwargs):
+    return run_seccomp(source.replace("FALLBACK", FALLBACK), **kwargs)
 
 
 @needs_pidfds
 @pytest.mark.parametrize("err", ["ENOSYS", "EPERM", "EMFILE", "ENFILE", "ENODEV"])
 def test_pidfd_open_refused(err):
     """Where the kernel or a sandbox refuses pidfds, a thread waits instead; the doctor counts that, and nobody else is told."""
-    run_seccomp(f"""
+    run_refused(f"""
 refuse("pidfd_open", errno.{err})
 try:
     os.pidfd_open(os.getpid())
@@ -1498,7 +1467,7 @@ assert f"pidfds refused in this process: {err} {{counted[errno.{err}]}} times" i
 @needs_pidfds
 def test_waitid_without_p_pidfd():
     """A kernel that has pidfds and can't collect by them (5.3) is asked by the pid."""
-    run_seccomp("""
+    run_refused("""
 refuse("waitid", errno.EINVAL, 0, 3)
 try:
     os.waitid(os.P_PIDFD, 0, os.WEXITED)
@@ -1513,7 +1482,7 @@ FALLBACK
 @needs_pidfds
 def test_waitpid_stolen_child_on_an_old_kernel():
     """The kernel doesn't tell: ChildProcessError that names patch(); and no status is made up for the callback."""
-    run_seccomp(
+    run_refused(
         """
 import gevent, coopos
 refuse("ioctl", errno.ENOTTY, 1, 0xC040FF0B)

@@ -10,8 +10,10 @@ import os
 import pathlib
 import signal
 import socket
+import sys
 import threading
 import tty
+from functools import partial
 
 import gevent
 import pytest
@@ -19,7 +21,9 @@ from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import get_hub
 
 import coopos
+import coopos.subprocess
 
+from .descriptors import FILLABLE, each_of, frozen_hub_is_an_error, make_ends
 from .support import (
     DEADLINE_S,
     HubThread,
@@ -29,6 +33,7 @@ from .support import (
     error_of,
     make_clogged_pipe,
     make_pipe,
+    needs_libev,
     needs_rwf_nowait,
     parked,
     result_of,
@@ -47,6 +52,60 @@ needs_no_fairness = pytest.mark.skipif(
 
 def flags_of(fd):
     return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+# ---- a mode that changes -----------------------------------------------------------------------------------------------------
+
+
+def put_into_blocking_mode(fd):
+    os.set_blocking(fd, True)
+
+
+def give_to_a_program(fd):
+    """As its standard input, for which the file is put into blocking mode, if it can't be opened once more."""
+    process = coopos.subprocess.Popen([sys.executable, "-I", "-S", "-c", ""], stdin=fd)
+    assert process.wait(DEADLINE_S) == 0
+    put_into_blocking_mode(fd)
+
+
+each_change = pytest.mark.parametrize("change", [put_into_blocking_mode, give_to_a_program])
+each_changing_kind = each_of(["pipe", "FIFO", "pty slave", "socketpair", "TCP"])
+
+
+@each_changing_kind
+@each_change
+@pytest.mark.parametrize("by_file", [False, True], ids=["nb_read", "FileIO"])
+def test_nb_read_of_what_is_in_blocking_mode_by_now(kind, change, by_file, tmp_path):
+    """It was in non-blocking mode the last time: nothing is remembered of that."""
+    with make_ends(kind, tmp_path, blocking=False) as ends, frozen_hub_is_an_error():
+        file = coopos.FileIO(ends.reader, closefd=False) if by_file else None
+        read = file.read if by_file else partial(coopos.nb_read, ends.reader)
+        ends.feed()
+        assert result_of(gevent.spawn(read, 3)) == b"abc"
+        change(ends.reader)
+        greenlet = parked(read, 3)
+        ends.feed()
+        assert result_of(greenlet) == b"abc"
+        assert os.get_blocking(ends.reader)
+        if by_file:
+            file.close()
+
+
+@each_of(FILLABLE)
+@each_change
+@pytest.mark.parametrize("by_file", [False, True], ids=["nb_write", "FileIO"])
+def test_nb_write_to_what_is_in_blocking_mode_by_now(kind, change, by_file, tmp_path):
+    with make_ends(kind, tmp_path, blocking=False) as ends, frozen_hub_is_an_error():
+        file = coopos.FileIO(ends.writer, "w", closefd=False) if by_file else None
+        write = file.write if by_file else partial(coopos.nb_write, ends.writer)
+        assert write(b"x") == 1
+        change(ends.writer)
+        clog(ends.writer)
+        greenlet = parked(write, b"y")
+        drain(ends.reader)
+        assert result_of(greenlet) == 1
+        if by_file:
+            file.close()
 
 
 # ---- what is ready -----------------------------------------------------------------------------------------------------------
@@ -428,7 +487,6 @@ def signals_until(enough, handle):
 
 
 def test_nb_read_goes_on_after_signal_handlers_have_run():
-    """On a descriptor left blocking read(2) is interrupted."""
     with make_pipe(blocking=True) as (reader, writer), signals_until(20, lambda: os.write(writer, b"abc")):
         assert coopos.nb_read(reader, 10) == b"abc"
 
@@ -442,6 +500,7 @@ def interrupt():
     raise Interrupted
 
 
+@needs_libev  # gevent's libuv loop is Python: a handler that raises in it ends the hub
 def test_nb_read_lets_a_signal_handlers_exception_out():
     with make_pipe(blocking=True) as (reader, writer):
         with pytest.raises(Interrupted), signals_until(20, interrupt):
@@ -450,6 +509,7 @@ def test_nb_read_lets_a_signal_handlers_exception_out():
         assert drain(reader) == b"abc"
 
 
+@needs_libev  # gevent's libuv loop is Python: a handler that raises in it ends the hub
 def test_nb_write_lets_a_signal_handlers_exception_out():
     buffer = bytearray(b"y")
     with make_clogged_pipe(blocking=True) as (reader, writer, size):

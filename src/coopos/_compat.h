@@ -15,12 +15,14 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -28,7 +30,6 @@
 #  include <pty.h>
 #  include <sys/epoll.h>
 #  include <sys/eventfd.h>
-#  include <sys/ioctl.h>
 #  include <sys/sendfile.h>
 #  include <sys/syscall.h>
 #  include <sys/vfs.h>
@@ -53,11 +54,6 @@ enum { HAVE_PIDFD = 0 };
 #endif
 #if defined(__linux__) && !defined(SYS_close_range)
 #  define SYS_close_range 436
-#endif
-
-/* The Linux name of a field that glibc before 2.38 has no other than a private one for. */
-#if defined(__linux__) && defined(__GLIBC__) && !defined(sigev_notify_thread_id)
-#  define sigev_notify_thread_id _sigev_un._tid
 #endif
 
 #ifndef RWF_NOWAIT
@@ -485,45 +481,54 @@ static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), v
     return err;
 }
 
-/* SIGURG is the signal that does least: it is ignored unless there is a handler. Ours is there for the microseconds of one call,
- * with the GIL held, and without SA_RESTART, so that a system call which it comes in ends. Somebody else's is sent again after it.
- */
-static volatile sig_atomic_t coopos_owed_signal;
-
-static inline void coopos_on_signal(int signal, siginfo_t *info, void *context)
-{
-    (void)signal; (void)context;
-    if (info->si_code >= 0)    /* from the kernel, or another process: our timer's and our threads' are negative on Linux */
-        coopos_owed_signal = 1;
-}
-
-static inline void coopos_handler_begin(struct sigaction *before)
-{
-    struct sigaction ours;
-    memset(&ours, 0, sizeof ours);
-    ours.sa_sigaction = coopos_on_signal;
-    ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigemptyset(&ours.sa_mask);
-    coopos_owed_signal = 0;
-    (void)sigaction(SIGURG, &ours, before);
-}
-
-static inline void coopos_handler_end(const struct sigaction *before)
-{
-    (void)sigaction(SIGURG, before, NULL);
+/* A timer whose signal goes to the thread that has made it. */
 #if defined(__linux__)
-    if (coopos_owed_signal)
-        (void)kill(getpid(), SIGURG);
+typedef timer_t coopos_timer;
+/* The Linux name of a field that glibc before 2.38 has no other than a private one for. */
+#  if defined(__GLIBC__) && !defined(sigev_notify_thread_id)
+#    define sigev_notify_thread_id _sigev_un._tid
+#  endif
+#else
+typedef int coopos_timer;
+#endif
+
+static inline int coopos_timer_new(coopos_timer *timer, int signal)
+{
+#if defined(__linux__)
+    struct sigevent event;
+    memset(&event, 0, sizeof event);
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = signal;
+    event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
+    return timer_create(CLOCK_MONOTONIC, &event, timer);
+#else
+    (void)timer; (void)signal;
+    return coopos_unsupported();
 #endif
 }
 
-/* For the thread itself: let it be interrupted, as below. Its signal mask before goes to *before*, unless that is NULL. */
-static inline void coopos_thread_be_interruptible(sigset_t *before)
+/* Have it send its signal once. Async-signal-safe: signal-safety(7). */
+static inline int coopos_timer_set(const coopos_timer *timer, long us)
 {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGURG);
-    (void)pthread_sigmask(SIG_UNBLOCK, &set, before);
+#if defined(__linux__)
+    struct itimerspec when;
+    memset(&when, 0, sizeof when);
+    when.it_value.tv_sec = us / 1000000;
+    when.it_value.tv_nsec = us % 1000000 * 1000L;
+    return timer_settime(*timer, 0, &when, NULL);
+#else
+    (void)timer; (void)us;
+    return coopos_unsupported();
+#endif
+}
+
+static inline void coopos_timer_delete(const coopos_timer *timer)
+{
+#if defined(__linux__)
+    (void)timer_delete(*timer);
+#else
+    (void)timer;
+#endif
 }
 
 /* sem_getvalue(3), which macOS has by name only. */
@@ -537,93 +542,15 @@ static inline int coopos_sem_value(sem_t *semaphore, int *value)
 #endif
 }
 
-/* ---- a guard: what ends a system call of this thread that takes longer than it should ---- */
-
-/* How long a call may take before it is interrupted, and again and again: the first signal may come before the call has begun. A
- * timer that is due later than the kernel's next tick is the cheapest, since no hardware has to be told of it; but a terminal that
- * poll(2) calls ready for writing often has less room than it is to take, and then the hub stands still for that time.
- */
-enum { COOPOS_GUARD_US = 4000, COOPOS_GUARD_TERMINAL_US = 200 };
-
-struct coopos_guard {
-    struct sigaction before;
-    sigset_t let_through;
-    pthread_t caller;
-    pthread_t thread;
-    int bell[2];
-    int has_timer, has_thread;
-#if defined(__linux__)
-    timer_t timer;
-#endif
-};
-
-static inline void *coopos_guard_run(void *arg)
-{
-    struct coopos_guard *guard = arg;
-    struct pollfd rung;
-    rung.fd = guard->bell[0];
-    rung.events = POLLIN;
-    while (poll(&rung, 1, 1) <= 0)     /* -1: it is a signal's EINTR */
-        (void)pthread_kill(guard->caller, SIGURG);
-    return NULL;
-}
-
-static inline int coopos_guard_timer(struct coopos_guard *guard, int period_us)
-{
-#if defined(__linux__)
-    const struct timespec period = {0, period_us * 1000L};
-    const struct itimerspec when = {period, period};
-    struct sigevent event;
-    memset(&event, 0, sizeof event);
-    event.sigev_notify = SIGEV_THREAD_ID;
-    event.sigev_signo = SIGURG;
-    event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
-    return timer_create(CLOCK_MONOTONIC, &event, &guard->timer) == 0 && timer_settime(guard->timer, 0, &when, NULL) == 0;
-#else
-    (void)guard; (void)period_us;
-    return 0;
-#endif
-}
-
-/* With the GIL held until the end: a timer, or a thread where there is none such, or none to be had. */
-static inline void coopos_guard_begin(struct coopos_guard *guard, int period_us)
-{
-    coopos_handler_begin(&guard->before);
-    coopos_thread_be_interruptible(&guard->let_through);
-    guard->has_thread = 0;
-    guard->has_timer = coopos_guard_timer(guard, period_us);
-    if (!guard->has_timer && coopos_bell_new(guard->bell) == 0) {
-        guard->caller = pthread_self();
-        guard->has_thread = coopos_thread_start(&guard->thread, coopos_guard_run, guard) == 0;
-        if (!guard->has_thread)
-            coopos_bell_close(guard->bell);
-    }
-}
-
-static inline void coopos_guard_end(struct coopos_guard *guard)
-{
-#if defined(__linux__)
-    if (guard->has_timer)
-        (void)timer_delete(guard->timer);
-#endif
-    if (guard->has_thread) {
-        coopos_bell_ring(guard->bell);
-        (void)pthread_join(guard->thread, NULL);
-        coopos_bell_close(guard->bell);
-    }
-    /* By now the last signal has come: each of the calls above lets it in when it returns. */
-    (void)pthread_sigmask(SIG_SETMASK, &guard->let_through, NULL);
-    coopos_handler_end(&guard->before);
-}
-
 /* ---- one attempt at moving bytes, in the ways that don't wait ---- */
 
 enum {
     COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
     COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
     COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
-    COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same */
-    COOPOS_PLAIN               /* as the descriptor's flags say */
+    COOPOS_PLAIN,              /* as the descriptor's flags say */
+    COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same: coopos_move_guarded() */
+    COOPOS_ASKED               /* the same without poll(2) */
 };
 
 struct coopos_move {
@@ -635,6 +562,7 @@ struct coopos_move {
     off_t offset;              /* -1: the descriptor's own */
     int flags;                 /* preadv2(2)'s */
     int may_stand;             /* whether who has to wait for it may do so in the hub */
+    size_t most;               /* bytes that a guarded read may take; 0: as many as there is room for */
 };
 
 #if defined(__linux__)
@@ -675,51 +603,6 @@ static inline ssize_t coopos_move_plainly(const struct coopos_move *move)
 #endif
 }
 
-/* What poll(2) calls ready may block all the same: somebody else was quicker, or a terminal has less room than it is to take. Then
- * the guard ends it: with EINTR if nothing was moved, with what was moved otherwise. Never more is written than a pipe that is
- * ready takes at once.
- */
-#if defined(__GNUC__)
-__attribute__((noinline, cold))    /* its large frame is not to be that of every call */
-#endif
-static ssize_t coopos_move_guarded(const struct coopos_move *move)
-{
-    struct coopos_move part = *move;
-    struct coopos_guard guard;
-    struct pollfd ready;
-    size_t left = move->writes ? PIPE_BUF : SIZE_MAX, cut = 0, total = 0;
-    struct iovec *last;
-    ssize_t moved;
-    int err, is_ready;
-    for (part.count = 0; part.count < move->count && left; part.count++) {
-        last = &part.iov[part.count];
-        if (last->iov_len > left) {
-            cut = last->iov_len - left;
-            last->iov_len = left;
-        }
-        left -= last->iov_len;
-        total += last->iov_len;
-    }
-    ready.fd = move->fd;
-    ready.events = move->writes ? POLLOUT : POLLIN;
-    /* To move nothing is not a matter of readiness, nor are flags that this file may not know, which only the call itself tells; and
-     * a signal that is pending says nothing of it. */
-    while ((is_ready = total && !move->flags ? poll(&ready, 1, 0) : 1) < 0 && errno == EINTR)
-        ;
-    err = is_ready ? errno : EAGAIN;
-    moved = -1;
-    if (is_ready > 0) {
-        coopos_guard_begin(&guard, move->writes && isatty(move->fd) ? COOPOS_GUARD_TERMINAL_US : COOPOS_GUARD_US);
-        moved = coopos_move_plainly(&part);
-        err = errno;
-        coopos_guard_end(&guard);
-    }
-    if (cut)
-        part.iov[part.count - 1].iov_len += cut;
-    errno = err;
-    return moved;
-}
-
 static inline ssize_t coopos_move(const struct coopos_move *move)
 {
     struct msghdr message;
@@ -738,7 +621,7 @@ static inline ssize_t coopos_move(const struct coopos_move *move)
         message.msg_iovlen = move->count;
         return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
     }
-    return move->how == COOPOS_GUARDED ? coopos_move_guarded(move) : coopos_move_plainly(move);
+    return coopos_move_plainly(move);
 }
 
 /* ---- what only a thread can make ---- */
@@ -864,6 +747,60 @@ static inline int coopos_can_poll(int fd)
     (void)fd;
     return 0;
 #endif
+}
+
+/* ---- terminals ---- */
+
+/* The master of a pseudoterminal: its termios(3) and its foreground group are the slave's, and do not govern it. */
+static inline int coopos_is_master(int fd)
+{
+#if defined(TIOCGPKT)
+    int is_packet_mode;
+    return ioctl(fd, TIOCGPKT, &is_packet_mode) == 0;   /* tty_ioctl(4): of masters alone */
+#elif defined(TIOCPTYGNAME)
+    char name[128];
+    return ioctl(fd, TIOCPTYGNAME, name) == 0;
+#else
+    (void)fd;
+    return 0;
+#endif
+}
+
+/* Whether *fd* is our controlling terminal, and we are in the background: then a read, and with TOSTOP a write, stops our process
+ * group, or fails, or (a write) goes through, all at once (__tty_check_change in
+ * https://github.com/torvalds/linux/blob/master/drivers/tty/tty_jobctrl.c).
+ */
+static inline int coopos_is_in_background(int fd, int writes)
+{
+    struct termios mode;
+    pid_t foreground = tcgetpgrp(fd);
+    if (foreground < 0 || foreground == getpgrp() || coopos_is_master(fd))
+        return 0;
+    return !writes || (tcgetattr(fd, &mode) == 0 && (mode.c_lflag & TOSTOP));
+}
+
+/* Whether a read of a terminal waits for something else than one line or one byte: for VMIN bytes, or no longer than VTIME tenths of
+ * a second (termios(3)).
+ */
+static inline int coopos_gathers(int fd, int *min, int *tenths)
+{
+    struct termios mode;
+    if (tcgetattr(fd, &mode) < 0 || (mode.c_lflag & ICANON) || mode.c_cc[VMIN] == 1 || coopos_is_master(fd))
+        return 0;
+    *min = mode.c_cc[VMIN];
+    *tenths = mode.c_cc[VTIME];
+    return 1;
+}
+
+/* How many bytes there are to be read; -1: read(2) is to say what is the matter. */
+static inline int coopos_bytes_there(int fd)
+{
+    struct pollfd ready = {fd, POLLIN, 0};
+    int n;
+    /* poll(2) also has the kernel hand over what has arrived. */
+    if (poll(&ready, 1, 0) > 0 && (ready.revents & ~POLLIN))
+        return -1;
+    return ioctl(fd, FIONREAD, &n) < 0 ? -1 : n;
 }
 
 #endif

@@ -7,6 +7,7 @@ from coopos._posix cimport Move, iovec
 cdef enum Step:
     AGAIN
     IN_THREAD
+    NOTHING
 
 # Bytes that are copied in less time than it takes to let go of the interpreter's lock and to get it back.
 cdef enum:

@@ -27,15 +27,17 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.fcntl cimport F_GETFL, F_SETFL, O_APPEND, O_NONBLOCK, fcntl
 from posix.types cimport off_t
-from posix.unistd cimport isatty, lseek, read as c_read, write as c_write
+from posix.unistd cimport isatty, lseek
 
 from coopos._parking cimport (
-    KNOWN_SIZE, READ, WRITE, as_int, check_open, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
+    NEVER, READ, WRITE, as_int, check_open, has_hub_to_wait_in, is_always_ready, is_nonblocking, os_error, park, park_until_ready,
+    take_turns)
 from coopos._posix cimport (
-    COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT, Move,
-    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_copy_buffers,
-    coopos_may_move, coopos_move, fstat, iovec, stat_t)
-from coopos._workers cimport COOPOS_MOVE, Job, give_back, new_job, run, tell
+    COOPOS_ASKED, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT,
+    Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_bytes_there,
+    coopos_can_poll, coopos_copy_buffers, coopos_gathers, coopos_is_in_background, coopos_may_move, coopos_move, coopos_now_us, fstat,
+    iovec, stat_t)
+from coopos._workers cimport COOPOS_MOVE, Job, give_back, move_guarded, new_job, run, tell
 
 import os
 import posix
@@ -92,7 +94,7 @@ cdef int has_waited() noexcept:
     return 0
 
 
-cdef int wait_until_ready(int fd, int events, str call, bint may_stand=False) except -1:
+cdef bint wait_until_ready(int fd, int events, str call, bint may_stand=False) except -1:
     has_waited()
     return park(fd, events, call, may_stand)
 
@@ -110,7 +112,7 @@ cdef enum:
 
 cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
     """attempt(), keeping the interpreter's lock: to let go of it takes longer than a call of no more than QUICK bytes that is sure
-    not to block, and a guard has the process's handler of a signal.
+    not to block.
     """
     cdef ssize_t moved
     while True:
@@ -119,16 +121,25 @@ cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
         if moved >= 0 or err[0] != EINTR:
             return moved
         PyErr_CheckSignals()
-        if move.how == COOPOS_GUARDED:
-            err[0] = EAGAIN    # the guard's signal, most likely; in any case others may run before it is tried again
-            return -1
+
+
+cdef ssize_t attempt_guarded(Move *move, int *err) except -2:
+    """attempt(), under a guard, of which there is one: it wants the interpreter's lock."""
+    cdef ssize_t moved = move_guarded(move)
+    err[0] = errno
+    if moved < 0 and err[0] == EINTR:
+        PyErr_CheckSignals()
+        err[0] = EAGAIN        # the guard's signal, most likely; in any case others may run before it is tried again
+    return moved
 
 
 cdef ssize_t attempt(Move *move, int *err) except -2:
     """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out."""
     cdef ssize_t moved
-    if (move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK) or move.how == COOPOS_GUARDED:
+    if move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK:
         return attempt_at_once(move, err)
+    if move.how >= COOPOS_GUARDED:
+        return attempt_guarded(move, err)
     while True:
         with nogil:
             moved = coopos_move(move)
@@ -138,8 +149,8 @@ cdef ssize_t attempt(Move *move, int *err) except -2:
         PyErr_CheckSignals()
 
 
-cdef object read_once(Move *move, int fd, Py_ssize_t n, int *err):
-    """One read of up to *n* bytes: the bytes, or None with errno in *err*. By *move*, or plainly from *fd* where that is NULL.
+cdef object read_once(Move *move, Py_ssize_t n, int *err):
+    """One read of up to *n* bytes: the bytes, or None with errno in *err*.
 
     The buffer lives only as long as the call: a greenlet that goes on to wait holds no memory for it.
     """
@@ -152,18 +163,9 @@ cdef object read_once(Move *move, int fd, Py_ssize_t n, int *err):
     if n > SMALL_READ:
         data = PyBytes_FromStringAndSize(NULL, n)
         buf = PyBytes_AS_STRING(data)
-    if move != NULL:
-        iov.iov_base, iov.iov_len = buf, <size_t>n
-        move.iov, move.count = &iov, 1
-        nread = attempt(move, err)
-    else:
-        while True:
-            with nogil:
-                nread = c_read(fd, buf, <size_t>n)
-                err[0] = errno
-            if nread >= 0 or err[0] != EINTR:
-                break
-            PyErr_CheckSignals()
+    iov.iov_base, iov.iov_len = buf, <size_t>n
+    move.iov, move.count = &iov, 1
+    nread = attempt(move, err)
     if nread < 0:
         return None
     if data is None:
@@ -195,14 +197,6 @@ cdef bint is_of_nowait(int err, const Move *move) noexcept:
             and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode)))
 
 
-cdef bint is_pollable(int fd, str call) except -1:
-    """Whether readiness means anything for *fd*: regular files and block devices are always ready, and block all the same."""
-    cdef stat_t st
-    if fstat(fd, &st) < 0:
-        raise os_error(errno, call, fd)
-    return not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode)
-
-
 cdef bint is_slow(int fd, bint writes) noexcept:
     """Whether a device, ready or not, may take its time over a call, and not hear of signals. A terminal does, and who says when he
     is ready to be read.
@@ -214,11 +208,6 @@ cdef bint is_slow(int fd, bint writes) noexcept:
 cdef bint is_socket(int fd) noexcept:
     cdef stat_t st
     return fstat(fd, &st) == 0 and S_ISSOCK(st.st_mode)
-
-
-cdef bint is_nonblocking(int fd) noexcept:
-    cdef int flags = fcntl(fd, F_GETFL)
-    return flags >= 0 and flags & O_NONBLOCK
 
 
 cdef bint writes_on(int fd) noexcept:
@@ -248,26 +237,37 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
     move.offset = offset
     move.flags = flags
     move.may_stand = False
+    move.most = 0
     return move
 
 
-cdef int step(Move *move, int err, str call) except -1:
+cdef int step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
     """An attempt came to nothing: wait on the hub, or go down a rung, and try AGAIN; or leave it to the pool, when what can be
-    waited for is ready. What is wrong with the call itself is raised before anything waits.
+    waited for is ready; or have read NOTHING, of *n* bytes. What is wrong with the call itself is raised before anything waits.
     """
-    cdef int events = WRITE if move.writes else READ
+    cdef int min_bytes, tenths
     if move.flags & RWF_NOWAIT:
         raise os_error(err, call, move.fd)
     if err == EAGAIN:
-        if is_pollable(move.fd, call):
-            wait_until_ready(move.fd, events, call, move.may_stand)
+        if move.offset >= 0 and is_always_ready(move.fd):
+            return IN_THREAD       # which the set would say, too
+        if move.how == COOPOS_ASKED:
+            move.how = COOPOS_GUARDED
             return AGAIN
-        return IN_THREAD
+        if move.how == COOPOS_GUARDED and not move.writes and coopos_gathers(move.fd, &min_bytes, &tenths):
+            return wait_as_terminal(move, n, call)
+        if not wait_until_ready(move.fd, WRITE if move.writes else READ, call, move.may_stand):
+            if is_always_ready(move.fd):
+                return IN_THREAD
+            take_turns(move.fd, call)
+        return AGAIN
     if is_of_nowait(err, move):
         return IN_THREAD
+    if err == ENOSYS and move.how >= COOPOS_GUARDED:
+        return IN_THREAD           # there is no guard to be had
     if not is_undecided(err) or move.how > COOPOS_NOWAIT:
         raise os_error(err, call, move.fd)
-    return step_down(move, call)
+    return step_down(move, n, call)
 
 
 cdef long guarded_calls = 0
@@ -284,12 +284,12 @@ def count_dontwait_calls():
     return dontwait_calls
 
 
-cdef int step_down(Move *move, str call) except -1:
+cdef int step_down(Move *move, Py_ssize_t n, str call) except -1:
     global dontwait_calls, guarded_calls
-    cdef bint can_wait = is_pollable(move.fd, call)
+    cdef int min_bytes, tenths
     if move.count > IOV_MAX:
         raise os_error(errno if coopos_may_move(move.fd, move.writes, move.offset) < 0 else EINVAL, call, move.fd)
-    if not can_wait:
+    if is_always_ready(move.fd):
         return IN_THREAD
     if is_nonblocking(move.fd):
         move.how = COOPOS_PLAIN
@@ -303,8 +303,53 @@ cdef int step_down(Move *move, str call) except -1:
     if is_slow(move.fd, move.writes):
         park_until_ready(move.fd, WRITE if move.writes else READ, call)
         return IN_THREAD
-    move.how = COOPOS_GUARDED
     guarded_calls += 1
+    if move.flags or coopos_is_in_background(move.fd, move.writes):
+        move.how = COOPOS_ASKED    # what the call itself says comes first
+        return AGAIN
+    move.how = COOPOS_GUARDED
+    if not move.writes and coopos_gathers(move.fd, &min_bytes, &tenths):
+        return wait_as_terminal(move, n, call)
+    return AGAIN
+
+
+# How often a terminal is looked at that has some bytes and is to have more, of which the kernel does not tell.
+cdef double LOOK_S = 0.01
+
+
+cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
+    """Wait as the kernel does in a read of *n* bytes of a terminal that gathers: for VMIN bytes, and no longer than VTIME says.
+    Then the read does not wait, whatever poll(2) says of it.
+    """
+    cdef int min_bytes, tenths, there
+    cdef int had = 0
+    cdef Py_ssize_t wanted
+    cdef long long left_us
+    cdef long long since_us = coopos_now_us()
+    move.how, move.most = COOPOS_ASKED, 0
+    while coopos_gathers(move.fd, &min_bytes, &tenths):
+        if not has_hub_to_wait_in(move.may_stand):
+            move.how = COOPOS_PLAIN
+            return AGAIN
+        wanted = max(min(<Py_ssize_t>min_bytes, n), 1)
+        there = coopos_bytes_there(move.fd)
+        if there < 0 or there >= wanted:
+            return AGAIN
+        if there > had:
+            had, since_us = there, coopos_now_us()
+        left_us = NEVER
+        if min_bytes == 0 or (tenths and there):
+            left_us = tenths * 100000 - (coopos_now_us() - since_us)
+            if left_us <= 0:
+                move.most = <size_t>there
+                return AGAIN if there else NOTHING
+        has_waited()
+        # Of the first byte it tells where there is a VTIME, else of VMIN bytes.
+        if there == 0 and (tenths or min_bytes <= wanted):
+            park(move.fd, READ, call, move.may_stand, left_us)
+        else:
+            take_turns(move.fd, call, LOOK_S)
+    move.how = COOPOS_GUARDED      # by now it does not gather any more
     return AGAIN
 
 
@@ -319,7 +364,7 @@ cdef int choose_for_nothing(Move *move) noexcept:
     write(2) may have something to say: a datagram, or that it can't be done. inotify's read waits even so.
     """
     if move.how != COOPOS_PLAIN:
-        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_GUARDED
+        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_ASKED
     return 0
 
 
@@ -335,7 +380,7 @@ cdef Job read_in_thread(Move *move, Py_ssize_t n, str call):
     cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
     job.job.offset, job.job.flags = move.offset, move.flags
     job.job.is_undoable = True
-    job.job.waits_for_peer = is_pollable(move.fd, call)
+    job.job.waits_for_peer = not is_always_ready(move.fd)
     run(job)
     if job.job.rc < 0:
         raise os_error(job.job.err, call, move.fd)
@@ -367,7 +412,7 @@ cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize
     job.job.size = <size_t>n
     job.job.offset, job.job.flags, job.job.writes = move.offset, move.flags, True
     job.job.is_undoable = is_undoable and not appends(move.fd)
-    job.job.waits_for_peer = is_pollable(move.fd, call)
+    job.job.waits_for_peer = not is_always_ready(move.fd)
     try:
         run(job)
     except BaseException:
@@ -390,6 +435,7 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     """Up to *n* bytes."""
     cdef Job job
     cdef int err = 0
+    cdef int rung
     if n < 0:
         raise os_error(EINVAL, call, move.fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
@@ -397,11 +443,14 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
         choose_for_nothing(move)
     be_fair(move.fd, call)
     while True:
-        data = read_once(move, move.fd, n, &err)
+        data = read_once(move, n, &err)
         if data is None:
-            if step(move, err, call) == AGAIN:
+            rung = step(move, err, call, n)
+            if rung == AGAIN:
                 continue
-        elif data or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
+            if rung == NOTHING:
+                return b""
+        elif data or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return data
         job = read_in_thread(move, n, call)
         return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
@@ -420,13 +469,17 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
     cdef Py_ssize_t nread
     cdef Py_ssize_t n = total_of(move)
     cdef int err = 0
+    cdef int rung
     be_fair(move.fd, call)
     while True:
         nread = attempt(move, &err)
         if nread < 0:
-            if step(move, err, call) == AGAIN:
+            rung = step(move, err, call, n)
+            if rung == AGAIN:
                 continue
-        elif nread or n == 0 or move.how != COOPOS_NOWAIT or is_pollable(move.fd, call) or is_at_end(move.fd, move.offset):
+            if rung == NOTHING:
+                return 0
+        elif nread or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return nread
         # Into a buffer of the thread's own: ours may be gone before it has read.
         return scatter(read_in_thread(move, n, call), move, call)
@@ -558,21 +611,8 @@ def nb_read(Py_ssize_t fd, Py_ssize_t n):
 
     .. versionadded:: 0.1.0
     """
-    cdef int number = as_int(fd)
-    cdef int err = 0
-    if not is_known(number) and not note_mode(number):
-        return read_as_blocking(number, n)
-    if n < 0:
-        raise os_error(EINVAL, "nb_read", fd)
-    n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
-    be_fair(number, "nb_read")
-    while True:
-        data = read_once(NULL, number, n, &err)
-        if data is not None:
-            return data
-        if err != EAGAIN:
-            raise os_error(err, "nb_read", fd)
-        wait_until_ready(number, READ, "nb_read")
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    return read_bytes(&move, n, "nb_read")
 
 
 def nb_write(Py_ssize_t fd, buf):
@@ -600,47 +640,15 @@ def nb_write(Py_ssize_t fd, buf):
 
     .. versionadded:: 0.1.0
     """
-    cdef int number = as_int(fd)
+    cdef Move move = move_of(as_int(fd), True, -1, 0)
     cdef Py_buffer view
-    cdef ssize_t written
-    cdef int err
-    PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+    cdef iovec iov
+    take_buffer(buf, &view, False, &iov)
+    give_one(&move, &iov)
     try:
-        if not is_known(number) and not note_mode(number):
-            return write_as_blocking(number, &view)
-        be_fair(number, "nb_write")
-        while True:
-            with nogil:
-                written = c_write(number, view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX))
-                err = errno
-            if written >= 0:
-                return written
-            if err == EINTR:
-                PyErr_CheckSignals()
-            elif err == EAGAIN:
-                wait_until_ready(number, WRITE, "nb_write")
-            else:
-                raise os_error(err, "nb_write", fd)
+        return write_from(&move, "nb_write")
     finally:
         PyBuffer_Release(&view)
-
-
-cdef inline bint is_known(int fd) noexcept:
-    """Whether the descriptor was seen in non-blocking mode."""
-    return 0 <= fd < KNOWN_SIZE and is_known_nonblocking[fd]
-
-
-cdef object read_as_blocking(int fd, Py_ssize_t n):
-    cdef Move move = move_of(fd, False, -1, 0)
-    return read_bytes(&move, n, "nb_read")
-
-
-cdef Py_ssize_t write_as_blocking(int fd, const Py_buffer *view) except -1:
-    cdef Move move = move_of(fd, True, -1, 0)
-    cdef iovec iov
-    iov.iov_base, iov.iov_len = view.buf, <size_t>min(view.len, <Py_ssize_t>COOPOS_IO_MAX)
-    give_one(&move, &iov)
-    return write_from(&move, "nb_write")
 
 
 def make_nonblocking(fd):

@@ -16,17 +16,15 @@ from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 from cpython.version cimport PY_VERSION_HEX
 from libc.errno cimport EAGAIN, errno
 from libc.stdio cimport SEEK_CUR
-from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, be_fair, fairness, give_one, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer,
-    write_once)
+    attempt, be_fair, fairness, give_one, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, write_once)
 from coopos._parking cimport (
-    READ, WRITE, Wait, close_fd, evict, give_way, os_error, park, reachable_hub, this_greenlet, wrong_switch)
+    READ, Wait, close_fd, evict, give_way, os_error, park, reachable_hub, this_greenlet, wrong_switch)
 from coopos._posix cimport (
-    COOPOS_IO_MAX, COOPOS_PLAIN, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
+    COOPOS_IO_MAX, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
 from coopos._workers cimport tell
 
 import os
@@ -85,7 +83,6 @@ cdef class Owned:
     cdef bint may_read             # what it was opened for
     cdef bint may_write
     cdef bint is_stream            # read by what stands here, as far as is known
-    cdef bint is_plain             # in non-blocking mode when it was opened
     cdef bint is_drained           # there was nothing more to read a moment ago
     cdef readonly Py_ssize_t late  # bytes that the last write has written although it raised something
     cdef list inside               # the greenlets, of any thread, that may have given way in a read or write
@@ -94,23 +91,19 @@ cdef class Owned:
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
         cdef int err
-        cdef int flags
-        if fstat(fd, &st) < 0 or (flags := fcntl(fd, F_GETFL)) < 0:
+        if fstat(fd, &st) < 0:
             err = errno
             raise OSError(err, os.strerror(err))
         self.fd = fd
         self.inside, self.outside = [], []
         self.may_read, self.may_write = may_read, may_write
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
-        self.is_plain = self.is_stream and flags & O_NONBLOCK
 
     cdef Move move(self, bint writes) except *:
         if self.fd < 0:
             raise closed_error()
         cdef Move move = move_of(self.fd, writes, -1, 0)
         move.may_stand = True
-        if self.is_plain:
-            move.how = COOPOS_PLAIN
         return move
 
     cdef int wait(self) except -1:
@@ -141,11 +134,7 @@ cdef class Owned:
         """One read into the buffer of *move*. -1: nothing there, or, where this is no stream any more, only the ladder can tell."""
         cdef int err = 0
         cdef ssize_t nread
-        # In non-blocking mode, in which its owner is to leave it.
-        if self.is_plain and move.iov.iov_len <= QUICK:
-            nread = attempt_at_once(move, &err)
-        else:
-            nread = attempt(move, &err)
+        nread = attempt(move, &err)
         if nread >= 0:
             self.is_drained = 0 < nread < <ssize_t>move.iov.iov_len
         elif err == EAGAIN:
@@ -373,8 +362,6 @@ class Moving:
         cdef Move move
         cdef Py_buffer view
         cdef iovec iov
-        cdef ssize_t written
-        cdef int err = 0
         if owned is None or owned.fd < 0 or not owned.may_write:
             return super().write(data)
         take_buffer(data, &view, False, &iov)
@@ -382,23 +369,6 @@ class Moving:
         try:
             move = owned.move(True)
             give_one(&move, &iov)
-            if owned.is_plain:
-                owned.take_turn()
-                while True:
-                    if owned.fd < 0:
-                        raise closed_error()
-                    written = attempt_at_once(&move, &err) if iov.iov_len <= QUICK else attempt(&move, &err)
-                    if written >= 0:
-                        return written
-                    if err == EAGAIN:
-                        current = owned.enter()
-                        try:
-                            park(owned.fd, WRITE, "write")
-                        finally:
-                            owned.leave(current)
-                        has_waited()
-                    else:
-                        raise os_error(err, "write", owned.fd)
             current = owned.enter()
             try:
                 be_fair(owned.fd, "write")

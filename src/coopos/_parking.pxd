@@ -7,14 +7,10 @@ from coopos._posix cimport Closing, Event
 cdef enum:
     READ = 1
     WRITE = 2
+    NEVER = -1
 
 cdef int generation
 cdef int forget_other_threads() except -1
-
-# By descriptor, whether it was last seen in non-blocking mode. Higher numbers are asked for each time.
-cdef enum:
-    KNOWN_SIZE = 65536
-cdef char[KNOWN_SIZE] is_known_nonblocking
 
 
 cdef class Call:
@@ -84,19 +80,21 @@ cdef object os_error(int err, str call, object subject)
 cdef object give_way(object hub, object current)
 cdef object refusal()
 cdef object reachable_hub()
-cdef int stand(int fd, int events, str call) except -1
+cdef bint stand(int fd, int events, str call) except -1
+cdef bint is_always_ready(int fd) noexcept
+cdef bint is_nonblocking(int fd) noexcept
 cdef object wrong_switch(object came_back, str what)
 cdef bint is_alive(object loop) noexcept
 cdef bint post(object loop, object callback, tuple args=*) except -1
-cdef int park(int fd, int events, str call, bint may_stand=*) except -1
+cdef bint park(int fd, int events, str call, bint may_stand=*, long long us=*) except -1
+cdef bint has_hub_to_wait_in(bint may_stand) except -1
 cdef int park_until_ready(int fd, int events, str call) except -1
 cdef Set set_of_loop(object loop)
 cdef int take_over(bint keeps_greenlets) except -1
 cdef int close_fd(int fd) except -1
 cdef int evict(int fd, list greenlets) except -1
 cdef int set_ref(watcher, bint ref) except -1
-cdef bint note_mode(int fd) noexcept
-cdef int take_turns(int fd=*, str name=*) except -1
+cdef int take_turns(int fd=*, str name=*, double seconds=*) except -1
 cdef int check_open(int fd, str call) except -1
 cdef int forget_calls(bint all_of_them) except -1
 cdef object this_greenlet()

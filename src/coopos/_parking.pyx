@@ -18,7 +18,7 @@ from posix.fcntl cimport F_GETFD, F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport close as c_close
 
 from coopos._posix cimport (
-    COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, S_ISREG, Closing, Event, PyErr_CheckSignals, coopos_closing_drop,
+    COOPOS_HAVE_EPOLL, COOPOS_SET_BATCH, POLLIN, POLLOUT, S_ISBLK, S_ISREG, Closing, Event, PyErr_CheckSignals, coopos_closing_drop,
     coopos_closing_enter, coopos_closing_is_due, coopos_closing_leave, coopos_closing_new, coopos_current_greenlet,
     coopos_import_greenlet, coopos_now_us, coopos_set_arm, coopos_set_has, coopos_set_new, coopos_set_ready, coopos_switch, fstat,
     poll, pollfd, pthread_atfork, stat_t)
@@ -110,10 +110,18 @@ def can_give_way():
     return reachable_hub() is not None
 
 
-cdef int stand(int fd, int events, str call) except -1:
-    """Wait until *fd* is ready as a plain program does, where there is no hub to give way to."""
+cdef bint is_always_ready(int fd) noexcept:
+    """Whether readiness means nothing for *fd*: regular files and block devices are always ready, and block all the same."""
+    cdef stat_t st
+    return fstat(fd, &st) == 0 and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode))
+
+
+cdef bint stand(int fd, int events, str call) except -1:
+    """Wait until *fd* is ready as a plain program does, where there is no hub to give way to. False: that says nothing of it."""
     cdef pollfd request
     cdef int rc, err
+    if is_always_ready(fd):
+        return False
     request.fd = fd
     request.events = POLLIN if events == READ else POLLOUT
     while True:
@@ -122,7 +130,7 @@ cdef int stand(int fd, int events, str call) except -1:
             rc = poll(&request, 1, -1)
             err = errno
         if rc >= 0:
-            return 0
+            return True
         if err != EINTR:
             raise os_error(err, call, fd)
         PyErr_CheckSignals()
@@ -354,19 +362,34 @@ cdef int set_ref(watcher, bint ref) except -1:
 # Where there is no epoll each wait has an io watcher, from arm to leave. What is written here is all that differs: no other
 # function makes one, and a close of such a number waits for other threads to stop theirs.
 
+# Numbers that libuv may just be showing in non-blocking mode, though they aren't.
+cdef list _moments = []
+
+
+cdef bint is_nonblocking(int fd) noexcept:
+    """Whether *fd* is in non-blocking mode, now. What is not open isn't; the call itself says so."""
+    cdef int flags = fcntl(fd, F_GETFL)
+    return flags >= 0 and flags & O_NONBLOCK and not (_moments and (<object>fd) in _moments)
+
+
 cdef int start_watcher(Wait wait, str call) except -1:
     """ARMED, or ALWAYS_READY."""
     cdef object loop = wait.set.loop
-    cdef stat_t st
     cdef int flags = fcntl(wait.fd, F_GETFL)
     if flags < 0:
         raise os_error(errno, call, wait.fd)
-    if fstat(wait.fd, &st) == 0 and S_ISREG(st.st_mode):
+    if is_always_ready(wait.fd):
         return ALWAYS_READY        # libev would say so; libuv refuses it
-    wait.watcher = loop.io(wait.fd, wait.events)
-    # libuv has made the file non-blocking, for everybody who shares it.
-    if not flags & O_NONBLOCK and hasattr(loop, "_io_watchers"):
-        fcntl(wait.fd, F_SETFL, flags)
+    if flags & O_NONBLOCK or not hasattr(loop, "_io_watchers"):
+        wait.watcher = loop.io(wait.fd, wait.events)
+    else:
+        _moments.append(wait.fd)
+        try:
+            wait.watcher = loop.io(wait.fd, wait.events)
+            # libuv has made the file non-blocking, for everybody who shares it.
+            fcntl(wait.fd, F_SETFL, flags)
+        finally:
+            _moments.remove(wait.fd)
     wait.watcher.start(wait.hear)
     if not wait.is_held:
         set_ref(wait.watcher, False)   # libuv shares it with others who wait for the number: only for numbers of our own
@@ -821,11 +844,10 @@ cdef int take_over(bint keeps_greenlets) except -1:
 
 
 cdef object rest(Set here, Wait wait, object hub, object current, str call):
-    """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. What is always ready costs a turn."""
+    """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. None: it is always ready."""
     cdef Wait other
     if not here.enter(wait, True, call):
-        take_turns()
-        return wait
+        return None
     other = here.next_ready(hub, current) if here.members > 1 else None
     if other is None:
         if not here.is_looking:
@@ -836,35 +858,53 @@ cdef object rest(Set here, Wait wait, object hub, object current, str call):
     return switch_to(other.greenlet, (other,), current)
 
 
-cdef int park(int fd, int events, str call, bint may_stand=True) except -1:
-    """Let the others run until *fd* may be ready, or raise EBADF as soon as it is closed by this module's close().
+cdef bint has_hub_to_wait_in(bint may_stand) except -1:
+    """False: a plain wait keeps nobody from anything. BlockingSwitchOutError: it would keep the hub, and that may not be."""
+    if reachable_hub() is not None:
+        return True
+    if not may_stand and get_hub_if_exists() is not None:
+        raise refusal()
+    return False
+
+
+cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=NEVER) except -1:
+    """Let the others run until *fd* may be ready, or so much time is over; raise EBADF as soon as it is closed by this module's
+    close(). False, and at once: *fd* can't be waited for.
 
     Killed or timed out, the greenlet leaves nothing behind, and has moved no byte. In the hub it is a plain wait, as a signal
     handler's is in any program, or BlockingSwitchOutError, for what only a program that knows of greenlets calls.
     """
     cdef object hub = reachable_hub()
     cdef object current
+    cdef object timer = None
     cdef Set here
     cdef Wait wait
     if hub is None:
-        if not may_stand and get_hub_if_exists() is not None:
-            raise refusal()
+        has_hub_to_wait_in(may_stand)
         return stand(fd, events, call)
     here = set_of(hub)
     wait = Wait.__new__(Wait)
     wait.fd, wait.events = fd, events
     wait.greenlet = current = coopos_current_greenlet()
     try:
+        if us != NEVER:
+            timer = hub.loop.timer(max(us, 1000) / 1e6)  # libuv warns of less
+            timer.start(wait.wake)
         came_back = rest(here, wait, hub, current, call)
     finally:
         here.leave(wait)
+        if timer is not None:
+            timer.stop()
+            timer.close()
+    if came_back is None:
+        return False
     if came_back is not wait:
         raise wrong_switch(came_back, f"fd {fd} in {call}")
     # Before anything is moved: what a signal's handler raises now costs no byte.
     PyErr_CheckSignals()
     if wait.error:
         raise os_error(wait.error, call, fd)
-    return 0
+    return True
 
 
 cdef int park_until_ready(int fd, int events, str call) except -1:
@@ -880,7 +920,8 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
         if rc > 0:
             return 0
         if rc == 0:
-            park(fd, events, call)
+            if not park(fd, events, call):
+                take_turns()
         elif errno == EINTR:
             # It says nothing of the descriptor: Linux gives it, while a signal is pending, even to a poll(2) that is not to wait.
             PyErr_CheckSignals()
@@ -944,23 +985,6 @@ cdef int evict_here(Wait wait) except -1:
         if wait.queued is None:
             wait.queued = wait.set.loop.run_callback(wait.wake)
     return 0
-
-
-# ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
-
-# The one thing of the kernel's that is remembered, because asking each time would cost a read of a ready pipe half its time
-# again: close() forgets it. Stale (the number was closed and used again behind our back), a read or write may block, as gevent's.
-cdef char[KNOWN_SIZE] is_known_nonblocking
-
-
-cdef bint note_mode(int fd) noexcept:
-    """Whether *fd* is in non-blocking mode, remembered if it is. What is not open isn't; the call itself says so."""
-    cdef int flags = fcntl(fd, F_GETFL)
-    if flags < 0 or not flags & O_NONBLOCK:
-        return False
-    if fd < KNOWN_SIZE:
-        is_known_nonblocking[fd] = True
-    return True
 
 
 # ---- calls in flight ---------------------------------------------------------------------------------------------------------
@@ -1070,8 +1094,10 @@ cdef int forget_calls(bint all_of_them) except -1:
     return 0
 
 
-cdef int take_turns(int fd=-1, str name="") except -1:
-    """Let the other greenlets that are ready run once, for a call that is going to use *fd*. Without a hub: nothing."""
+cdef int take_turns(int fd=-1, str name="", double seconds=0) except -1:
+    """Let the other greenlets that are ready run once, or for so long, for a call that is going to use *fd*. Without a hub it does
+    nothing.
+    """
     cdef object hub = reachable_hub()
     cdef Call call
     if hub is None:
@@ -1081,13 +1107,18 @@ cdef int take_turns(int fd=-1, str name="") except -1:
     call = Call.__new__(Call)
     call.fd, call.other = fd, -1
     call.enter(name)
-    queued = hub.loop.run_callback(switch, switch)
+    if seconds > 0:
+        queued = hub.loop.timer(seconds)
+        queued.start(switch, switch)
+    else:
+        queued = hub.loop.run_callback(switch, switch)
     try:
         came_back = give_way(hub, current)
         if came_back is not switch:
             raise wrong_switch(came_back, "its turn")
     finally:
         queued.stop()
+        queued.close()
         call.leave()
     if call.error:
         raise os_error(call.error, name, fd)
@@ -1218,8 +1249,6 @@ cdef int close_fd(int fd) except -1:
     except TypeError:
         hub = None                 # the interpreter is being taken down, and gevent's names with it
     loop = None if hub is None else hub.loop
-    if fd < KNOWN_SIZE:
-        is_known_nonblocking[fd] = False
     if fd < _parked_size and _parked[fd] != NULL:
         later = evict_all(fd)
     if _calls and (<object>fd) in _calls:

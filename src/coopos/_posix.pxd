@@ -149,7 +149,7 @@ cdef extern from "_compat.h" nogil:
     bint coopos_set_has(int set, int fd)
     void coopos_close_run(int first, int last)
     void coopos_bell_ring(const int *bell)
-    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_PLAIN
+    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_ASKED
     ctypedef struct Move "struct coopos_move":
         int fd
         int how
@@ -159,9 +159,13 @@ cdef extern from "_compat.h" nogil:
         off_t offset
         int flags
         int may_stand
+        size_t most
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)
     bint coopos_can_poll(int fd)
+    bint coopos_is_in_background(int fd, int writes)
+    bint coopos_gathers(int fd, int *min, int *tenths)
+    int coopos_bytes_there(int fd)
     int RWF_NOWAIT
     ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint gathers)
     int coopos_sem_value(sem_t *semaphore, int *value)

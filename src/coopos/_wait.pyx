@@ -7,14 +7,13 @@ nothing of gevent.
 
 from libc.errno cimport EAGAIN, ECHILD, EINVAL, ESRCH, errno
 from libc.string cimport memset
-from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.types cimport id_t
 from posix.unistd cimport close as c_close, getpgrp
 
 from coopos._children cimport (
     ALIVE, CLAIMED, ENDED, LOST, Child, ask_now, children, ended, is_used_again, leave_parents, lost_child,
     wait_for_news)
-from coopos._parking cimport READ, as_int, os_error, park_until_ready
+from coopos._parking cimport READ, as_int, is_nonblocking, os_error, park_until_ready
 from coopos._posix cimport (
     COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, COOPOS_WCLONE, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report,
     WCONTINUED, WEXITED, WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open,
@@ -157,14 +156,13 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
     """waitid(2) with P_PIDFD: which child that is, is found out, and that one is waited for."""
     cdef Child child
     cdef ino_t inode
-    cdef int flags, err
+    cdef int err
     if ask_now(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
         if report.pid > 0:
             return wait_one(call, report.pid, options, report)
         if options & WNOHANG:
             return 0
-        flags = fcntl(fd, F_GETFL)
-        if flags >= 0 and flags & O_NONBLOCK:
+        if is_nonblocking(fd):
             raise os_error(EAGAIN, call, fd)
         pid = pid_of(fd)
         # To read it may have let another thread run: it is that child's pid only while it can be waited for.

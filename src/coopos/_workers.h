@@ -13,7 +13,7 @@
 #include <sys/file.h>
 
 #include "_closing.h"
-#include "_compat.h"
+#include "_guard.h"
 
 enum coopos_operation {
     COOPOS_MOVE, COOPOS_OPEN, COOPOS_SETLK, COOPOS_FLOCK, COOPOS_SEM_WAIT, COOPOS_WAITID, COOPOS_FSYNC, COOPOS_FDATASYNC, COOPOS_SYNC,
@@ -43,6 +43,7 @@ struct coopos_job {
     int waits_for_peer;        /* and not for a disk; then it can be interrupted */
     int is_abandoned;          /* nobody wants the result: its worker undoes it */
     int is_interrupted;
+    int signal;                /* that interrupts it */
     int fd, other;
     int flags;
     mode_t mode;
@@ -95,17 +96,6 @@ static inline void coopos_pool_lock(void)
 static inline void coopos_pool_unlock(void)
 {
     (void)pthread_mutex_unlock(&coopos_pool.lock);
-}
-
-/* For a worker that was interrupted, and blocks signals again: take what comes too late, which is not for the program's handler. */
-static inline void coopos_signals_forget(void)
-{
-    sigset_t pending, ours;
-    int number;
-    sigemptyset(&ours);
-    sigaddset(&ours, SIGURG);
-    if (sigpending(&pending) == 0 && sigismember(&pending, SIGURG) == 1)
-        (void)sigwait(&ours, &number);
 }
 
 /* ---- the system calls ---- */
@@ -442,27 +432,25 @@ static inline void *coopos_worker_run(void *arg)
     struct coopos_worker self;
     struct coopos_job *job = arg;
     struct coopos_closing *closing[2];
-    int waits_for_peer;
+    int signal;
     sigset_t none;
     (void)pthread_cond_init(&self.has_job, NULL);
     coopos_pool_lock();
     for (;;) {
         job->thread = pthread_self();
         job->has_thread = 1;
-        waits_for_peer = job->waits_for_peer;
+        signal = job->waits_for_peer ? job->signal : 0;
         while (coopos_pool.is_held && !job->is_interrupted)
             (void)pthread_cond_wait(&coopos_pool.is_let_go, &coopos_pool.lock);
         coopos_pool_unlock();
-        if (waits_for_peer)
-            coopos_thread_be_interruptible(&none);
+        if (signal)
+            coopos_signal_admit(signal, &none);
         do
             coopos_job_make(job);
         while (job->rc < 0 && job->err == EINTR && !__atomic_load_n(&job->is_interrupted, __ATOMIC_RELAXED));
-        if (waits_for_peer)
+        if (signal)
             (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
         coopos_pool_lock();
-        if (job->is_interrupted)
-            coopos_signals_forget();
         if (job->is_abandoned)
             coopos_job_undo(job);
         coopos_job_arrive(job, closing);
@@ -510,6 +498,7 @@ static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbo
     int err = 0;
     coopos_pool_lock();
     job->is_abandoned = job->is_interrupted = job->has_thread = 0;
+    job->signal = job->waits_for_peer ? coopos_signal_take() : 0;
     if (!job->waits_for_peer && coopos_pool.at_disks >= coopos_pool.limit) {
         job->state = COOPOS_QUEUED;
         job->next = NULL;
@@ -625,10 +614,10 @@ enum { COOPOS_INTERRUPT_US = 50, COOPOS_INTERRUPTS = 300 };
 static inline int coopos_job_interrupt(struct coopos_job *job)
 {
     struct timespec pause = {0, COOPOS_INTERRUPT_US * 1000L};
-    struct sigaction before;
     int attempt, is_over = 0;
-    coopos_handler_begin(&before);
-    for (attempt = 0; attempt < COOPOS_INTERRUPTS && !is_over; attempt++) {
+    /* The program may have come to handle it. */
+    const int attempts = job->signal && job->signal == coopos_signal_take() ? COOPOS_INTERRUPTS : 0;
+    for (attempt = 0; attempt <= attempts && !is_over; attempt++) {
         if (attempt)
             (void)nanosleep(&pause, NULL);
         if (attempt > COOPOS_INTERRUPTS / 3)
@@ -636,13 +625,12 @@ static inline int coopos_job_interrupt(struct coopos_job *job)
         coopos_pool_lock();
         __atomic_store_n(&job->is_interrupted, 1, __ATOMIC_RELAXED);
         is_over = job->state != COOPOS_BEGUN;
-        if (!is_over && job->has_thread)
-            (void)pthread_kill(job->thread, SIGURG);
+        if (!is_over && job->has_thread && attempts)
+            (void)pthread_kill(job->thread, job->signal);
         if (coopos_pool.is_held)
             (void)pthread_cond_broadcast(&coopos_pool.is_let_go);
         coopos_pool_unlock();
     }
-    coopos_handler_end(&before);
     return is_over;
 }
 

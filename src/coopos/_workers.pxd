@@ -3,7 +3,7 @@
 from posix.types cimport id_t, mode_t, off_t
 
 from coopos._parking cimport Call
-from coopos._posix cimport Closing, idtype_t, sem_t
+from coopos._posix cimport Closing, Move, idtype_t, sem_t
 
 
 cdef extern from "_workers.h" nogil:
@@ -54,6 +54,7 @@ cdef extern from "_workers.h" nogil:
     void coopos_pool_hold(int is_held)
     void coopos_pool_end()
     int coopos_pool_hear_of_forks()
+    ssize_t coopos_move_guarded(const Move *move)
 
 
 cdef extern from "_compat.h" nogil:
@@ -86,4 +87,5 @@ cdef Job new_job(coopos_operation operation, str name, int fd=*, size_t room=*)
 cdef int run(Job job) except -1
 cdef int give_back(Job job, ssize_t n) except -1
 cdef int tell(ex, str name, value) except -1
+cdef ssize_t move_guarded(const Move *move) noexcept
 cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1

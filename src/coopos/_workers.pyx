@@ -26,7 +26,7 @@ from coopos._parking cimport (
     READ, Call, Wait, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, set_of_loop,
     wrong_switch)
 from coopos._posix cimport (
-    ECANCELED, Closing, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
+    ECANCELED, Closing, Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
     coopos_import_greenlet, coopos_switch, fstat, idtype_t, sem_t, stat_t)
 
 import atexit
@@ -440,6 +440,11 @@ cdef object result_of(Job job, object subject, object path=None):
     if path is not None:
         raise OSError(job.job.err, os.strerror(job.job.err), path)
     raise os_error(job.job.err, job.name, subject)
+
+
+cdef ssize_t move_guarded(const Move *move) noexcept:
+    """One read or write of what poll(2) calls ready; a signal ends it, should it block. The signal that interrupts workers, too."""
+    return coopos_move_guarded(move)
 
 
 # ---- what concerns more than one hub -----------------------------------------------------------------------------------------

@@ -1,0 +1,204 @@
+/* What ends a system call of one thread: a signal of our own, and the guard that sends it to a call which takes too long.
+ *
+ * The signal is one that nobody else sends, and always goes to a single thread. So a program's own signals are neither taken nor
+ * blocked nor let in. Our handler stays once it is there: a signal that comes late does nothing.
+ *
+ * For one compiled module alone, since the state here is static. All functions want the GIL, but for those of workers.
+ */
+#ifndef COOPOS_GUARD_H
+#define COOPOS_GUARD_H
+
+#include "_compat.h"
+
+/* How long a call may take before it is interrupted. A timer that is due later than the kernel's next tick is the cheapest, since
+ * no hardware has to be told of it; but a terminal that poll(2) calls ready for writing often has less room than it is to take, and
+ * then the hub stands still for that time.
+ */
+enum { COOPOS_GUARD_US = 4000, COOPOS_GUARD_TERMINAL_US = 200, COOPOS_GUARD_MAX_US = 1000000 };
+
+struct coopos_guard {
+    int signal;
+    sigset_t before;
+    pthread_t caller;
+    pthread_t thread;
+    int bell[2];
+    int has_timer, has_thread;
+};
+
+/* There is one guard at most, since it has the GIL. */
+static volatile sig_atomic_t coopos_guard_us;   /* until its next signal; 0: there is no timer */
+static coopos_timer coopos_guard_timer;
+
+static inline int coopos_guard_later(int period)
+{
+    return period < COOPOS_GUARD_MAX_US / 2 ? 2 * period : COOPOS_GUARD_MAX_US;
+}
+
+/* The signal may have come before the call has begun, so another follows. It follows later each time: under a debugger it may take
+ * longer to deliver than the call was given, which then would never begin.
+ */
+static inline void coopos_on_signal(int signal)
+{
+    int err = errno;
+    (void)signal;
+    if (coopos_guard_us) {
+        coopos_guard_us = coopos_guard_later(coopos_guard_us);
+        (void)coopos_timer_set(&coopos_guard_timer, coopos_guard_us);
+    }
+    errno = err;
+}
+
+/* The number of our signal, with our handler in its place; 0: there is none to be had. SIGSTKFLT and SIGEMT are of hardware that is
+ * no more. A program that handles it has it, and we take a real-time signal: only then, since those can't be sent when the user has
+ * too many pending (RLIMIT_SIGPENDING).
+ */
+static inline int coopos_signal_take(void)
+{
+    static int number;
+    struct sigaction now, ours;
+    memset(&ours, 0, sizeof ours);
+    ours.sa_handler = coopos_on_signal;
+    ours.sa_flags = SA_ONSTACK;        /* without SA_RESTART the system call ends */
+    sigemptyset(&ours.sa_mask);
+    if (number == 0)
+#if defined(SIGSTKFLT)
+        number = SIGSTKFLT;
+#elif defined(SIGEMT)
+        number = SIGEMT;
+#else
+        number = SIGURG;
+#endif
+    for (;;) {
+        if (sigaction(number, NULL, &now) == 0) {
+            if (now.sa_handler == coopos_on_signal)
+                return number;
+            if ((now.sa_handler == SIG_DFL || now.sa_handler == SIG_IGN) && sigaction(number, &ours, NULL) == 0)
+                return number;
+        }
+#if defined(SIGRTMAX)
+        number = number < SIGRTMIN ? SIGRTMAX : number - 1;
+        if (number >= SIGRTMIN)
+            continue;
+#endif
+        number = 0;
+        return 0;
+    }
+}
+
+/* For the thread itself: let our signal in. Its mask before goes to *before*. */
+static inline void coopos_signal_admit(int number, sigset_t *before)
+{
+    sigset_t ours;
+    sigemptyset(&ours);
+    sigaddset(&ours, number);
+    (void)pthread_sigmask(SIG_UNBLOCK, &ours, before);
+}
+
+static inline void *coopos_guard_run(void *arg)
+{
+    struct coopos_guard *guard = arg;
+    struct pollfd rung;
+    int period_us = 1000;
+    rung.fd = guard->bell[0];
+    rung.events = POLLIN;
+    while (poll(&rung, 1, period_us / 1000) <= 0) {    /* -1: it is a signal's EINTR */
+        (void)pthread_kill(guard->caller, guard->signal);
+        period_us = coopos_guard_later(period_us);
+    }
+    return NULL;
+}
+
+static inline int coopos_guard_start_timer(const struct coopos_guard *guard, int period_us)
+{
+    if (coopos_timer_new(&coopos_guard_timer, guard->signal) < 0)
+        return 0;
+    coopos_guard_us = period_us;
+    if (coopos_timer_set(&coopos_guard_timer, period_us) == 0)
+        return 1;
+    coopos_guard_us = 0;
+    coopos_timer_delete(&coopos_guard_timer);
+    return 0;
+}
+
+/* A timer, or a thread where there is none such, or none to be had. -1: there is neither. */
+static inline int coopos_guard_begin(struct coopos_guard *guard, int period_us)
+{
+    guard->signal = coopos_signal_take();
+    if (guard->signal == 0)
+        return -1;
+    guard->has_thread = 0;
+    coopos_signal_admit(guard->signal, &guard->before);
+    guard->has_timer = coopos_guard_start_timer(guard, period_us);
+    if (!guard->has_timer && coopos_bell_new(guard->bell) == 0) {
+        guard->caller = pthread_self();
+        guard->has_thread = coopos_thread_start(&guard->thread, coopos_guard_run, guard) == 0;
+        if (!guard->has_thread)
+            coopos_bell_close(guard->bell);
+    }
+    if (guard->has_timer || guard->has_thread)
+        return 0;
+    (void)pthread_sigmask(SIG_SETMASK, &guard->before, NULL);
+    return -1;
+}
+
+static inline void coopos_guard_end(struct coopos_guard *guard)
+{
+    coopos_guard_us = 0;
+    if (guard->has_timer)
+        coopos_timer_delete(&coopos_guard_timer);
+    if (guard->has_thread) {
+        coopos_bell_ring(guard->bell);
+        (void)pthread_join(guard->thread, NULL);
+        coopos_bell_close(guard->bell);
+    }
+    /* By now the last signal has come: each of the calls above lets it in when it returns. */
+    (void)pthread_sigmask(SIG_SETMASK, &guard->before, NULL);
+}
+
+/* What poll(2) calls ready may block all the same: somebody else was quicker, or a terminal has less room than it is to take. Then
+ * the guard ends it: with EINTR if nothing was moved, with what was moved otherwise. Never more is written than a pipe that is
+ * ready takes at once. ENOSYS: there is no guard to be had, and nothing was moved.
+ */
+#if defined(__GNUC__)
+__attribute__((noinline, cold))    /* its large frame is not to be that of every call */
+#endif
+static ssize_t coopos_move_guarded(const struct coopos_move *move)
+{
+    struct coopos_move part = *move;
+    struct coopos_guard guard;
+    struct pollfd ready;
+    size_t left = move->writes ? PIPE_BUF : move->most ? move->most : SIZE_MAX, cut = 0;
+    struct iovec *last;
+    ssize_t moved = -1;
+    int err, is_ready = 1;
+    for (part.count = 0; part.count < move->count && left; part.count++) {
+        last = &part.iov[part.count];
+        if (last->iov_len > left) {
+            cut = last->iov_len - left;
+            last->iov_len = left;
+        }
+        left -= last->iov_len;
+    }
+    ready.fd = move->fd;
+    ready.events = move->writes ? POLLOUT : POLLIN;
+    if (move->how != COOPOS_ASKED)
+        /* A signal that is pending says nothing of readiness. */
+        while ((is_ready = poll(&ready, 1, 0)) < 0 && errno == EINTR)
+            ;
+    err = is_ready ? errno : EAGAIN;
+    if (is_ready > 0) {
+        if (coopos_guard_begin(&guard, move->writes && isatty(move->fd) ? COOPOS_GUARD_TERMINAL_US : COOPOS_GUARD_US) == 0) {
+            moved = coopos_move_plainly(&part);
+            err = errno;
+            coopos_guard_end(&guard);
+        }
+        else
+            err = ENOSYS;
+    }
+    if (cut)
+        part.iov[part.count - 1].iov_len += cut;
+    errno = err;
+    return moved;
+}
+
+#endif
