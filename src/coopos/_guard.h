@@ -160,7 +160,7 @@ static inline void coopos_guard_end(struct coopos_guard *guard)
  * ready takes at once. ENOSYS: there is no guard to be had, and nothing was moved.
  */
 #if defined(__GNUC__)
-__attribute__((noinline, cold))    /* its large frame is not to be that of every call */
+__attribute__((noinline, cold, unused))    /* its large frame is not to be that of every call */
 #endif
 static ssize_t coopos_move_guarded(const struct coopos_move *move)
 {
