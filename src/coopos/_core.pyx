@@ -33,8 +33,8 @@ from coopos._parking cimport (
     KNOWN_SIZE, READ, WRITE, as_int, check_open, is_known_nonblocking, note_mode, os_error, park, park_until_ready, take_turns)
 from coopos._posix cimport (
     COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT, Move,
-    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll, coopos_copy_buffers,
-    coopos_may_move, coopos_move, fstat, iovec, stat_t)
+    PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_can_poll,
+    coopos_copy_buffers, coopos_may_move, coopos_move, fstat, iovec, stat_t)
 from coopos._workers cimport COOPOS_MOVE, Job, give_back, new_job, run, tell
 
 import os

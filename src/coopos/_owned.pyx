@@ -21,8 +21,8 @@ from posix.types cimport off_t
 from posix.unistd cimport lseek
 
 from coopos._core cimport (
-    QUICK, attempt, attempt_at_once, be_fair, fairness, give_one, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer,
-    write_once)
+    QUICK, attempt, attempt_at_once, be_fair, fairness, give_one, has_waited, is_undecided, move_of, read_bytes, read_into,
+    take_buffer, write_once)
 from coopos._parking cimport (
     READ, WRITE, Wait, close_fd, evict, give_way, os_error, park, reachable_hub, this_greenlet, wrong_switch)
 from coopos._posix cimport (
