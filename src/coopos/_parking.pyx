@@ -1204,10 +1204,10 @@ def close(Py_ssize_t fd):
 
     Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
     in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
-    gevent socket or selector) is active on *fd* is the system call put off to the next turn of that loop, because closing a
-    descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call that it has begun, until that
-    is over. Without epoll, greenlets of other threads that wait for *fd* put it off in the same way. Even then *fd* is EBADF for
-    whoever comes later. A call that no thread has begun yet is not made, and gets ``OSError(EBADF)``.
+    gevent socket or selector) is active on *fd* is the system call put off to the next turn of that loop, which comes at once,
+    because closing a descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call that it has
+    begun, until that is over. Without epoll, greenlets of other threads that wait for *fd* put it off in the same way. Even then
+    *fd* is EBADF for whoever comes later. A call that no thread has begun yet is not made, and gets ``OSError(EBADF)``.
 
     Args:
         fd: int, the descriptor.
