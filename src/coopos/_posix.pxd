@@ -147,7 +147,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_set_arm(int set, int fd, int events)
     int coopos_set_ready(int set, Event *ready, int max)
     void coopos_close_run(int first, int last)
-    void coopos_bell_ring(const int *bell)
+    bint coopos_bell_ring(const int *bell)
     enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_PLAIN
     ctypedef struct Move "struct coopos_move":
         int fd
