@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import gevent
 import pytest
@@ -820,6 +821,22 @@ def test_thread_without_a_hub_makes_the_call_itself():
         thread.join()
         assert results == [(None, b"con")]
         assert _workers.count_calls() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's eventfds")
+def test_result_that_arrives_while_the_bell_is_full():
+    """A bell that can take no more rings already."""
+    before = open_fds()
+    with make_file() as fd, StandingWorkers() as workers:
+        waiter = parked(coopos.fsync, fd)
+        until(_workers.count_begun)
+        [bell] = [number for number, name in open_fds().items() if "eventfd" in name and number not in before]
+        os.write(bell, (2**64 - 2).to_bytes(8, sys.byteorder))
+        assert error_of(os.write, bell, (1).to_bytes(8, sys.byteorder)) == (BlockingIOError, errno.EAGAIN)
+        workers.go_on()
+        while _workers.count_begun():  # the hub has no turn
+            time.sleep(0)
+        assert result_of(waiter) is None
 
 
 def test_thread_that_ends_leaves_no_descriptor():

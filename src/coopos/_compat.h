@@ -417,29 +417,17 @@ static inline void coopos_close_run(int first, int last)
 
 /* ---- a bell: a descriptor that any thread makes readable, for good ---- */
 
-/* bell[0] is to be waited for, bell[1] to be rung; on Linux they are one. */
-static inline int coopos_bell_new(int *bell)
-{
-#if defined(__linux__)
-    bell[0] = bell[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    return bell[0] < 0 ? -1 : 0;
-#else
-    int i;
-    if (pipe(bell) < 0)
-        return -1;
-    for (i = 0; i < 2; i++) {
-        (void)fcntl(bell[i], F_SETFD, FD_CLOEXEC);
-        (void)fcntl(bell[i], F_SETFL, O_NONBLOCK);
-    }
-    return 0;
-#endif
-}
-
-static inline void coopos_bell_ring(const int *bell)
+/* bell[0] is to be waited for, bell[1] to be rung; on Linux they are one. Whether it rings from now on: not if the number was closed
+ * behind our back. What is full (EAGAIN) rings already.
+ */
+static inline int coopos_bell_ring(const int *bell)
 {
     uint64_t one = 1;
-    while (write(bell[1], &one, sizeof one) < 0 && errno == EINTR)
-        ;
+    ssize_t rc;
+    do
+        rc = write(bell[1], &one, sizeof one);
+    while (rc < 0 && errno == EINTR);
+    return rc >= 0 || errno == EAGAIN;
 }
 
 /* Until the next ring it is not readable. */
@@ -457,6 +445,32 @@ static inline void coopos_bell_close(const int *bell)
     (void)close(bell[0]);
     if (bell[1] != bell[0])
         (void)close(bell[1]);
+}
+
+static inline int coopos_bell_new(int *bell)
+{
+#if defined(__linux__)
+    bell[0] = bell[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return bell[0] < 0 ? -1 : 0;
+#else
+    int i, err;
+    if (pipe(bell) < 0)
+        return -1;
+    for (i = 0; i < 2; i++) {
+        (void)fcntl(bell[i], F_SETFD, FD_CLOEXEC);
+        (void)fcntl(bell[i], F_SETFL, O_NONBLOCK);
+    }
+    /* macOS gives a pipe its buffer at the first write, and none if memory is short. Later there would be nobody to tell:
+     * https://github.com/apple-oss-distributions/xnu/blob/main/bsd/kern/sys_pipe.c */
+    if (!coopos_bell_ring(bell)) {
+        err = errno;
+        coopos_bell_close(bell);
+        errno = err;
+        return -1;
+    }
+    coopos_bell_hush(bell);
+    return 0;
+#endif
 }
 
 /* ---- threads ---- */

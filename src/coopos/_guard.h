@@ -147,7 +147,7 @@ static inline void coopos_guard_end(struct coopos_guard *guard)
     if (guard->has_timer)
         coopos_timer_delete(&coopos_guard_timer);
     if (guard->has_thread) {
-        coopos_bell_ring(guard->bell);
+        (void)coopos_bell_ring(guard->bell);
         (void)pthread_join(guard->thread, NULL);
         coopos_bell_close(guard->bell);
     }

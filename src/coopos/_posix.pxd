@@ -148,7 +148,7 @@ cdef extern from "_compat.h" nogil:
     int coopos_set_ready(int set, Event *ready, int max)
     bint coopos_set_has(int set, int fd)
     void coopos_close_run(int first, int last)
-    void coopos_bell_ring(const int *bell)
+    bint coopos_bell_ring(const int *bell)
     enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_ASKED
     ctypedef struct Move "struct coopos_move":
         int fd

@@ -379,7 +379,7 @@ static inline void coopos_job_arrive(struct coopos_job *job, struct coopos_closi
     else
         mailbox->first = job;
     mailbox->last = job;
-    coopos_bell_ring(mailbox->bell);
+    (void)coopos_bell_ring(mailbox->bell);
 }
 
 /* With the lock held: the next one that waits for the disks, if there is room, or NULL. */

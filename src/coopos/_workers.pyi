@@ -1,5 +1,7 @@
 from typing import final
 
+from typing_extensions import disjoint_base
+
 from coopos._parking import Call
 
 __pyx_capi__: dict[str, object]  # what the other compiled modules take from it
@@ -14,6 +16,7 @@ class Job(Call):
     def wake(self) -> None: ...
     def run_out(self) -> None: ...
 
+@disjoint_base
 class Inquiry: ...
 
 def on_file(name: str, fd: object, length: int = 0, offset: int = 0) -> None: ...
