@@ -47,7 +47,7 @@ cdef class Set:
     cdef int open(self) except -1
     cdef int renew(self) except -1
     cdef int shut(self) noexcept
-    cdef bint is_there(self) except -1
+    cdef bint is_there(self, loop) except -1
     cdef int end(self) noexcept
     cdef int settle(self, int members, int holds) except -1
     cdef int hold(self, Wait wait, bint is_held) except -1

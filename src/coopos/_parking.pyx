@@ -483,10 +483,13 @@ cdef class Set:
             c_close(fd)
         return 0
 
-    cdef bint is_there(self) except -1:
-        """Whether the number is still the set's."""
+    cdef bint is_there(self, loop) except -1:
+        """Whether it is this loop's, and the number is still the set's."""
         cdef Event event
-        cdef int n = coopos_set_ready(self.fd, &event, 1)
+        cdef int n
+        if self.loop is not loop:
+            return False
+        n = coopos_set_ready(self.fd, &event, 1)
         if n == 1:
             self.arm_again(event.fd)
         return n >= 0
@@ -1239,7 +1242,6 @@ cdef bint may_be_pending(object loop, int fd) except -1:
 
 cdef int close_fd(int fd) except -1:
     cdef PutOffClose later = None
-    cdef Set here
     cdef int rc, err
     if fd < 0:
         raise os_error(EBADF, "close", fd)
@@ -1255,12 +1257,11 @@ cdef int close_fd(int fd) except -1:
         if later is None:
             later = put_off(fd)
         tell_calls(fd, later.closing)
+    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_there(loop):
+        # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
+        raise os_error(EBADF, "close", fd)
     if loop is not None and (loop.closing_fd(fd) or may_be_pending(loop, fd)):
         if later is None:
-            here = <Set>sets_of_this_thread().get(loop)
-            if here is not None and here.fd == fd and here.is_there():
-                # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
-                raise os_error(EBADF, "close", fd)
             later = put_off(fd)
         later.wait_for_turn(loop)
         return 0
