@@ -35,8 +35,8 @@ from coopos._parking cimport (
 from coopos._posix cimport (
     COOPOS_ASKED, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT,
     Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_bytes_there,
-    coopos_can_poll, coopos_copy_buffers, coopos_gathers, coopos_is_in_background, coopos_may_move, coopos_move, coopos_now_us, fstat,
-    iovec, stat_t)
+    coopos_can_poll, coopos_copy_buffers, coopos_gathers, coopos_is_in_background, coopos_may_move, coopos_move, coopos_now_us,
+    fstat, iovec, stat_t)
 from coopos._workers cimport COOPOS_MOVE, Job, give_back, move_guarded, new_job, run, tell
 
 import os
