@@ -756,6 +756,42 @@ def test_tp_read_and_tp_write_carry_data_over_any_stream(kind, blocking, tmp_pat
         assert (flags_of(reader), flags_of(writer)) == flags
 
 
+@each_stream
+def test_descriptor_that_is_put_into_blocking_mode_while_greenlets_wait(kind, tmp_path):
+    """Both are woken by one byte: who finds none waits on, and the hub with nobody."""
+    with make_stream(kind, tmp_path / "fifo") as (reader, writer):
+        os.set_blocking(reader, False)
+        first, second = parked(coopos.read, reader, 1), parked(coopos.nb_read, reader, 1)
+        os.set_blocking(reader, True)
+        rescue = threading.Timer(20, os.write, (writer, b"late"))
+        rescue.start()
+        os.write(writer, b"1")
+        assert result_of(first) == b"1"
+        turn_loop()
+        assert not second.ready()
+        rescue.cancel()
+        os.write(writer, b"2")
+        assert result_of(second) == b"2"
+
+
+@each_stream
+def test_full_descriptor_that_is_put_into_blocking_mode_while_a_greenlet_waits(kind, tmp_path):
+    with make_stream(kind, tmp_path / "fifo") as (reader, writer):
+        clogged = clog(writer)
+        os.set_blocking(writer, False)
+        data = b"y" * 300_000
+        greenlet = parked(coopos.write, writer, data)
+        os.set_blocking(writer, True)
+        received = b""
+        rescue = threading.Timer(20, drain, (reader,))
+        rescue.start()
+        while len(received) < clogged + len(data):
+            received += coopos.read(reader, 65536)
+        rescue.cancel()
+        assert result_of(greenlet) == len(data)
+        assert received[clogged:] == data
+
+
 def let_threads_try():
     """Let the threadpool's threads get at what was given them before."""
     for _ in range(3):

@@ -92,8 +92,9 @@ needs_inotify = pytest.mark.skipif(not KINDS["inotify"].is_available, reason=KIN
         "assert mask == signal.pthread_sigmask(signal.SIG_BLOCK, ()); assert not signal.sigpending()",
         "thread = threading.Thread(target=waits); thread.start(); thread.join()",
         "[signal.signal(number, print) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}]; waits()",
+        "signal.signal(getattr(signal, 'SIGSTKFLT', 16), print); resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0)); waits()",
     ],
-    ids=["timer", "no timer to be had", "all signals blocked", "thread", "all signals handled"],
+    ids=["timer", "no timer to be had", "all signals blocked", "thread", "all signals handled", "no signal to be sent"],
 )
 def test_call_that_blocks_all_the_same_is_interrupted(source):
     run_script(f"{GUARDED}\n    {source}\n")

@@ -757,6 +757,74 @@ def test_flock_killed_in_the_moment_of_success(path, two):
     assert not is_locked(path)
 
 
+def have_locked(path):
+    """Whether this process has fcntl(2)'s lock on a file."""
+    script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return subprocess.run([sys.executable, "-c", script, path], stderr=subprocess.DEVNULL).returncode != 0
+
+
+def let_go_in_one_turn(holder):
+    """Have a HOLDER end, and workers get what it had, while the hub has no turn."""
+    holder.stdin.close()
+    holder.wait()
+    deadline = time.monotonic() + DEADLINE_S
+    while _workers.count_begun() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not _workers.count_begun()
+
+
+@pytest.mark.parametrize("kind", ["flock", "lockf"])
+def test_lock_that_two_have_got_stays_when_one_is_killed(kind, path, two):
+    """It is the process's, or the open file's, and not the greenlet's."""
+    first, second = two if kind == "lockf" else (two[0], two[0])
+    lock, *args = (coopos.lockf, os.F_LOCK, 0) if kind == "lockf" else (coopos.flock, fcntl.LOCK_EX)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        killed, other, last = (gevent.spawn(lock, fd, *args) for fd in (first, second, second))
+        until(lambda: _workers.count_begun() == 3)
+        let_go_in_one_turn(holder)
+    killed.kill()
+    assert result_of(other) is None
+    assert have_locked(path) if kind == "lockf" else is_locked(path)
+    last.kill()
+    assert have_locked(path) if kind == "lockf" else is_locked(path)
+    coopos.lockf(first, os.F_ULOCK, 0) if kind == "lockf" else coopos.flock(first, fcntl.LOCK_UN)
+    assert not (have_locked(path) if kind == "lockf" else is_locked(path))
+
+
+def test_lockf_of_a_killed_greenlet_is_undone_where_it_was(path, two):
+    fd, _ = two
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        greenlet = gevent.spawn(coopos.lockf, fd, os.F_LOCK, 10)
+        until(lambda: _workers.count_begun() == 1)
+        os.lseek(fd, 50, os.SEEK_SET)
+        let_go_in_one_turn(holder)
+    greenlet.kill()
+    assert not have_locked(path)
+
+
+def test_lock_of_a_closed_number_is_undone_before_the_number_is_used_again(path, two, tmp_path):
+    (tmp_path / "other").touch()
+    holder, _ = two
+    number = os.open(path, os.O_RDWR)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with StandingWorkers() as workers:     # which hear of no signal
+        greenlet = gevent.spawn(coopos.flock, number, fcntl.LOCK_EX)
+        until(_workers.count_begun)
+        fcntl.flock(holder, fcntl.LOCK_UN)
+        workers.go_on()
+        deadline = time.monotonic() + DEADLINE_S
+        while _workers.count_begun() and time.monotonic() < deadline:
+            time.sleep(0.001)
+    coopos.close(number)
+    assert os.open(tmp_path / "other", os.O_RDWR) == number
+    with closing(number):
+        fcntl.flock(number, fcntl.LOCK_EX)
+        greenlet.join()
+        assert is_locked(tmp_path / "other")
+
+
 def test_flock_that_does_not_wait(two):
     first, second = two
     coopos.flock(first, fcntl.LOCK_EX)

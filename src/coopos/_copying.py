@@ -184,32 +184,32 @@ if _sendfile and not _TAKES_HEADERS:
         with InFlight("sendfile", in_fd, out_fd) as call:
             if not _is_file(in_fd):
                 return _send_through_pipe(call, out_fd, in_fd, count)
-            if os.get_blocking(out_fd) or _is_file(out_fd):
-                start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
-                moved = start if offset is None else None
-                return _send_by_hand(call, out_fd, in_fd, _chunks(call, in_fd, start, count), moved)
             while True:
                 call.check()
                 start = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
+                if os.get_blocking(out_fd) or _is_file(out_fd):
+                    moved = start if offset is None else None
+                    return _send_by_hand(call, out_fd, in_fd, _chunks(call, in_fd, start, count), moved)
                 chunk = min(count, CHUNK)
                 # Both ends of it: then the kernel has read ahead what stands in between.
                 _core.pread(in_fd, 1, start)
                 call.check()
                 _core.pread(in_fd, 1, start + chunk - 1)
                 call.check()
+                if os.get_blocking(out_fd):
+                    continue
                 try:
                     return posix.sendfile(out_fd, in_fd, offset, chunk)
                 except BlockingIOError:
                     wait_until_ready(out_fd, WRITE, "sendfile")
 
     def _send_through_pipe(call: InFlight, out_fd: int, in_fd: int, count: int) -> int:
-        is_plain = not os.get_blocking(in_fd) and not os.get_blocking(out_fd)
         while True:
             wait_until_ready(in_fd, READ, "sendfile")
             call.check()
             wait_until_ready(out_fd, WRITE, "sendfile")
             call.check()
-            if not is_plain:
+            if os.get_blocking(in_fd) or os.get_blocking(out_fd):
                 return _workers.transfer("sendfile", in_fd, None, out_fd, None, count, waits_for_peer=True)
             with contextlib.suppress(BlockingIOError):
                 return posix.sendfile(out_fd, in_fd, None, count)
@@ -255,10 +255,10 @@ if hasattr(posix, "splice"):
         ends = [(fd, _is_pipe(fd), _is_file(fd)) for fd in (src, dst)]
         if flags & os.SPLICE_F_NONBLOCK or not any(is_pipe for _, is_pipe, _ in ends):
             return posix.splice(src, dst, count, *args)
-        is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
         waits_for_peer = not any(is_file for _, _, is_file in ends)
         with InFlight("splice", src, dst) as call:
             while True:
+                is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
                 if not is_sure:
                     for (fd, is_pipe, is_file), events in zip(ends, (READ, WRITE), strict=True):
                         if not is_pipe and not is_file:

@@ -260,6 +260,8 @@ cdef int step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
             if is_always_ready(move.fd):
                 return IN_THREAD
             take_turns(move.fd, call)
+        if move.how == COOPOS_PLAIN:
+            move.how = first_rung  # somebody may have changed the mode meanwhile
         return AGAIN
     if is_of_nowait(err, move):
         return IN_THREAD

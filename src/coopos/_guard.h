@@ -129,7 +129,8 @@ static inline int coopos_guard_begin(struct coopos_guard *guard, int period_us)
     guard->has_thread = 0;
     coopos_signal_admit(guard->signal, &guard->before);
     guard->has_timer = coopos_guard_start_timer(guard, period_us);
-    if (!guard->has_timer && coopos_bell_new(guard->bell) == 0) {
+    /* To ourselves first: a real-time signal needs room among those that are pending. */
+    if (!guard->has_timer && pthread_kill(pthread_self(), guard->signal) == 0 && coopos_bell_new(guard->bell) == 0) {
         guard->caller = pthread_self();
         guard->has_thread = coopos_thread_start(&guard->thread, coopos_guard_run, guard) == 0;
         if (!guard->has_thread)

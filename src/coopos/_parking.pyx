@@ -701,10 +701,9 @@ cdef class Set:
                     woken.append(wait)
                 else:
                     are_others = True
-        woken.reverse()            # who has come first has waited longest
         try:
             while woken:
-                wait = <Wait>woken.pop()
+                wait = <Wait>woken.pop()       # who has come first has waited longest
                 if wait.set is self:
                     wait.tell()
         finally:

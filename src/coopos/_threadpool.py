@@ -371,9 +371,13 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     """
     number = _number(fd)
     if operator.index(command) != os.F_LOCK:
-        return posix.lockf(number, command, length)
+        posix.lockf(number, command, length)
+        if command != os.F_TEST:
+            _workers.note_lock(number, False, command != os.F_ULOCK)
+        return None
     try:
-        return posix.lockf(number, os.F_TLOCK, length)
+        posix.lockf(number, os.F_TLOCK, length)
+        return _workers.note_lock(number, False, True)
     except OSError as ex:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise
@@ -408,9 +412,11 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     """
     number = _number(fd)
     if operator.index(operation) & (fcntl.LOCK_NB | fcntl.LOCK_UN):
-        return fcntl_flock(number, operation)
+        fcntl_flock(number, operation)
+        return _workers.note_lock(number, True, not operation & fcntl.LOCK_UN)
     try:
-        return fcntl_flock(number, operation | fcntl.LOCK_NB)
+        fcntl_flock(number, operation | fcntl.LOCK_NB)
+        return _workers.note_lock(number, True, True)
     except BlockingIOError:
         pass
     _refuse_in_hub()
@@ -422,10 +428,10 @@ def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, w
     number = _number(fd)
     if operator.index(cmd) & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_lockf(number, cmd, len, start, whence)
-        return None
+        return _workers.note_lock(number, False, not cmd & fcntl.LOCK_UN)
     try:
         fcntl_lockf(number, cmd | fcntl.LOCK_NB, len, start, whence)
-        return None
+        return _workers.note_lock(number, False, True)
     except OSError as ex:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise

@@ -43,6 +43,8 @@ struct coopos_job {
     int waits_for_peer;        /* and not for a disk; then it can be interrupted */
     int is_abandoned;          /* nobody wants the result: its worker undoes it */
     int is_interrupted;
+    int is_closed;             /* the number may be another file's once the job is over */
+    int is_undone;
     int signal;                /* that interrupts it */
     int fd, other;
     int flags;
@@ -51,6 +53,7 @@ struct coopos_job {
     idtype_t idtype;
     id_t id;
     sem_t *semaphore;
+    struct coopos_lock *lock;  /* that it waits for, or NULL */
     int whence;                /* what the offset of a lock is from */
     int writes;
     int is_undoable;           /* a move that nobody wants is undone: the offset goes back */
@@ -175,10 +178,86 @@ static inline void coopos_job_make(struct coopos_job *job)
     job->err = job->rc < 0 ? errno : 0;
 }
 
+/* ---- locks ---- */
+
+/* A lock of fcntl(2) is the process's, one of flock(2) the open file's, and not the greenlet's. So to undo one that was got for a
+ * greenlet which is gone would take it away from another that has got it, too. The locks of a file are counted while jobs wait for
+ * them: those that were got since the last one was released. All with the pool's lock held.
+ */
+struct coopos_lock {
+    struct coopos_lock *next;
+    enum coopos_operation operation;
+    int fd;                    /* flock(2)'s alone */
+    dev_t dev;
+    ino_t ino;
+    int refs;                  /* of jobs */
+    int holders;
+};
+
+static struct coopos_lock *coopos_locks;
+
+static inline struct coopos_lock *coopos_lock_find(enum coopos_operation operation, int fd, int makes)
+{
+    struct coopos_lock *lock;
+    struct stat st;
+    if ((coopos_locks == NULL && !makes) || fstat(fd, &st) < 0)
+        return NULL;
+    if (operation != COOPOS_FLOCK)
+        fd = -1;
+    for (lock = coopos_locks; lock != NULL; lock = lock->next)
+        if (lock->operation == operation && lock->fd == fd && lock->dev == st.st_dev && lock->ino == st.st_ino)
+            return lock;
+    lock = makes ? calloc(1, sizeof *lock) : NULL;
+    if (lock != NULL) {
+        lock->operation = operation;
+        lock->fd = fd;
+        lock->dev = st.st_dev;
+        lock->ino = st.st_ino;
+        lock->next = coopos_locks;
+        coopos_locks = lock;
+    }
+    return lock;
+}
+
+static inline void coopos_lock_drop(struct coopos_lock *lock)
+{
+    struct coopos_lock **link = &coopos_locks;
+    if (lock == NULL || --lock->refs > 0)
+        return;
+    while (*link != lock)
+        link = &(*link)->next;
+    *link = lock->next;
+    free(lock);
+}
+
+/* Whether a lock that is to be undone is somebody else's, too. It is one fewer's, in any case. */
+static inline int coopos_lock_is_shared(const struct coopos_job *job)
+{
+    if (job->lock == NULL)
+        return 0;
+    if (job->lock->holders > 0)
+        job->lock->holders--;
+    return job->lock->holders > 0;
+}
+
+/* A lock was got, or released, without a worker. */
+static inline void coopos_lock_note(enum coopos_operation operation, int fd, int is_got)
+{
+    struct coopos_lock *lock;
+    coopos_pool_lock();
+    lock = coopos_lock_find(operation, fd, 0);
+    if (lock != NULL)
+        lock->holders = is_got ? lock->holders + 1 : 0;
+    coopos_pool_unlock();
+}
+
 /* Give back what was got for somebody who is not there to have it. The offset stays if others have moved it since. */
 static inline void coopos_job_undo(struct coopos_job *job)
 {
-    if (job->rc < 0)
+    if (job->rc < 0 || job->is_undone)
+        return;
+    job->is_undone = 1;
+    if (coopos_lock_is_shared(job))
         return;
     switch (job->operation) {
     case COOPOS_OPEN:
@@ -274,6 +353,7 @@ static inline void coopos_job_drop(struct coopos_job *job)
 {
     char *buf = job->buf;
     if (--job->refs == 0) {
+        coopos_lock_drop(job->lock);
         if (job->room >= COOPOS_SPARE_MIN && job->room <= COOPOS_SPARE_MAX && job->room > coopos_pool.spare_room) {
             buf = coopos_pool.spare;
             coopos_pool.spare = job->buf;
@@ -451,6 +531,8 @@ static inline void *coopos_worker_run(void *arg)
         if (signal)
             (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
         coopos_pool_lock();
+        if (job->rc >= 0 && job->lock != NULL)
+            job->lock->holders++;
         if (job->is_abandoned)
             coopos_job_undo(job);
         coopos_job_arrive(job, closing);
@@ -497,7 +579,12 @@ static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbo
 {
     int err = 0;
     coopos_pool_lock();
-    job->is_abandoned = job->is_interrupted = job->has_thread = 0;
+    if (job->lock == NULL && (job->operation == COOPOS_SETLK || job->operation == COOPOS_FLOCK)) {
+        job->lock = coopos_lock_find(job->operation, job->fd, 1);
+        if (job->lock != NULL)
+            job->lock->refs++;
+    }
+    job->is_abandoned = job->is_interrupted = job->is_closed = job->is_undone = job->has_thread = 0;
     job->signal = job->waits_for_peer ? coopos_signal_take() : 0;
     if (!job->waits_for_peer && coopos_pool.at_disks >= coopos_pool.limit) {
         job->state = COOPOS_QUEUED;
@@ -590,7 +677,7 @@ static inline enum coopos_state coopos_job_state(struct coopos_job *job)
 }
 
 /* Have a close wait for the end of a job that has begun; whether it has to. */
-static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct coopos_closing *closing)
+static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct coopos_closing *closing, int is_useless)
 {
     int has_to;
     coopos_pool_lock();
@@ -598,6 +685,9 @@ static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct
     if (has_to) {
         coopos_closing_enter(closing);
         job->closing[which] = closing;
+        job->is_closed = 1;
+        if (is_useless)            /* and is undone while the number is still this file's */
+            job->is_abandoned = 1;
     }
     coopos_pool_unlock();
     return has_to;
@@ -638,8 +728,10 @@ static inline int coopos_job_interrupt(struct coopos_job *job)
 static inline void coopos_job_abandon(struct coopos_job *job)
 {
     coopos_pool_lock();
-    if (job->state == COOPOS_DONE)
-        coopos_job_undo(job);
+    if (job->state == COOPOS_DONE) {
+        if (!job->is_closed || job->operation == COOPOS_OPEN)
+            coopos_job_undo(job);
+    }
     else
         job->is_abandoned = 1;
     coopos_pool_unlock();

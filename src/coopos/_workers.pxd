@@ -28,6 +28,7 @@ cdef extern from "_workers.h" nogil:
         int whence
         int writes
         int is_undoable
+        int is_closed
         size_t size
         char *buf
         ssize_t rc
@@ -46,7 +47,8 @@ cdef extern from "_workers.h" nogil:
     bint coopos_job_take_back(CJob *job)
     coopos_state coopos_job_state(CJob *job)
     coopos_state coopos_job_orphan(CJob *job)
-    bint coopos_job_keep_open(CJob *job, int which, Closing *closing)
+    bint coopos_job_keep_open(CJob *job, int which, Closing *closing, bint is_useless)
+    void coopos_lock_note(coopos_operation operation, int fd, bint is_got)
     bint coopos_job_interrupt(CJob *job)
     void coopos_job_abandon(CJob *job)
     void coopos_job_undo(CJob *job)

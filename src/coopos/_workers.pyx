@@ -17,10 +17,11 @@ cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENXIO, errno
+from libc.stdio cimport SEEK_CUR, SEEK_END, SEEK_SET
 from libc.string cimport memcpy
 from posix.fcntl cimport AT_FDCWD, F_GETFD, F_SETFL, F_WRLCK, O_NONBLOCK, O_RDWR, fcntl, openat
 from posix.types cimport id_t, mode_t, off_t
-from posix.unistd cimport close as c_close
+from posix.unistd cimport close as c_close, lseek
 
 from coopos._parking cimport (
     READ, Call, Wait, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, set_of_loop,
@@ -244,7 +245,7 @@ cdef class Job(Call):
             (<Mailbox>self.mailbox).jobs.discard(self)
             self.error = EBADF
             post(self.loop, self.wake)
-        elif coopos_job_keep_open(self.job, fd != self.fd, closing):
+        elif coopos_job_keep_open(self.job, fd != self.fd, closing, self.job.waits_for_peer and not moves_bytes(self)):
             if not self.is_left_behind:
                 self.error = EBADF     # unless it comes to something
                 if self.job.waits_for_peer:
@@ -302,7 +303,6 @@ cdef int run(Job job) except -1:
         if not job.is_left_behind:
             job.leave()
     if job.error and not has_answer(job):
-        coopos_job_abandon(job.job)
         raise os_error(job.error, job.name, job.fd)
     return 0
 
@@ -415,7 +415,8 @@ cdef object last_word(Job job, object hub, object current):
 cdef int give_back(Job job, ssize_t n) except -1:
     """Of what a read has brought, the last *n* bytes."""
     job.job.rc = n
-    coopos_job_undo(job.job)
+    if not job.job.is_closed:
+        coopos_job_undo(job.job)
     return 0
 
 
@@ -577,11 +578,26 @@ def wait_open(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, su
 def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, kind=None):
     """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out has no lock by it."""
     cdef Job job = new_job(COOPOS_SETLK, "lockf", as_int(fd))
+    cdef off_t position = -1
+    cdef stat_t st
     job.job.flags, job.job.whence = F_WRLCK if kind is None else as_int(kind), as_int(whence)
+    # What is undone is to be what was locked, wherever the offset and the end of the file are by then.
+    if job.job.whence == SEEK_CUR:
+        position = lseek(job.fd, 0, SEEK_CUR)
+    elif job.job.whence == SEEK_END and fstat(job.fd, &st) == 0:
+        position = st.st_size
+    if position >= 0:
+        job.job.whence = SEEK_SET
+        start += position
     job.job.offset, job.job.length = start, length
     job.job.waits_for_peer = True
     run(job)
     result_of(job, fd)
+
+
+def note_lock(Py_ssize_t fd, bint is_flock, bint is_got):
+    """A lock was got, or released, without waiting: whoever waits for it in this process has to know."""
+    coopos_lock_note(COOPOS_FLOCK if is_flock else COOPOS_SETLK, as_int(fd), is_got)
 
 
 def wait_flock(Py_ssize_t fd, Py_ssize_t operation):
