@@ -717,8 +717,9 @@ def test_program_in_a_signal_handler(call):
 import os
 outcome = []
 def handle(signum, frame):
+    if gevent.getcurrent() is not gevent.get_hub():
+        return signal.setitimer(signal.ITIMER_REAL, 0.005)
     try:
-        assert gevent.getcurrent() is gevent.get_hub()
         outcome.append({call})
     except BaseException as ex:
         outcome.append(ex)
