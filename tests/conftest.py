@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import resource
 
 import pytest
 
@@ -17,6 +18,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def _past():
+    # Some tests have 1,400 descriptors open, and most systems give 1,024 to who asks for no more.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     forget_the_past()
 
 

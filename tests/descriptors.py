@@ -27,10 +27,10 @@ import pytest
 import coopos
 from coopos import _workers
 
-from .support import DEADLINE_S, HAS_RWF_NOWAIT, TookTooLong, closing
+from .support import DEADLINE_S, TookTooLong, closing
 
-#: Whether coopos asks the kernel per call: it does not where it was told so.
-USES_NOWAIT = HAS_RWF_NOWAIT and os.environ.get("COOPOS_NOWAIT") != "0"
+#: Whether coopos asks the kernel per call: it does not where it was told so. Files know the flag since Linux 4.14, pipes since 6.3.
+USES_NOWAIT = hasattr(os, "RWF_NOWAIT") and os.environ.get("COOPOS_NOWAIT") != "0"
 needs_nowait_in_use = pytest.mark.skipif(not USES_NOWAIT, reason="no RWF_NOWAIT here, or COOPOS_NOWAIT=0")
 #: preadv2(2) and pwritev2(2), where the offset -1 means the current position, and a pipe has one.
 HAS_PREADV2 = hasattr(os, "RWF_NOWAIT")

@@ -608,6 +608,21 @@ def test_read_of_a_cached_file_takes_no_thread():
         assert coopos._workers.count_calls() == before
 
 
+@needs_nowait_in_use
+@pytest.mark.parametrize("size", [100, 4096, 8192])
+def test_end_of_a_cached_file_takes_no_thread(size):
+    """Linux 5.10 knows nothing of the page behind a file of whole pages, and says EAGAIN."""
+    with make_file(b"x" * size) as fd:
+        if not tells_whether_cached(fd):
+            pytest.skip("this file system can't tell")
+        os.lseek(fd, 0, os.SEEK_END)
+        before = coopos._workers.count_calls()
+        for read, _os_read in READS.values():
+            assert read(fd, 10) == b""
+        assert coopos.pread(fd, 10, size) == coopos.pread(fd, 10, size + 10_000) == b""
+        assert coopos._workers.count_calls() == before
+
+
 DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/urandom", "/proc/self/limits", "/proc/self/status"]
 
 
@@ -674,6 +689,10 @@ def test_read_exactly_ended_early_has_the_part_there_was(blocking, end, kind, tm
 def test_sendfile_of_more_than_fits(blocking, offset, kind, tmp_path):
     with make_file(LARGE) as file, make_ends(kind, tmp_path, blocking) as ends:
         clogged = clog(ends.writer)
+        if not blocking:
+            with contextlib.suppress(BlockingIOError):
+                os.sendfile(ends.writer, file, 0, 1)
+                pytest.skip("sendfile(2) finds room here where write(2) found none")
         greenlet = parked(coopos.sendfile, ends.writer, file, offset, len(LARGE))
         assert len(take(ends.reader, clogged)) == clogged
         if blocking:

@@ -1001,8 +1001,8 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
     if child is not None:
         child.collect(False, NULL)     # if somebody else has collected it, the pid may be another child's
     is_there = ask_now(P_PID, number, WEXITED | WNOWAIT, &report) == 0
-    if child is not None and child.state == ENDED and is_there:
-        child.drop()       # the pid is used again
+    if child is not None and child.state != ALIVE and is_there:
+        child.drop()       # the pid is used again, also where the kernel doesn't tell the status of the child that had it
         child = None
     if not is_there and (child is None or child.state != ENDED):
         raise os_error(errno, "watch", number)

@@ -219,7 +219,9 @@ cdef bint writes_on(int fd) noexcept:
 
 
 cdef bint is_at_end(int fd, off_t offset) noexcept:
-    """Whether an empty read of a regular file means its end. Before Linux 5.8 RWF_NOWAIT stopped short in the page cache."""
+    """Whether a read of a regular file that brought nothing means its end. Before Linux 5.8 RWF_NOWAIT stopped short in the cache;
+    and on 5.10 it says EAGAIN at the end of a file of whole pages, the page behind which is nowhere.
+    """
     cdef stat_t st
     if offset < 0:
         offset = lseek(fd, 0, SEEK_CUR)
@@ -250,7 +252,8 @@ cdef int step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
         raise os_error(err, call, move.fd)
     if err == EAGAIN:
         if move.offset >= 0 and is_always_ready(move.fd):
-            return IN_THREAD       # which the set would say, too
+            # which the set would say, too
+            return NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_THREAD
         if move.how == COOPOS_ASKED:
             move.how = COOPOS_GUARDED
             return AGAIN
@@ -258,7 +261,7 @@ cdef int step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
             return wait_as_terminal(move, n, call)
         if not wait_until_ready(move.fd, WRITE if move.writes else READ, call, move.may_stand):
             if is_always_ready(move.fd):
-                return IN_THREAD
+                return NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_THREAD
             take_turns(move.fd, call)
         if move.how == COOPOS_PLAIN:
             move.how = first_rung  # somebody may have changed the mode meanwhile
