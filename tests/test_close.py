@@ -729,13 +729,16 @@ def test_close_put_off_is_made_though_the_loop_has_nothing_else_to_do(watched):
 
     def read():
         at_end.set_result(theirs.recv(1))
-        loop.run_callback_threadsafe(heard.set)
+        news.send()
 
-    loop = get_hub().loop
+    news = get_hub().loop.async_()  # which also keeps the loop alive meanwhile
+    news.start(heard.set)
     threading.Thread(target=read, daemon=True).start()
     coopos.close(fd)
     with deadline():
         heard.wait()
+    news.stop()
+    news.close()
     assert at_end.result() == b""
 
 

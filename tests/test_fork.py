@@ -241,9 +241,12 @@ def test_fork_and_wait_a_thousand_times(fork, question, count):
         for _ in range({count}):
             fork_and_wait()
         gevent.idle()
-        until(lambda: psutil.Process().num_threads() <= before[1])  # one that was joined is still listed for a moment
+        # One that was joined is still listed for a moment, and a worker lingers, as it may have done before.
+        until(lambda: psutil.Process().num_threads() <= before[1])
         gc.collect()
-        assert belongings() == before, (before, belongings(), fd_names(), active_watchers())
+        after = belongings()
+        assert after[1] <= before[1] and (after[0], *after[2:]) == (before[0], *before[2:]), (
+            before, after, fd_names(), active_watchers())
     """)
 
 
@@ -267,7 +270,9 @@ def test_fork_with_callbacks_a_thousand_times():
             assert coopos.waitpid(pid, 0) == (pid, STATUS)
         gevent.idle()
         until(lambda: psutil.Process().num_threads() <= before[1])
-        assert belongings() == before, (before, belongings(), fd_names(), active_watchers())
+        after = belongings()
+        assert after[1] <= before[1] and (after[0], *after[2:]) == (before[0], *before[2:]), (
+            before, after, fd_names(), active_watchers())
     """)
 
 
