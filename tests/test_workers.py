@@ -18,6 +18,7 @@ import pytest
 
 import coopos
 from coopos import _parking, _workers
+from coopos._threadpool import lock_range
 
 from .descriptors import HeldPool, StandingWorkers, until
 from .support import (
@@ -755,6 +756,26 @@ def test_flock_killed_in_the_moment_of_success(path, two):
     coopos.flock(first, fcntl.LOCK_UN)
     greenlet.kill()
     assert not is_locked(path)
+
+
+class Index:
+    """An integer by __index__, which fcntl takes, and which has no bits to be asked for."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __index__(self):
+        return self.number
+
+
+def test_lock_by_an_object_that_is_an_index(path, two):
+    first, _ = two
+    for operation in (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN, fcntl.LOCK_EX):
+        assert coopos.flock(first, Index(operation)) is None
+        assert is_locked(path) == (operation != fcntl.LOCK_UN)
+        assert lock_range(first, Index(operation)) is None
+    for command in (os.F_LOCK, os.F_ULOCK, os.F_TLOCK, os.F_TEST):
+        assert coopos.lockf(first, Index(command), 0) is None
 
 
 def have_locked(path):

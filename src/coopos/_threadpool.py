@@ -370,7 +370,8 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     .. versionadded:: 0.1.0
     """
     number = _number(fd)
-    if operator.index(command) != os.F_LOCK:
+    command = operator.index(command)
+    if command != os.F_LOCK:
         posix.lockf(number, command, length)
         if command != os.F_TEST:
             _workers.note_lock(number, False, command != os.F_ULOCK)
@@ -411,7 +412,8 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     .. versionadded:: 0.1.0
     """
     number = _number(fd)
-    if operator.index(operation) & (fcntl.LOCK_NB | fcntl.LOCK_UN):
+    operation = operator.index(operation)
+    if operation & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_flock(number, operation)
         return _workers.note_lock(number, True, not operation & fcntl.LOCK_UN)
     try:
@@ -426,7 +428,8 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
 def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, whence: int = 0, /) -> None:
     """As fcntl.lockf, which patch() puts this in the place of, letting other greenlets run while another process has the lock."""
     number = _number(fd)
-    if operator.index(cmd) & (fcntl.LOCK_NB | fcntl.LOCK_UN):
+    cmd = operator.index(cmd)
+    if cmd & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_lockf(number, cmd, len, start, whence)
         return _workers.note_lock(number, False, not cmd & fcntl.LOCK_UN)
     try:
