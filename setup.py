@@ -71,22 +71,18 @@ except ImportError:  # where nothing is compiled: Windows, and whoever only asks
 else:
     greenlet_header = [os.path.dirname(greenlet.__file__)]
 
-extensions = [
-    Extension(
-        f"coopos.{name}",
-        [f"src/coopos/{name}.pyx"],
-        include_dirs=["src/coopos", *greenlet_header],
-        define_macros=macros,
-        extra_compile_args=compile_args,
-        extra_link_args=["-pthread"],
-        libraries=LIBRARIES.get(sys.platform, ["util"]),
-    )
-    for name in ("_parking", "_workers", "_core", "_owned", "_semaphores", "_children", "_wait", "_forking")
-]
-for extension in extensions:
-    # setuptools hands these to Cython when it builds the extension, and only then: asking for metadata compiles nothing.
-    extension.cython_directives = directives
-    extension.cython_c_in_temp = not LINETRACE
+core = Extension(
+    "coopos._core",
+    ["src/coopos/_core.pyx"],
+    include_dirs=["src/coopos", *greenlet_header],
+    define_macros=macros,
+    extra_compile_args=compile_args,
+    extra_link_args=["-pthread"],
+    libraries=LIBRARIES.get(sys.platform, ["util"]),
+)
+# setuptools hands these to Cython when it builds the extension, and only then: asking for metadata compiles nothing.
+core.cython_directives = directives
+core.cython_c_in_temp = not LINETRACE
 
 NO_COMPILER = """{}
 
@@ -128,7 +124,7 @@ class BuildPyWithoutCore(build_py):
 options = {"build_ext": {"force": True}}
 archives = {"sdist": Sdist, "bdist_wheel": BdistWheel}
 if os.name == "posix":
-    setup(ext_modules=extensions, cmdclass={**archives, "build_ext": BuildExt}, options=options)
+    setup(ext_modules=[core], cmdclass={**archives, "build_ext": BuildExt}, options=options)
 else:
     # py3-none-win_amd64, one wheel for every Python there: were it tagged `any`, pip elsewhere would prefer it to the sdist.
     options["bdist_wheel"] = {"plat_name": sysconfig.get_platform()}

@@ -147,7 +147,7 @@ def thread_ids():
 
 def count_questions():
     """How many questions about children workers are putting to the kernel; no worker has anything else to do meanwhile."""
-    return coopos._workers.count_begun()
+    return coopos._core.count_begun()
 
 
 def questions():

@@ -25,7 +25,7 @@ import gevent
 import pytest
 
 import coopos
-from coopos import _workers
+from coopos import _core
 
 from .support import DEADLINE_S, TookTooLong, closing
 
@@ -349,8 +349,8 @@ class HeldPool:
     """The workers while none begins with anything that a disk is waited for; a context manager."""
 
     def __enter__(self):
-        self._calls = _workers.count_calls()
-        self._limit = _workers.set_limit(0)
+        self._calls = _core.count_calls()
+        self._limit = _core.set_limit(0)
         return self
 
     def __exit__(self, *exc_info):
@@ -358,11 +358,11 @@ class HeldPool:
 
     def open(self):
         """Let them go on."""
-        _workers.set_limit(self._limit)
+        _core.set_limit(self._limit)
 
     def until_held(self, greenlet):
         """Let the hub run until a call is queued; False if *greenlet* is over without one."""
-        until(lambda: _workers.count_calls() > self._calls or greenlet.ready())
+        until(lambda: _core.count_calls() > self._calls or greenlet.ready())
         return not greenlet.ready()
 
 
@@ -370,19 +370,19 @@ class StandingWorkers:
     """The workers while they stand still just before the system call, which they have begun; a context manager."""
 
     def __enter__(self):
-        assert _workers.count_begun() == 0
-        _workers.hold(True)
+        assert _core.count_begun() == 0
+        _core.hold(True)
         return self
 
     def __exit__(self, *exc_info):
         self.go_on()
 
     def go_on(self):
-        _workers.hold(False)
+        _core.hold(False)
 
     def until_begun(self, greenlet, count=1):
         """Let the hub run until so many calls have begun; False if *greenlet* is over without."""
-        until(lambda: _workers.count_begun() >= count or greenlet.ready())
+        until(lambda: _core.count_begun() >= count or greenlet.ready())
         return not greenlet.ready()
 
 
@@ -394,7 +394,7 @@ def until(holds):
 
 def let_threads_end():
     """Let the workers do all that they were given."""
-    until(lambda: not _workers.count_begun())
+    until(lambda: not _core.count_begun())
 
 
 @contextlib.contextmanager

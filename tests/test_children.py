@@ -1458,7 +1458,7 @@ FALLBACK
 import contextlib, io
 with contextlib.redirect_stdout(io.StringIO()) as report:
     coopos.doctor()
-counted = coopos._children.count_refusals()
+counted = coopos._core.count_refusals()
 assert list(counted) == [errno.{err}] and counted[errno.{err}] >= 4, counted
 assert f"pidfds refused in this process: {err} {{counted[errno.{err}]}} times" in report.getvalue(), report.getvalue()
 """)

@@ -179,7 +179,7 @@ import coopos.subprocess
 gevent.get_hub()
 def run():
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], os.environ)
-    child = coopos._children.watch_new(pid, print, None, True, needs_hub=False)
+    child = coopos._core.watch_new(pid, print, None, True, needs_hub=False)
     child.join()
     assert child.rstatus == 7 << 8
     pid = coopos.posix_spawn("/bin/true", ["true"], {})

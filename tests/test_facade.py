@@ -16,7 +16,7 @@ import gevent.os
 import pytest
 
 import coopos
-from coopos import _parking
+from coopos import _core
 
 from .support import run_script
 
@@ -131,12 +131,12 @@ def test_builtin_that_calls_a_function_of_python():
         """Say what it is given."""
         return args, kwargs
 
-    builtin = _parking.as_builtin(function, "(*args, **kwargs)", __name__)
+    builtin = _core.as_builtin(function, "(*args, **kwargs)", __name__)
     assert builtin(1, 2, name=3) == ((1, 2), {"name": 3})
     assert builtin() == ((), {})
     assert (builtin.__doc__, str(inspect.signature(builtin))) == (function.__doc__, "(*args, **kwargs)")
     with pytest.raises(ZeroDivisionError):
-        _parking.as_builtin(lambda: 1 / 0, "()", __name__)()
+        _core.as_builtin(lambda: 1 / 0, "()", __name__)()
 
 
 def test_star_import_brings_all_and_nothing_else():

@@ -26,7 +26,7 @@ os.register_at_fork(after_in_child=wait_in_child)
 
 import gevent, gevent.event, gevent.monkey, coopos, coopos.subprocess
 from gevent.hub import get_hub
-from coopos import _forking
+from coopos import _core
 
 fork = coopos.fork
 plain_fork = gevent.monkey.get_original("os", "fork")
@@ -681,9 +681,9 @@ def test_greenlets_object_structure_is_checked():
         class NoGreenlet:
             __slots__ = ("a", "b", "c")
 
-        _forking.check_greenlet(greenlet.greenlet)
+        _core.check_greenlet(greenlet.greenlet)
         for kind in (Slotted, NoGreenlet, int, object):
-            assert raises(NotImplementedError, _forking.check_greenlet, kind), kind
+            assert raises(NotImplementedError, _core.check_greenlet, kind), kind
     """)
 
 

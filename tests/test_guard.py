@@ -249,27 +249,27 @@ def test_worker_is_interrupted_and_no_handler_of_the_programs_hears_of_it(name, 
     run_script(
         f"""
         import os, signal, gevent, coopos
-        from coopos import _workers
+        from coopos import _core
         path = {os.fspath(tmp_path / "fifo")!r}
         os.mkfifo(path)
 
         def wait_and_be_killed():
             greenlet = gevent.spawn(coopos.open, path, os.O_RDONLY)
-            while not _workers.count_begun():
+            while not _core.count_begun():
                 gevent.sleep(0.001)
             return greenlet
 
         calls = []
         wait_and_be_killed().kill()
-        assert not _workers.count_begun()
+        assert not _core.count_begun()
         greenlet = wait_and_be_killed()
         signal.signal(signal.{name}, lambda *args: calls.append(args))
         greenlet.kill()
-        wait_and_be_killed().kill() if not _workers.count_begun() else os.close(os.open(path, os.O_RDWR))
-        while _workers.count_begun():
+        wait_and_be_killed().kill() if not _core.count_begun() else os.close(os.open(path, os.O_RDWR))
+        while _core.count_begun():
             gevent.sleep(0.001)
         wait_and_be_killed().kill()
-        assert not _workers.count_begun() and not calls
+        assert not _core.count_begun() and not calls
         """
     )
 

@@ -140,7 +140,7 @@ def test_kernel_that_has_rwf_nowait_for_files_alone(tmp_path, writes):
     (tmp_path / "file").write_bytes(b"0123456789" * 1000)
     out = run_script("""
         import errno, os, socket, gevent, coopos
-        from coopos import _core, _doctor, _workers
+        from coopos import _core, _doctor
 
         gevent.sleep(0)            # without a hub no call goes to a worker
         fd = os.open("file", os.O_RDWR)
@@ -156,10 +156,10 @@ def test_kernel_that_has_rwf_nowait_for_files_alone(tmp_path, writes):
         assert coopos.readv(fd, [buffer]) == coopos.preadv(fd, [buffer], 5) == coopos.readinto(fd, buffer) == 100
         with coopos.fdopen(os.dup(fd), "rb") as file:
             assert len(file.read()) == 10_000 - 210
-        assert _workers.count_calls() == 0
+        assert _core.count_calls() == 0
         assert coopos.pwrite(fd, b"abc", 0) == 3 and coopos.writev(fd, [b"x", b"yz"]) == 3
         assert os.pread(fd, 4, 0) == b"abc3" and os.pread(fd, 10, 10_000) == b"xyz"
-        assert _workers.count_calls() == 2
+        assert _core.count_calls() == 2
         for call in (os.pwritev, coopos.pwritev):
             try:
                 call(fd, [b"x"] * 2000, 0)
@@ -174,7 +174,7 @@ def test_kernel_that_has_rwf_nowait_for_files_alone(tmp_path, writes):
             assert not waiting.ready()
             assert coopos.write(writer, b"abc") == 3
             assert waiting.get() == b"abc"
-        assert _workers.count_calls() == 2
+        assert _core.count_calls() == 2
         _doctor.main()
     """, at=tmp_path / "script.py", LD_PRELOAD=library, COOPOS_NOWAIT=None, under=["env", "-C", os.fspath(tmp_path)])
     if "not on this" in out:

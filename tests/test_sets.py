@@ -14,7 +14,7 @@ import pytest
 from gevent.hub import get_hub
 
 import coopos
-from coopos import _parking
+from coopos import _core
 
 from .support import (
     HubThread,
@@ -58,7 +58,7 @@ def test_many_waits_leave_nothing():
         waiters = None
         turn_loop()
         gc.collect()
-        count = sum(isinstance(each, _parking.Wait) or type(each).__name__ == "io" for each in gc.get_objects())
+        count = sum(isinstance(each, _core.Wait) or type(each).__name__ == "io" for each in gc.get_objects())
         before = count if before is None else before
     assert count <= before
 
@@ -177,8 +177,8 @@ def test_number_closed_by_others_and_used_again_is_another_file():
 def test_wait_for_what_is_closed_is_ebadf():
     with make_pipe() as (reader, _writer):
         os.close(reader)
-        assert error_of(_parking.wait_for_any, [(reader, _parking.READ)], "select") == BAD_FD
-        assert error_of(_parking.wait_for_any, [(-1, _parking.READ)], "select") == BAD_FD
+        assert error_of(_core.wait_for_any, [(reader, _core.READ)], "select") == BAD_FD
+        assert error_of(_core.wait_for_any, [(-1, _core.READ)], "select") == BAD_FD
 
 
 def test_wait_for_a_number_whose_close_is_put_off_is_ebadf():
@@ -201,7 +201,7 @@ def test_wait_for_a_file_that_is_always_ready_takes_a_turn(tmp_path):
     turns = []
     with (tmp_path / "file").open("w") as file:
         get_hub().loop.run_callback(turns.append, 1)
-        _parking.wait_for_any([(file.fileno(), _parking.READ)], "select")
+        _core.wait_for_any([(file.fileno(), _core.READ)], "select")
         assert turns == [1]
 
 

@@ -1371,7 +1371,7 @@ def test_child_that_can_not_be_watched(monkeypatch):
     def refuse(*args, **kwargs):
         raise BlockingIOError(errno.EAGAIN, "no thread")
 
-    monkeypatch.setattr(subprocess._children, "watch_new", refuse)
+    monkeypatch.setattr(subprocess._core, "watch_new", refuse)
     before = open_fds()
     assert error_of(subprocess.Popen, ["sleep", "100"], stdout=PIPE) == (BlockingIOError, errno.EAGAIN)
     assert has_no_child()

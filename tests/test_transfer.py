@@ -160,12 +160,12 @@ def test_writev_of_any_buffers_is_that_of_os(blocking, kind, tmp_path):
 @each_mode
 def test_read_waits_while_others_run_and_takes_no_thread(blocking, kind, tmp_path):
     with make_ends(kind, tmp_path, blocking) as ends:
-        flags, in_pool = flags_of(ends.reader), coopos._workers.count_calls()
+        flags, in_pool = flags_of(ends.reader), coopos._core.count_calls()
         for read, _os_read in READS.values():
             greenlet = parked(read, ends.reader, 100)
             assert flags_of(ends.reader) == flags
             assert result_of(greenlet) == ends.feed() if greenlet.ready() else ends.feed() == result_of(greenlet)
-        assert coopos._workers.count_calls() == in_pool
+        assert coopos._core.count_calls() == in_pool
 
 
 @each_kind
@@ -282,14 +282,14 @@ def test_write_of_what_fits_is_that_of_os(blocking, kind, tmp_path):
 @each_mode
 def test_write_waits_for_room_while_others_run_and_takes_no_thread(blocking, kind, tmp_path):
     with make_ends(kind, tmp_path, blocking) as ends:
-        flags, in_pool = flags_of(ends.writer), coopos._workers.count_calls()
+        flags, in_pool = flags_of(ends.writer), coopos._core.count_calls()
         for write, _os_write in WRITES.values():
             size = clog(ends.writer)
             greenlet = parked(write, ends.writer, b"y")
             assert flags_of(ends.writer) == flags
             assert take(ends.reader, size + 1).endswith(b"xy")
             assert result_of(greenlet) == 1
-        assert coopos._workers.count_calls() == in_pool
+        assert coopos._core.count_calls() == in_pool
 
 
 @each_fillable
@@ -601,11 +601,11 @@ def test_read_of_a_cached_file_takes_no_thread():
     with make_file(b"x" * 100) as fd:
         if not tells_whether_cached(fd):
             pytest.skip("this file system can't tell")
-        before = coopos._workers.count_calls()
+        before = coopos._core.count_calls()
         for read, _os_read in READS.values():
             assert read(fd, 10) == b"x" * 10
         assert coopos.pread(fd, 10, 0) == b"x" * 10
-        assert coopos._workers.count_calls() == before
+        assert coopos._core.count_calls() == before
 
 
 @needs_nowait_in_use
@@ -616,11 +616,11 @@ def test_end_of_a_cached_file_takes_no_thread(size):
         if not tells_whether_cached(fd):
             pytest.skip("this file system can't tell")
         os.lseek(fd, 0, os.SEEK_END)
-        before = coopos._workers.count_calls()
+        before = coopos._core.count_calls()
         for read, _os_read in READS.values():
             assert read(fd, 10) == b""
         assert coopos.pread(fd, 10, size) == coopos.pread(fd, 10, size + 10_000) == b""
-        assert coopos._workers.count_calls() == before
+        assert coopos._core.count_calls() == before
 
 
 DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/urandom", "/proc/self/limits", "/proc/self/status"]

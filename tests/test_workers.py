@@ -17,7 +17,7 @@ import gevent
 import pytest
 
 import coopos
-from coopos import _parking, _workers
+from coopos import _core
 from coopos._threadpool import lock_range
 
 from .descriptors import HeldPool, StandingWorkers, until
@@ -136,7 +136,7 @@ def test_sendfile_that_waits_for_room_when_its_file_is_closed():
     with make_file(b"x" * 100) as source, make_file(b"y" * 100) as other, make_pipe() as (_, writer):
         clog(writer)
         greenlet = parked(coopos.sendfile, writer, source, 0, 100)
-        until(lambda: _parking.awaited(writer))
+        until(lambda: _core.awaited(writer))
         coopos.close(source)
         assert os.dup(other) == source
         assert outcome_of(greenlet) == BAD_FD
@@ -199,7 +199,7 @@ def test_close_that_is_put_off_is_made_though_the_hub_is_gone():
     with make_file() as fd, StandingWorkers() as workers:
         with HubThread() as thread:
             greenlet = thread.call(gevent.spawn, coopos.fsync, fd)
-            until(_workers.count_begun)
+            until(_core.count_begun)
             coopos.close(fd)
             thread.call(greenlet.kill)
         assert error_of(os.fstat, fd) == (None, os.fstat(fd))
@@ -263,9 +263,9 @@ def test_call_that_never_ends_is_left_to_its_worker(monkeypatch):
             pytest.skip("it takes no thread here")
         greenlet.kill(timeout=DEADLINE_S)
         assert greenlet.ready()
-        assert _workers.count_begun() == 1
+        assert _core.count_begun() == 1
         workers.go_on()
-        until(lambda: not _workers.count_begun())
+        until(lambda: not _core.count_begun())
         assert os.lseek(fd, 0, os.SEEK_CUR) == 0
         coopos.fsync(fd)  # the next call tidies up
 
@@ -306,7 +306,7 @@ def test_splice_to_a_socket_that_nobody_reads_holds_up_no_disk():
     """Neither while it waits nor when it was killed."""
     if not hasattr(coopos, "splice"):
         pytest.skip("no splice")
-    before = _workers.set_limit(1)
+    before = _core.set_limit(1)
     try:
         with contextlib.ExitStack() as stack, make_file() as fd:
             greenlets = []
@@ -322,16 +322,16 @@ def test_splice_to_a_socket_that_nobody_reads_holds_up_no_disk():
             coopos.fsync(fd)
             gevent.killall(greenlets, timeout=DEADLINE_S)
             coopos.fsync(fd)
-            until(lambda: not _workers.count_begun())
+            until(lambda: not _core.count_begun())
     finally:
-        _workers.set_limit(before)
+        _core.set_limit(before)
 
 
 # ---- limits and order --------------------------------------------------------------------------------------------------------
 
 
 def test_disk_work_is_bounded_and_made_in_order_of_arrival():
-    before = _workers.set_limit(0)
+    before = _core.set_limit(0)
     done = []
 
     def truncate(fd, n):
@@ -341,30 +341,30 @@ def test_disk_work_is_bounded_and_made_in_order_of_arrival():
     try:
         with make_file() as fd:
             greenlets = [parked(truncate, fd, n) for n in range(20)]
-            assert _workers.count_begun() == 0
-            _workers.set_limit(1)
+            assert _core.count_begun() == 0
+            _core.set_limit(1)
             gevent.joinall(greenlets, raise_error=True)
             assert done == list(range(20))
             assert os.fstat(fd).st_size == 19
     finally:
-        _workers.set_limit(before)
+        _core.set_limit(before)
 
 
 def test_what_waits_for_another_party_takes_no_place_at_the_disks(tmp_path):
     path = tmp_path / "fifo"
     os.mkfifo(path)
-    before = _workers.set_limit(1)
+    before = _core.set_limit(1)
     try:
         with make_file() as fd:
             greenlets = [parked(coopos.open, path, os.O_RDONLY) for _ in range(5)]
             coopos.fsync(fd)
             gevent.killall(greenlets)
     finally:
-        _workers.set_limit(before)
+        _core.set_limit(before)
 
 
 def test_limit_is_read_from_the_environment():
-    out = run_script("from coopos import _workers; print(_workers.set_limit(1))", COOPOS_THREADS="3")
+    out = run_script("from coopos import _core; print(_core.set_limit(1))", COOPOS_THREADS="3")
     assert out.strip() == "3"
 
 
@@ -423,12 +423,12 @@ def test_exit_does_not_wait_for_another_party(tmp_path):
 def test_forked_child_asks_again_what_had_not_begun_and_what_can_be_asked_twice():
     run_script("""
         import os, sys, tempfile, traceback, gevent, coopos
-        from coopos import _workers
+        from coopos import _core
         file = tempfile.TemporaryFile()
         file.write(b"content")
         file.flush()
-        for hold, go_on in [(lambda: _workers.set_limit(0), lambda: _workers.set_limit(9)),
-                            (lambda: _workers.hold(True), lambda: _workers.hold(False))]:
+        for hold, go_on in [(lambda: _core.set_limit(0), lambda: _core.set_limit(9)),
+                            (lambda: _core.hold(True), lambda: _core.hold(False))]:
             hold()
             greenlets = [gevent.spawn(coopos.ftruncate, file.fileno(), 3), gevent.spawn(coopos.fsync, file.fileno())]
             gevent.sleep(0)
@@ -455,11 +455,11 @@ def test_forked_child_asks_again_what_had_not_begun_and_what_can_be_asked_twice(
 def test_forked_child_is_told_that_its_parent_may_have_written():
     run_script("""
         import errno, os, sys, tempfile, traceback, gevent, coopos
-        from coopos import _workers
+        from coopos import _core
         file = tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        _workers.hold(True)
+        _core.hold(True)
         greenlet = gevent.spawn(coopos.write, file.fileno(), b"content")
-        while not _workers.count_begun() and not greenlet.ready():
+        while not _core.count_begun() and not greenlet.ready():
             gevent.sleep(0.001)
         if greenlet.ready():
             sys.exit(0)
@@ -476,7 +476,7 @@ def test_forked_child_is_told_that_its_parent_may_have_written():
                 traceback.print_exc()
             finally:
                 os._exit(status)
-        _workers.hold(False)
+        _core.hold(False)
         assert greenlet.get(timeout=20) == 7
         assert coopos.waitpid(pid, 0) == (pid, 0)
         assert os.pread(file.fileno(), 100, 0) == b"content"
@@ -789,9 +789,9 @@ def let_go_in_one_turn(holder):
     holder.stdin.close()
     holder.wait()
     deadline = time.monotonic() + DEADLINE_S
-    while _workers.count_begun() and time.monotonic() < deadline:
+    while _core.count_begun() and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert not _workers.count_begun()
+    assert not _core.count_begun()
 
 
 @pytest.mark.parametrize("kind", ["flock", "lockf"])
@@ -802,7 +802,7 @@ def test_lock_that_two_have_got_stays_when_one_is_killed(kind, path, two):
     with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         killed, other, last = (gevent.spawn(lock, fd, *args) for fd in (first, second, second))
-        until(lambda: _workers.count_begun() == 3)
+        until(lambda: _core.count_begun() == 3)
         let_go_in_one_turn(holder)
     killed.kill()
     assert result_of(other) is None
@@ -818,7 +818,7 @@ def test_lockf_of_a_killed_greenlet_is_undone_where_it_was(path, two):
     with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         greenlet = gevent.spawn(coopos.lockf, fd, os.F_LOCK, 10)
-        until(lambda: _workers.count_begun() == 1)
+        until(lambda: _core.count_begun() == 1)
         os.lseek(fd, 50, os.SEEK_SET)
         let_go_in_one_turn(holder)
     greenlet.kill()
@@ -832,11 +832,11 @@ def test_lock_of_a_closed_number_is_undone_before_the_number_is_used_again(path,
     fcntl.flock(holder, fcntl.LOCK_EX)
     with StandingWorkers() as workers:     # which hear of no signal
         greenlet = gevent.spawn(coopos.flock, number, fcntl.LOCK_EX)
-        until(_workers.count_begun)
+        until(_core.count_begun)
         fcntl.flock(holder, fcntl.LOCK_UN)
         workers.go_on()
         deadline = time.monotonic() + DEADLINE_S
-        while _workers.count_begun() and time.monotonic() < deadline:
+        while _core.count_begun() and time.monotonic() < deadline:
             time.sleep(0.001)
     coopos.close(number)
     assert os.open(tmp_path / "other", os.O_RDWR) == number
@@ -883,7 +883,7 @@ def test_patch_puts_the_locks_into_fcntl(path):
 def test_write_without_a_descriptor_or_a_thread_to_wait_by_is_made_all_the_same():
     run_script("""
         import os, resource, tempfile, gevent, coopos
-        from coopos import _workers
+        from coopos import _core
         gevent.get_hub()
         with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
             lowest = os.dup(file.fileno())
@@ -904,12 +904,12 @@ def test_write_without_a_descriptor_or_a_thread_to_wait_by_is_made_all_the_same(
 def test_thread_without_a_hub_makes_the_call_itself():
     with make_file(b"content") as fd:
         results = []
-        before = _workers.count_calls()
+        before = _core.count_calls()
         thread = threading.Thread(target=lambda: results.append((coopos.ftruncate(fd, 3), coopos.read(fd, 10))))
         thread.start()
         thread.join()
         assert results == [(None, b"con")]
-        assert _workers.count_calls() == before
+        assert _core.count_calls() == before
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's eventfds")
@@ -918,12 +918,12 @@ def test_result_that_arrives_while_the_bell_is_full():
     before = open_fds()
     with make_file() as fd, StandingWorkers() as workers:
         waiter = parked(coopos.fsync, fd)
-        until(_workers.count_begun)
+        until(_core.count_begun)
         [bell] = [number for number, name in open_fds().items() if "eventfd" in name and number not in before]
         os.write(bell, (2**64 - 2).to_bytes(8, sys.byteorder))
         assert error_of(os.write, bell, (1).to_bytes(8, sys.byteorder)) == (BlockingIOError, errno.EAGAIN)
         workers.go_on()
-        while _workers.count_begun():  # the hub has no turn
+        while _core.count_begun():  # the hub has no turn
             time.sleep(0)
         assert result_of(waiter) is None
 

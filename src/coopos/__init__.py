@@ -47,6 +47,8 @@ _forms: list[str] = []
 if hasattr(_os, "fork"):
     from coopos import _copying
     from coopos._core import (
+        close as close,
+        closerange as closerange,
         make_nonblocking as make_nonblocking,
         nb_read as nb_read,
         nb_write as nb_write,
@@ -56,6 +58,11 @@ if hasattr(_os, "fork"):
         read_exactly as read_exactly,
         readinto as readinto,
         readv as readv,
+        wait as wait,
+        wait3 as wait3,
+        wait4 as wait4,
+        wait_exit as wait_exit,
+        waitpid as waitpid,
         write as write,
         write_all as write_all,
         writev as writev,
@@ -68,7 +75,6 @@ if hasattr(_os, "fork"):
         register_at_fork as register_at_fork,
         watch as watch,
     )
-    from coopos._parking import close as close, closerange as closerange
     from coopos._programs import (  # type: ignore[assignment]
         popen as popen,
         spawnl as spawnl,
@@ -99,13 +105,6 @@ if hasattr(_os, "fork"):
         truncate as truncate,
         urandom as urandom,
     )
-    from coopos._wait import (
-        wait as wait,
-        wait3 as wait3,
-        wait4 as wait4,
-        wait_exit as wait_exit,
-        waitpid as waitpid,
-    )
     from coopos.io import FileIO as FileIO, fdopen as fdopen  # type: ignore[no-redef]
 
     for _name in ("sendfile", "splice", "copy_file_range"):
@@ -120,7 +119,7 @@ if hasattr(_os, "fork"):
         del globals()[_name]
     _wait_family = ["waitpid", "wait", "wait3", "wait4"]
     if hasattr(_os, "waitid"):
-        from coopos._wait import waitid as waitid
+        from coopos._core import waitid as waitid
 
         _wait_family += ["waitid"]
     _forms += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange", "fdopen"]
@@ -154,7 +153,7 @@ if hasattr(_os, "fork"):
 
 
 if hasattr(_os, "fork"):
-    from coopos._parking import as_builtin as _as_builtin
+    from coopos._core import as_builtin as _as_builtin
 
     # What is builtin in os is so here, too, and no method of a class whose attribute it is. What is compiled is builtin already.
     _is_watching = not _config.disable_watch_children

@@ -17,8 +17,8 @@ import stat
 import sys
 from typing import TYPE_CHECKING, Any
 
-from coopos import _core, _workers
-from coopos._parking import READ, WRITE, InFlight, wait_until_ready, yield_turn
+from coopos import _core
+from coopos._core import READ, WRITE, InFlight, wait_until_ready, yield_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -210,7 +210,7 @@ if _sendfile and not _TAKES_HEADERS:
             wait_until_ready(out_fd, WRITE, "sendfile")
             call.check()
             if os.get_blocking(in_fd) or os.get_blocking(out_fd):
-                return _workers.transfer("sendfile", in_fd, None, out_fd, None, count, waits_for_peer=True)
+                return _core.transfer("sendfile", in_fd, None, out_fd, None, count, waits_for_peer=True)
             with contextlib.suppress(BlockingIOError):
                 return posix.sendfile(out_fd, in_fd, None, count)
             yield_turn()
@@ -267,7 +267,7 @@ if hasattr(posix, "splice"):
                 with contextlib.suppress(BlockingIOError):
                     if is_sure:
                         return posix.splice(src, dst, count, *args)
-                    return _workers.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer)
+                    return _core.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer)
                 call.check()
                 wait_until_ready(src, READ, "splice")
                 call.check()
@@ -307,4 +307,4 @@ if hasattr(posix, "copy_file_range"):
         """
         if not _is_plausible(dst, src, count, offset_src, offset_dst):
             return posix.copy_file_range(src, dst, count, offset_src, offset_dst)  # which says what is wrong
-        return _workers.transfer("copy_file_range", src, offset_src, dst, offset_dst, count)
+        return _core.transfer("copy_file_range", src, offset_src, dst, offset_dst, count)

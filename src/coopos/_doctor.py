@@ -56,7 +56,7 @@ def _nonblocking(read_fd: int, write_fd: int) -> str:
 
 
 def _counts() -> list[int]:
-    return [coopos._workers.count_calls(), coopos._core.count_guarded_calls(), coopos._core.count_dontwait_calls()]
+    return [coopos._core.count_calls(), coopos._core.count_guarded_calls(), coopos._core.count_dontwait_calls()]
 
 
 def _mechanism(call: Callable[[], object], wanted: object) -> str:
@@ -165,7 +165,7 @@ def check_close() -> str:
 
 
 def check_child() -> str:
-    ended: list[coopos._children.Child] = []
+    ended: list[coopos._core.Child] = []
     pid = coopos.fork_and_watch(ended.append)
     if pid == 0:
         os._exit(7)
@@ -229,7 +229,7 @@ def main() -> int:
             failed += 1
             print(f"{name:15} FAILED  {type(ex).__name__}: {ex}")
     if HAS_CORE:
-        refusals = coopos._children.count_refusals().items()
+        refusals = coopos._core.count_refusals().items()
         counts = ", ".join(f"{errno.errorcode.get(code, code)} {count} times" for code, count in refusals)
         print(f"pidfds refused in this process: {counts or 'none'}")
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} are well")

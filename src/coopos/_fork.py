@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gevent.os
 from gevent._config import config
 
-from coopos import _children, _core, _forking, _parking, _sigchld
+from coopos import _core, _sigchld
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def _tell_sigchld_handlers() -> None:
 
 
 _sigchld.begin()
-_children.set_child_hook(_tell_sigchld_handlers)
+_core.set_child_hook(_tell_sigchld_handlers)
 
 @contextlib.contextmanager
 def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
@@ -52,11 +52,11 @@ def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
 
     .. versionadded:: 0.1.0
     """
-    token = _forking.policy.set(bool(keep_greenlets))
+    token = _core.policy.set(bool(keep_greenlets))
     try:
         yield
     finally:
-        _forking.policy.reset(token)
+        _core.policy.reset(token)
 
 
 def register_at_fork(
@@ -94,7 +94,7 @@ def register_at_fork(
     if others:
         os.register_at_fork(**others)
     if after_in_child is not None:
-        _forking.register_hook(after_in_child)
+        _core.register_hook(after_in_child)
 
 
 def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
@@ -127,7 +127,7 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
 
     .. versionadded:: 0.1.0
     """
-    return _forking.fork_process(keep_greenlets)
+    return _core.fork_process(keep_greenlets)
 
 
 def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -154,7 +154,7 @@ def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, in
 
     .. versionadded:: 0.1.0
     """
-    return _forking.forkpty_process(keep_greenlets, winsize)
+    return _core.forkpty_process(keep_greenlets, winsize)
 
 
 def read_pty(fd: int, n: int) -> bytes:
@@ -180,7 +180,7 @@ def read_pty(fd: int, n: int) -> bytes:
 
     .. versionadded:: 0.1.0
     """
-    return _parking.outright(_read_pty, fd, n)
+    return _core.outright(_read_pty, fd, n)
 
 
 def _read_pty(fd: int, n: int) -> bytes:
@@ -196,7 +196,7 @@ def _check(callback: object, loop: object) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, not {callback!r}")
     if loop is not None:
-        _children.check_loop(loop)
+        _core.check_loop(loop)
 
 
 def fork_and_watch(
@@ -233,9 +233,9 @@ def fork_and_watch(
     """
     _check(callback, loop)
     notes: dict[int, Any] = {}
-    pid = _forking.fork_to_watch(fork, notes, keep_greenlets)
+    pid = _core.fork_to_watch(fork, notes, keep_greenlets)
     if pid:
-        _children.watch_new(pid, callback, loop, ref, notes)
+        _core.watch_new(pid, callback, loop, ref, notes)
     return pid
 
 
@@ -274,10 +274,10 @@ def forkpty_and_watch(
     _check(callback, loop)
     how = {} if winsize is None else {"winsize": winsize}
     notes: dict[int, Any] = {}
-    pid, master_fd = _forking.fork_to_watch(forkpty, notes, keep_greenlets, **how)
+    pid, master_fd = _core.fork_to_watch(forkpty, notes, keep_greenlets, **how)
     if pid:
         try:
-            _children.watch_new(pid, callback, loop, ref, notes)
+            _core.watch_new(pid, callback, loop, ref, notes)
         except BaseException:
             os.close(master_fd)
             raise
@@ -289,7 +289,7 @@ def watch(
     callback: Callable[[Any], object] | None = None,
     loop: Any = None,
     ref: bool = False,
-) -> _children.Child:
+) -> _core.Child:
     """Watch a child that somebody else has made, as :func:`fork_and_watch` does its own.
 
     From now on it is collected when it ends, and its status kept for :func:`waitpid`. A child may be watched several times, in
@@ -318,7 +318,7 @@ def watch(
     .. versionadded:: 0.1.0
     """
     _check(callback, loop)
-    return _children.watch_any(pid, callback, loop, ref)
+    return _core.watch_any(pid, callback, loop, ref)
 
 
 if config.disable_watch_children:

@@ -13,7 +13,7 @@ from typing import Any
 from gevent.hub import _get_hub as get_hub_if_exists, sleep  # type: ignore[attr-defined]
 from greenlet import getcurrent
 
-from coopos import _forking
+from coopos import _core
 
 #: How long a fork sleeps until it looks again. Who has the lock may be of another thread, which can't easily wake this hub.
 POLL_S = 0.001
@@ -59,4 +59,4 @@ def wait_before_fork() -> None:
         sleep(POLL_S)
 
 
-_forking.call_last(wait_before_fork)
+_core.call_last(wait_before_fork)

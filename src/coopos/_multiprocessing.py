@@ -39,7 +39,7 @@ from gevent import get_hub, spawn
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original, is_module_patched
 
-from coopos import _core, _fork, _parking, _semaphores, io as coopos_io
+from coopos import _core, _fork, io as coopos_io
 from coopos._standins import CooperativeSelector, over
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _send_bytes(connection: Any, buf: Any) -> None:
         raise
 
 
-def _close(connection: Any, close: Callable[[int], None] = _parking.close) -> None:
+def _close(connection: Any, close: Callable[[int], None] = _core.close) -> None:
     """``Connection._close``: who waits for the descriptor is told. Called late, when a module's names may be gone."""
     close(connection._handle)
 
@@ -173,7 +173,7 @@ def _in_hub_plainly(make_client: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make_client)
     def connect(address: Any) -> Any:
-        if _parking.can_give_way():
+        if _core.can_give_way():
             return make_client(address)
         from multiprocessing import connection
 
@@ -189,19 +189,19 @@ class _DuplicatedSocket(get_original("socket", "socket")):  # type: ignore[misc]
     """A Connection's socket, to send and receive descriptors with: gevent's would leave it in non-blocking mode for everybody."""
 
     def _wait(self, events: int, call: str) -> None:
-        if _parking.can_give_way():
-            _parking.wait_until_ready(self.fileno(), events, call)
+        if _core.can_give_way():
+            _core.wait_until_ready(self.fileno(), events, call)
 
     def sendmsg(self, *args: Any) -> int:
-        self._wait(_parking.WRITE, "sendmsg")
+        self._wait(_core.WRITE, "sendmsg")
         return super().sendmsg(*args)  # type: ignore[no-any-return]
 
     def recvmsg(self, *args: Any) -> Any:
-        self._wait(_parking.READ, "recvmsg")
+        self._wait(_core.READ, "recvmsg")
         return super().recvmsg(*args)
 
     def recv(self, *args: Any) -> bytes:
-        self._wait(_parking.READ, "recv")
+        self._wait(_core.READ, "recv")
         return super().recv(*args)  # type: ignore[no-any-return]
 
 
@@ -213,7 +213,7 @@ def _from_fd(fd: int, family: int, kind: int) -> _DuplicatedSocket:
 
 
 def _make_semlock(plain: Any) -> type:
-    class SemLock(_semaphores.Semaphore):
+    class SemLock(_core.Semaphore):
         """``_multiprocessing.SemLock``, which owns and waits greenlet by greenlet."""
 
         __slots__ = ()
@@ -246,7 +246,7 @@ def _wait_for_condition(condition: Any, timeout: float | None = None) -> bool:
         thrown = ex
     condition._woken_count.release()
     try:
-        if isinstance(lock._semlock, _semaphores.Semaphore):
+        if isinstance(lock._semlock, _core.Semaphore):
             lock._semlock.take_back(count, thrown)
         else:  # made before the patch: it waits as a thread, and nothing is thrown in
             for _ in range(count):
@@ -386,7 +386,7 @@ def _in_another_greenlet(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wait(*args: Any, **kwargs: Any) -> Any:
-        return spawn(function, *args, **kwargs).get() if _parking.can_give_way() else function(*args, **kwargs)
+        return spawn(function, *args, **kwargs).get() if _core.can_give_way() else function(*args, **kwargs)
 
     return wait
 
@@ -491,7 +491,7 @@ def _in_a_greenlet_nobody_knows(tell_manager: Callable[..., Any]) -> Callable[..
             tls.connection.close()
             del tls.connection
         args.update(tls=None, idset=set())
-        if not _parking.can_give_way():
+        if not _core.can_give_way():
             tell_manager(**args)
             return
         greenlet = spawn(tell_manager, **args)

@@ -73,11 +73,11 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
     *on_child* is a method of the Popen. Where somebody else has collected the child and its status is lost, it isn't called, since
     it would make up a returncode.
     """
-    from coopos import _children, _forking
+    from coopos import _core
 
     popen = on_child.__self__
 
-    def ended(child: _children.Child) -> None:
+    def ended(child: _core.Child) -> None:
         try:
             child.rstatus  # noqa: B018
         except ChildProcessError as ex:
@@ -86,9 +86,9 @@ def _fork_and_watch_for_popen(on_child: Any, loop: Any, ref: bool, fork: object)
             on_child(child)
 
     notes: dict[int, Any] = {}
-    pid = _forking.fork_to_watch(_forking.fork_process, notes, is_exec=True)
+    pid = _core.fork_to_watch(_core.fork_process, notes, is_exec=True)
     if pid:
-        popen._coopos_child = _children.watch_new(pid, ended, loop._watched_loop, ref, notes)
+        popen._coopos_child = _core.watch_new(pid, ended, loop._watched_loop, ref, notes)
     return pid
 
 
@@ -138,7 +138,7 @@ def _find_replacements() -> list[_Replacement]:
     if hasattr(os, "fork"):
         import fcntl
 
-        from coopos import _imports, _parking, _threadpool, subprocess as coopos_subprocess
+        from coopos import _core, _imports, _threadpool, subprocess as coopos_subprocess
 
         popen = _gevents_popen()
         found.append(_Replacement(subprocess, "Popen", popen, coopos_subprocess.Popen))
@@ -150,7 +150,7 @@ def _find_replacements() -> list[_Replacement]:
             gevents, ours = getattr(gevent_subprocess, name), getattr(coopos_subprocess, name)
             if ours is not gevents:
                 found.append(_Replacement(gevent_subprocess, name, gevents, ours))
-        lockf = _parking.as_builtin(_threadpool.lock_range, "(fd, cmd, len=0, start=0, whence=0, /)", "fcntl")
+        lockf = _core.as_builtin(_threadpool.lock_range, "(fd, cmd, len=0, start=0, whence=0, /)", "fcntl")
         found += [
             _Replacement(fcntl, "flock", fcntl.flock, coopos.flock, is_plain=True),
             _Replacement(fcntl, "lockf", fcntl.lockf, lockf, is_plain=True),
@@ -224,9 +224,9 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     if hasattr(os, "fork"):
         _gevents_popen()._loop = _LoopOfPopen()
         if keep_greenlets is not None:
-            from coopos import _forking
+            from coopos import _core
 
-            _forking.set_default(keep_greenlets)
+            _core.set_default(keep_greenlets)
         if is_module_patched("os"):
             _patch_multiprocessing()  # the last: it may raise NotImplementedError
 

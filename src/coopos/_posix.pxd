@@ -1,7 +1,7 @@
 # C declarations that Cython's own libc and posix packages lack or lack `nogil` for, grouped by header.
 
 from cpython.object cimport PyObject, PyTypeObject
-from posix.types cimport id_t, off_t, pid_t, uid_t
+from posix.types cimport id_t, mode_t, off_t, pid_t, uid_t
 
 
 cdef extern from "Python.h":
@@ -60,7 +60,6 @@ cdef extern from "<sys/resource.h>" nogil:
 
 
 cdef extern from "<sys/stat.h>" nogil:
-    ctypedef unsigned int mode_t
     ctypedef unsigned long dev_t
     ctypedef unsigned long ino_t
     cdef struct stat_t "stat":
@@ -88,7 +87,7 @@ cdef extern from "<sys/wait.h>" nogil:
     ctypedef int idtype_t
     idtype_t P_ALL, P_PID, P_PGID
     int WNOHANG, WUNTRACED, WCONTINUED, WEXITED, WSTOPPED, WNOWAIT
-    int waitid(idtype_t idtype, id_t id, siginfo_t *info, int options)
+    int c_waitid "waitid"(idtype_t idtype, id_t id, siginfo_t *info, int options)
 
 
 cdef extern from "<termios.h>" nogil:
@@ -122,7 +121,7 @@ cdef extern from "_compat.h" nogil:
     idtype_t COOPOS_P_PIDFD
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH
-    pid_t forkpty(int *master, char *name, const termios *term, const winsize *size)
+    pid_t c_forkpty "forkpty"(int *master, char *name, const termios *term, const winsize *size)
     ctypedef struct Report "struct coopos_report":
         pid_t pid
         uid_t uid
@@ -149,6 +148,7 @@ cdef extern from "_compat.h" nogil:
     bint coopos_set_has(int set, int fd)
     void coopos_close_run(int first, int last)
     bint coopos_bell_ring(const int *bell)
+    void coopos_bell_hush(const int *bell)
     enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_ASKED
     ctypedef struct Move "struct coopos_move":
         int fd
@@ -169,6 +169,59 @@ cdef extern from "_compat.h" nogil:
     int RWF_NOWAIT
     ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint gathers)
     int coopos_sem_value(sem_t *semaphore, int *value)
+
+
+cdef extern from "_workers.h" nogil:
+    ctypedef enum coopos_operation "enum coopos_operation":
+        COOPOS_MOVE, COOPOS_OPEN, COOPOS_SETLK, COOPOS_FLOCK, COOPOS_SEM_WAIT, COOPOS_WAITID, COOPOS_FSYNC, COOPOS_FDATASYNC,
+        COOPOS_SYNC, COOPOS_FTRUNCATE, COOPOS_TRUNCATE, COOPOS_FALLOCATE, COOPOS_COPY, COOPOS_SENDFILE, COOPOS_SPLICE, COOPOS_RANDOM
+    ctypedef enum coopos_state "enum coopos_state":
+        COOPOS_IDLE, COOPOS_QUEUED, COOPOS_BEGUN, COOPOS_DONE
+    ctypedef struct CMailbox "struct coopos_mailbox":
+        int bell[2]
+    ctypedef struct CJob "struct coopos_job":
+        void *owner
+        coopos_operation operation
+        int waits_for_peer
+        int fd, other
+        int flags
+        mode_t mode
+        off_t offset, other_offset, length
+        idtype_t idtype
+        id_t id
+        sem_t *semaphore
+        int whence
+        int writes
+        int is_undoable
+        int is_closed
+        size_t size
+        char *buf
+        ssize_t rc
+        int err
+    ctypedef struct coopos_pool_t "struct coopos_pool":
+        int begun
+    coopos_pool_t coopos_pool
+    CMailbox *coopos_mailbox_new()
+    void coopos_mailbox_shut(CMailbox *mailbox)
+    CJob *coopos_mailbox_take(CMailbox *mailbox)
+    bint coopos_mailbox_recall(CJob *job)
+    CJob *coopos_job_new(size_t room)
+    void coopos_job_free(CJob *job)
+    void coopos_job_make(CJob *job)
+    int coopos_job_submit(CJob *job, CMailbox *mailbox)
+    bint coopos_job_take_back(CJob *job)
+    coopos_state coopos_job_state(CJob *job)
+    coopos_state coopos_job_orphan(CJob *job)
+    bint coopos_job_keep_open(CJob *job, int which, Closing *closing, bint is_useless)
+    void coopos_lock_note(coopos_operation operation, int fd, bint is_got)
+    bint coopos_job_interrupt(CJob *job)
+    void coopos_job_abandon(CJob *job)
+    void coopos_job_undo(CJob *job)
+    void coopos_pool_set_limit(int limit)
+    void coopos_pool_hold(int is_held)
+    void coopos_pool_end()
+    int coopos_pool_hear_of_forks()
+    ssize_t coopos_move_guarded(const Move *move)
 
 
 cdef extern from "greenlet.h":

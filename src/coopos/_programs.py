@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gevent.monkey import get_original
 
-from coopos import _children, _forking, _parking
-from coopos._wait import waitpid
+from coopos import _core
+from coopos._core import waitpid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ def _spawner(name: str) -> Callable[..., int]:
 
     def spawn(*args: Any, **kwargs: Any) -> int:
         pid = raw(*args, **kwargs)
-        _children.watch_new(pid)
+        _core.watch_new(pid)
         return pid
 
     spawn.__name__ = spawn.__qualname__ = name
@@ -71,13 +71,13 @@ def _spawn(mode: int, execute: Callable[..., object], file: StrOrBytesPath, args
     if not args or not args[0]:
         raise ValueError("argv first element cannot be empty")
     notes: dict[int, Any] = {}
-    pid = _forking.fork_to_watch(_forking.fork_process, notes, is_exec=True)
+    pid = _core.fork_to_watch(_core.fork_process, notes, is_exec=True)
     if not pid:
         try:
             execute(file, args, *env)
         finally:
             os._exit(127)
-    _children.watch_new(pid, notes=notes)
+    _core.watch_new(pid, notes=notes)
     if mode == os.P_NOWAIT:
         return pid
     return os.waitstatus_to_exitcode(waitpid(pid, 0)[1])
@@ -295,7 +295,7 @@ def _shells() -> tuple[Any, Any]:
         """Its child is waitpid's, by whomever it is called."""
 
         def _watch(self, pid: int) -> None:
-            _children.watch_new(pid)
+            _core.watch_new(pid)
 
     return Shell, SystemShell
 
@@ -332,7 +332,7 @@ def system(command: StrOrBytesPath) -> int:
         if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             return -1
         raise  # a signal's handler has raised it
-    return _parking.outright(_status_of, pid)
+    return _core.outright(_status_of, pid)
 
 
 def _status_of(pid: int) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 from gevent.hub import Hub, _get_hub as get_hub_if_exists, signal as SignalHandler  # type: ignore[attr-defined]  # noqa: N812
 
-from coopos import _forking
+from coopos import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
 def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def make_hub(*args: Any, **kwargs: Any) -> None:
-        _forking.keeping_sigchld(init, *args, **kwargs)
+        _core.keeping_sigchld(init, *args, **kwargs)
 
     return make_hub
 
@@ -48,7 +48,7 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
 def begin() -> None:
     """From now on a new hub leaves SIGCHLD as it is, and new handlers are told of children."""
     Hub.__init__ = _keeping_sigchld(Hub.__init__)  # type: ignore[method-assign]
-    _forking.call_when_left(_handlers.clear)
+    _core.call_when_left(_handlers.clear)
     SignalHandler.__init__ = _noting(SignalHandler.__init__)  # type: ignore[method-assign]
 
 

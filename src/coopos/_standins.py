@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import Timeout
 from gevent.monkey import get_original
 
-from coopos import _parking
+from coopos import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,22 +48,22 @@ class CooperativeSelector(selectors.PollSelector):
 
     def select(self, timeout: float | None = None) -> Any:
         """What is ready. Without waiting, and with nothing ready, the others have their turn: who asks may ask again and again."""
-        if not _parking.can_give_way():
+        if not _core.can_give_way():
             return super().select(timeout if timeout is None else min(timeout, MAX_POLL_S))
         ready = super().select(0)
         if ready:
             return ready
         if timeout is not None and timeout <= 0:
-            _parking.yield_turn()
+            _core.yield_turn()
             return ready
         wanted = [
             (key.fd, events)
             for key in self.get_map().values()
-            for events in (_parking.READ, _parking.WRITE)
+            for events in (_core.READ, _core.WRITE)
             if key.events & events
         ]
         closed: list[int] = []
-        in_time(timeout, _parking.wait_for_any, wanted, "select", closed)
+        in_time(timeout, _core.wait_for_any, wanted, "select", closed)
         if closed:
             return [(key, key.events) for key in self.get_map().values() if key.fd in closed]
         return super().select(0)

@@ -25,7 +25,7 @@ try:
     import posix
     from fcntl import flock as fcntl_flock, lockf as fcntl_lockf
 
-    from coopos import _core, _workers
+    from coopos import _core
 except ImportError:
     if hasattr(os, "fork"):
         raise  # a POSIX system without the core is a broken installation
@@ -163,7 +163,7 @@ def fsync(fd: FileDescriptorLike) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _workers.on_file("fsync", fd)
+    _core.on_file("fsync", fd)
 
 
 def fdatasync(fd: FileDescriptorLike) -> None:
@@ -185,7 +185,7 @@ def fdatasync(fd: FileDescriptorLike) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _workers.on_file("fdatasync", fd)
+    _core.on_file("fdatasync", fd)
 
 
 def sync() -> None:
@@ -202,7 +202,7 @@ def sync() -> None:
 
     .. versionadded:: 0.1.0
     """
-    _workers.sync()
+    _core.sync()
 
 
 def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
@@ -226,7 +226,7 @@ def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
 
     .. versionadded:: 0.1.0
     """
-    _workers.on_file("posix_fallocate", operator.index(fd), length, offset)
+    _core.on_file("posix_fallocate", operator.index(fd), length, offset)
 
 
 def _path(path: StrOrBytesPath) -> bytes:
@@ -262,7 +262,7 @@ def truncate(path: StrOrBytesPath | int, length: int) -> None:
         return ftruncate(path, length)
     _refuse_in_hub()
     sys.audit("os.truncate", path, length)
-    _workers.truncate(_path(path), length, os.fspath(path))
+    _core.truncate(_path(path), length, os.fspath(path))
     return None
 
 
@@ -288,7 +288,7 @@ def ftruncate(fd: int, length: int, /) -> None:
     """
     number = operator.index(fd)
     sys.audit("os.truncate", number, length)
-    _workers.on_file("ftruncate", number, length)
+    _core.on_file("ftruncate", number, length)
 
 
 def _may_wait_to_open(path: StrOrBytesPath, flags: int, dir_fd: int | None) -> bool:
@@ -338,11 +338,11 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
         _refuse_in_hub()
     sys.audit("open", path, None, flags | os.O_CLOEXEC)
     if not may_wait:
-        fd = _workers.open_at_once(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
+        fd = _core.open_at_once(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
         if fd >= 0:
             return fd
         _refuse_in_hub()
-    return _workers.wait_open(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
+    return _core.wait_open(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
 
 
 def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
@@ -374,16 +374,16 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     if command != os.F_LOCK:
         posix.lockf(number, command, length)
         if command != os.F_TEST:
-            _workers.note_lock(number, False, command != os.F_ULOCK)
+            _core.note_lock(number, False, command != os.F_ULOCK)
         return None
     try:
         posix.lockf(number, os.F_TLOCK, length)
-        return _workers.note_lock(number, False, True)
+        return _core.note_lock(number, False, True)
     except OSError as ex:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise
     _refuse_in_hub()
-    return _workers.wait_lock(number, operator.index(length))
+    return _core.wait_lock(number, operator.index(length))
 
 
 def flock(fd: FileDescriptorLike, operation: int, /) -> None:
@@ -415,14 +415,14 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     operation = operator.index(operation)
     if operation & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_flock(number, operation)
-        return _workers.note_lock(number, True, not operation & fcntl.LOCK_UN)
+        return _core.note_lock(number, True, not operation & fcntl.LOCK_UN)
     try:
         fcntl_flock(number, operation | fcntl.LOCK_NB)
-        return _workers.note_lock(number, True, True)
+        return _core.note_lock(number, True, True)
     except BlockingIOError:
         pass
     _refuse_in_hub()
-    return _workers.wait_flock(number, operation)
+    return _core.wait_flock(number, operation)
 
 
 def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, whence: int = 0, /) -> None:
@@ -431,16 +431,16 @@ def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, w
     cmd = operator.index(cmd)
     if cmd & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_lockf(number, cmd, len, start, whence)
-        return _workers.note_lock(number, False, not cmd & fcntl.LOCK_UN)
+        return _core.note_lock(number, False, not cmd & fcntl.LOCK_UN)
     try:
         fcntl_lockf(number, cmd | fcntl.LOCK_NB, len, start, whence)
-        return _workers.note_lock(number, False, True)
+        return _core.note_lock(number, False, True)
     except OSError as ex:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise
     _refuse_in_hub()
     kind = fcntl.F_WRLCK if cmd & fcntl.LOCK_EX else fcntl.F_RDLCK
-    return _workers.wait_lock(number, len, start, whence, kind)
+    return _core.wait_lock(number, len, start, whence, kind)
 
 
 lock_range.__name__ = "lockf"
@@ -537,7 +537,7 @@ def getrandom(size: int, flags: int = 0) -> bytes:
     except BlockingIOError:
         if flags & os.GRND_NONBLOCK:
             raise
-    return _workers.random(size, flags)
+    return _core.random(size, flags)
 
 
 def urandom(size: int, /) -> bytes:
@@ -566,7 +566,7 @@ def urandom(size: int, /) -> bytes:
         try:
             posix.getrandom(1, os.GRND_NONBLOCK)
         except BlockingIOError:
-            _workers.random(1, 0)  # from now on it doesn't wait
+            _core.random(1, 0)  # from now on it doesn't wait
         except OSError:
             pass  # an old kernel, or a sandbox: os.urandom has other means, which don't wait
     return posix.urandom(size)

@@ -17,8 +17,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from coopos import _parking, _threadpool
-from coopos._owned import Moving, Owned, use_slot, warn_unclosed
+from coopos import _core, _threadpool
+from coopos._core import Moving, Owned, use_slot, warn_unclosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +144,7 @@ class FileIO(Moving, io.FileIO):
         except BaseException as ex:
             super().close()  # or it would go on with a number that may be another file's
             if is_path:
-                _parking.close(number)
+                _core.close(number)
                 if isinstance(ex, OSError):
                     ex.filename = file
             raise

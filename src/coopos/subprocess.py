@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any, AnyStr
 from gevent.event import AsyncResult
 from gevent.monkey import get_original
 
-from coopos import _children, _core, _parking
+from coopos import _core
+from coopos._core import waitpid
 from coopos._standins import MAX_POLL_S, MAX_TIMEOUT_S, CooperativeSelector, in_time, over
-from coopos._wait import waitpid
 from coopos.io import FileIO, WholeFileIO, fdopen
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _read(fd: int, n: int) -> bytes:
     """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent
     go on and not closed the child's end yet: no moment for a greenlet to be killed in. A signal handler in the hub can't give way.
     """
-    return _plain_read(fd, n) if _get_ident() in _starting or not _parking.can_give_way() else _core.read(fd, n)
+    return _plain_read(fd, n) if _get_ident() in _starting or not _core.can_give_way() else _core.read(fd, n)
 
 
 def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
@@ -167,7 +167,7 @@ def _copy_stdlib() -> Any:
     for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
         setattr(copy, name, getattr(_original, name))
     copy.CompletedProcess = get_original("subprocess", "CompletedProcess")
-    ours = {"read": _read, "write": _core.write, "close": _parking.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
+    ours = {"read": _read, "write": _core.write, "close": _core.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
     copy.os = over(os, **ours, fsencode=os.fsencode)  # called for each variable of an environment
     copy.io = over(_io, open=_open_pipe)
     copy._PopenSelector = _Selector
@@ -200,14 +200,14 @@ class _Terminal(WholeFileIO):
             return getattr(ex, "partial", end)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        data: bytes = _parking.outright(self._read, b"", super().read, size)
+        data: bytes = _core.outright(self._read, b"", super().read, size)
         return data
 
     def readall(self) -> bytes:
         return self.read()
 
     def readinto(self, buffer: Any, /) -> int:
-        nread: int = _parking.outright(self._read, 0, super().readinto, buffer)
+        nread: int = _core.outright(self._read, 0, super().readinto, buffer)
         return nread
 
 
@@ -231,7 +231,7 @@ def _raise_above_streams(fd: int) -> int:
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
-        _parking.close(fd)
+        _core.close(fd)
 
 
 def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
@@ -246,8 +246,8 @@ def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
         if size:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
     except BaseException:
-        _parking.close(master)
-        _parking.close(slave)
+        _core.close(master)
+        _core.close(slave)
         raise
     return master, slave
 
@@ -273,7 +273,7 @@ def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
 
 
 # The children of collected Popens, that seemed to run. Other threads and the garbage collector add to it at any time.
-_dropped: set[_children.Child] = set()
+_dropped: set[_core.Child] = set()
 
 
 def _sweep() -> None:
@@ -289,7 +289,7 @@ class _Ended:
     def __init__(self, popen: Popen[Any]) -> None:
         self._popen = weakref.ref(popen)
 
-    def __call__(self, child: _children.Child) -> None:
+    def __call__(self, child: _core.Child) -> None:
         popen = self._popen()
         if popen is None or popen._child is None:
             child.claim_status()  # nobody is there to ask
@@ -301,16 +301,16 @@ def _evict(file: Any) -> None:
     """A greenlet of this thread that waits in *file* is made to leave it, with EBADF."""
     buffer = getattr(file, "buffer", file)
     raw = getattr(buffer, "raw", buffer)
-    if not raw.closed and _parking.awaited(raw.fileno()):
+    if not raw.closed and _core.awaited(raw.fileno()):
         raw.close()
-        _parking.yield_turn()
+        _core.yield_turn()
 
 
 def _take_read_ahead(file: Any) -> list[bytes]:
     """The bytes that its buffers have read and nobody has had, as far as *file* is one of ours. Nothing is read or waited for."""
     buffer = getattr(file, "buffer", file)
     raw = getattr(buffer, "raw", buffer)
-    if not isinstance(raw, FileIO) or raw.closed or _parking.awaited(raw.fileno()):
+    if not isinstance(raw, FileIO) or raw.closed or _core.awaited(raw.fileno()):
         return []
     text, rest = "", b""
     # The buffers have no way to tell without reading on. So the file below says that there is nothing now.
@@ -335,7 +335,7 @@ class _Link:
     def __init__(self, popen: Popen[Any], callback: Callable[[Any], object]) -> None:
         self.popen, self.callback = popen, callback
 
-    def __call__(self, child: _children.Child) -> None:
+    def __call__(self, child: _core.Child) -> None:
         if self in self.popen._links:
             self.popen._links.remove(self)
             self.popen._tell_end()
@@ -405,7 +405,7 @@ class Popen(_Base[AnyStr]):
     #: The other side of the child's terminal, or None.
     pty: Any = None
     _master: int | None = None  # until there is a file of it
-    _child: _children.Child | None = None
+    _child: _core.Child | None = None
     _pid: int | None = None
     _links: list[_Link]
     _reopened: list[int]
@@ -426,7 +426,7 @@ class Popen(_Base[AnyStr]):
                     super().__init__(*args, **kwargs)
             finally:
                 for fd in self._reopened:
-                    _parking.close(fd)
+                    _core.close(fd)
 
         def _start_with_terminal(self, winsize, arguments):
             self._master, slave = _open_terminal(winsize)
@@ -435,12 +435,12 @@ class Popen(_Base[AnyStr]):
                 super().__init__(**arguments)
             except BaseException:
                 if self.pty is None:
-                    _parking.close(self._master)
+                    _core.close(self._master)
                 else:
                     self.pty.close()
                 raise
             finally:
-                _parking.close(slave)
+                _core.close(slave)
 
         @property
         def pid(self):
@@ -472,8 +472,8 @@ class Popen(_Base[AnyStr]):
             if seems_to_run:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
 
-    def _watch(self, pid: int) -> _children.Child | None:
-        return _children.watch_new(pid, _Ended(self), None, True, needs_hub=False)
+    def _watch(self, pid: int) -> _core.Child | None:
+        return _core.watch_new(pid, _Ended(self), None, True, needs_hub=False)
 
     def _in_blocking_mode(self, fd: int) -> int:
         """A descriptor for the child of the file *fd*, in the mode that programs expect of their standard streams.
@@ -556,9 +556,9 @@ class Popen(_Base[AnyStr]):
 
     def _wait(self, timeout: float | None) -> int | None:
         if self.returncode is None:
-            _parking.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
+            _core.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
         if self._internal_poll() is None and self._child is not None:
-            if timeout is not None and not _parking.can_give_way():
+            if timeout is not None and not _core.can_give_way():
                 if timeout < MAX_POLL_S:
                     self._look_in_time(timeout)
                 else:
@@ -590,7 +590,7 @@ class Popen(_Base[AnyStr]):
             TimeoutExpired: it has not ended in *timeout* seconds.
             ChildProcessError: ECHILD, the status is lost.
         """
-        return _parking.outright(self._wait_or_not, timeout, _raise_exc)
+        return _core.outright(self._wait_or_not, timeout, _raise_exc)
 
     def _wait_or_not(self, timeout: float | None, raises: bool) -> int:
         try:
@@ -663,7 +663,7 @@ class Popen(_Base[AnyStr]):
         if timeout is None and any(file is not None and file in self._pipes and not file.closed for file in files):
             # Then it is the stdlib's way to note how much was written and read. Its short cut for a single pipe notes nothing.
             timeout = MAX_TIMEOUT_S
-        return _parking.outright(super().communicate, input, timeout)
+        return _core.outright(super().communicate, input, timeout)
 
     def _communicate(self, input: Any, endtime: Any, orig_timeout: Any) -> Any:
         # What the stdlib does in the first call only, and so that a call which was left anywhere in it can be gone on with.
@@ -682,7 +682,7 @@ class Popen(_Base[AnyStr]):
         return super()._communicate(input, endtime, orig_timeout)
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
-        _parking.outright(self._close_and_wait, exc_type, value, traceback)
+        _core.outright(self._close_and_wait, exc_type, value, traceback)
 
     def _close_and_wait(self, *exc_info: Any) -> None:
         # Another greenlet may wait for what is to be closed. It is told so, and the child may go on.

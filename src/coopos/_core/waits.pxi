@@ -1,29 +1,3 @@
-"""The wait family: waitpid, wait, wait3, wait4, waitid, and wait_exit for any process.
-
-All of them ask the kernel in the form of waitid(2), without waiting; where it has nothing to say yet, they park and ask again. A
-child with a record is asked for there, since the record may have collected it. The module knows libc, `_parking`, `_children` and
-nothing of gevent.
-"""
-
-from libc.errno cimport EAGAIN, ECHILD, EINVAL, ESRCH, errno
-from libc.string cimport memset
-from posix.types cimport id_t
-from posix.unistd cimport close as c_close, getpgrp
-
-from coopos._children cimport (
-    ALIVE, CLAIMED, ENDED, LOST, Child, ask_now, children, ended, is_used_again, leave_parents, lost_child,
-    wait_for_news)
-from coopos._parking cimport READ, as_int, is_nonblocking, os_error, park_until_ready
-from coopos._posix cimport (
-    COOPOS_P_PIDFD, COOPOS_WAITID_OPTIONS, COOPOS_WAIT_OPTIONS, COOPOS_WCLONE, HAVE_PIDFD, P_ALL, P_PGID, P_PID, Report,
-    WCONTINUED, WEXITED, WNOHANG, WNOWAIT, WSTOPPED, WUNTRACED, coopos_has_ended, coopos_pidfd_inode, coopos_pidfd_open,
-    coopos_pidfd_pid, coopos_si_status, coopos_wants_clones, idtype_t, ino_t, timeval)
-
-import os
-import signal
-from resource import struct_rusage
-
-
 # ---- one wait, in the form of waitid(2) --------------------------------------------------------------------------------------
 
 cdef int take(Child child, int options, Report *report) except -1:

@@ -1,44 +1,3 @@
-"""Calls that only a thread can make: the one door into threads.
-
-The threads are C alone (_workers.h): a job has its operation, its descriptors and a buffer of its own. Five rules hold:
-
-1. A Job is in the registry of calls in flight from before it is submitted until it is over. close() asks there.
-2. The jobs of a hub arrive in its Mailbox, behind one descriptor in the loop's set. Only that hub's thread takes them out.
-3. A greenlet that is killed or timed out takes back what has not begun. What has begun is interrupted where it waits for another
-   party, waited for where a byte or an offset would be lost, and undone. All that takes a bounded time; after it the worker does
-   the rest alone.
-4. Work for a disk is limited to COOPOS_THREADS at once. What waits for another party isn't counted among it.
-5. A forked child has no workers. What was under way is asked again there, unless the parent's worker may have moved bytes.
-
-In a thread that has no hub the call is made plainly. The module knows libc and `_parking`. Arguments are right when they come here.
-"""
-
-cimport cython
-from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EINTR, ENXIO, errno
-from libc.stdio cimport SEEK_CUR, SEEK_END, SEEK_SET
-from libc.string cimport memcpy
-from posix.fcntl cimport AT_FDCWD, F_GETFD, F_SETFL, F_WRLCK, O_NONBLOCK, O_RDWR, fcntl, openat
-from posix.types cimport id_t, mode_t, off_t
-from posix.unistd cimport close as c_close, lseek
-
-from coopos._parking cimport (
-    READ, Call, Wait, as_int, check_open, generation, give_way, is_alive, os_error, post, reachable_hub, refusal, set_of_loop,
-    wrong_switch)
-from coopos._posix cimport (
-    ECANCELED, Closing, Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_switch, fstat, idtype_t, sem_t, stat_t)
-
-import atexit
-import os
-import sys
-
-from gevent.hub import _get_hub as get_hub_if_exists
-
-
-coopos_import_greenlet()
-
 # At the disks at once.
 cdef int _limit = max(int(os.environ.get("COOPOS_THREADS") or 64), 1)
 coopos_pool_set_limit(_limit)
@@ -216,6 +175,15 @@ cdef int ask_again() except -1:
 @cython.final
 cdef class Job(Call):
     """One call, and the greenlet that waits for it."""
+    cdef CJob *job
+    cdef str name
+    cdef object waiter             # the greenlet, while it waits
+    cdef object mailbox            # of its hub
+    cdef int born                  # generation in which it was submitted
+    cdef coopos_state found        # what a forked child found it in
+    cdef bint has_begun            # it was submitted
+    cdef bint is_late
+    cdef bint is_left_behind       # nobody waits any more, and its worker is still at it
 
     def __dealloc__(self):
         if self.job != NULL:
@@ -459,6 +427,9 @@ cdef class Inquiry:
 
     Nothing is lost if nobody waits for it any more: it has to be asked with WNOWAIT.
     """
+    cdef CJob *job
+    cdef CMailbox *box             # NULL: nobody is asking
+    cdef int born                  # generation
 
     cdef bint begin(self, idtype_t idtype, id_t id, int options) except -1:
         """False: there is no descriptor for the bell, or no thread."""
@@ -493,166 +464,3 @@ cdef class Inquiry:
             coopos_mailbox_shut(box)
         coopos_job_free(job)
         return 0
-
-
-# ---- for Python --------------------------------------------------------------------------------------------------------------
-
-cdef int check_fd(int fd, str name) except -1:
-    """Before anything waits."""
-    check_open(fd, name)
-    if fcntl(fd, F_GETFD) < 0:
-        raise os_error(errno, name, fd)
-    return 0
-
-
-cdef dict _operations = {
-    "fsync": COOPOS_FSYNC, "fdatasync": COOPOS_FDATASYNC, "ftruncate": COOPOS_FTRUNCATE, "posix_fallocate": COOPOS_FALLOCATE}
-
-
-def on_file(str name not None, fd, Py_ssize_t length=0, Py_ssize_t offset=0):
-    """fsync(2), fdatasync(2), ftruncate(2) or posix_fallocate(3)."""
-    cdef int number = as_int(fd) if name in ("ftruncate", "posix_fallocate") else PyObject_AsFileDescriptor(fd)
-    cdef Job job
-    check_fd(number, name)
-    job = new_job(<coopos_operation><int>_operations[name], name, number)
-    job.job.offset, job.job.length = offset, length
-    run(job)
-    result_of(job, number)
-
-
-def sync():
-    """sync(2)."""
-    run(new_job(COOPOS_SYNC, "sync"))
-
-
-cdef Job new_path_job(coopos_operation operation, str name, int fd, bytes path):
-    cdef Job job = new_job(operation, name, fd, len(path) + 1)
-    memcpy(job.job.buf, <const char *>path, len(path) + 1)
-    return job
-
-
-def truncate(bytes path not None, Py_ssize_t length, subject):
-    """truncate(2). What it raises names *subject* as the file."""
-    cdef Job job = new_path_job(COOPOS_TRUNCATE, "truncate", -1, path)
-    job.job.length = length
-    run(job)
-    result_of(job, None, subject)
-
-
-def open_at_once(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, subject):
-    """openat(2) of what nobody has to be waited for. -1: somebody has, who keeps a lease on the file; or it is a FIFO by now."""
-    cdef int number = AT_FDCWD if dir_fd is None else as_int(dir_fd)
-    cdef int how = as_int(flags)
-    cdef mode_t bits = <mode_t>as_int(mode)
-    cdef const char *name = path
-    cdef stat_t st
-    cdef int fd, err
-    while True:
-        with nogil:
-            fd = openat(number, name, how | O_NONBLOCK, bits)
-            err = errno
-        if fd >= 0:
-            break
-        if err in (EAGAIN, ENXIO):
-            return -1
-        if err != EINTR:
-            raise OSError(err, os.strerror(err), subject)
-        PyErr_CheckSignals()
-    if fstat(fd, &st) == 0 and not S_ISREG(st.st_mode) and (S_ISFIFO(st.st_mode) or S_ISCHR(st.st_mode)) and not how & O_RDWR:
-        c_close(fd)
-        return -1
-    fcntl(fd, F_SETFL, how)
-    return fd
-
-
-def wait_open(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, subject):
-    """openat(2) that may wait for somebody at the other end. What it raises names *subject* as the file."""
-    cdef Job job = new_path_job(COOPOS_OPEN, "open", AT_FDCWD if dir_fd is None else as_int(dir_fd), path)
-    job.job.flags = as_int(flags)
-    job.job.mode = <mode_t>as_int(mode)
-    job.job.waits_for_peer = True
-    run(job)
-    return result_of(job, None, subject)
-
-
-def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, kind=None):
-    """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out has no lock by it."""
-    cdef Job job = new_job(COOPOS_SETLK, "lockf", as_int(fd))
-    cdef off_t position = -1
-    cdef stat_t st
-    job.job.flags, job.job.whence = F_WRLCK if kind is None else as_int(kind), as_int(whence)
-    # What is undone is to be what was locked, wherever the offset and the end of the file are by then.
-    if job.job.whence == SEEK_CUR:
-        position = lseek(job.fd, 0, SEEK_CUR)
-    elif job.job.whence == SEEK_END and fstat(job.fd, &st) == 0:
-        position = st.st_size
-    if position >= 0:
-        job.job.whence = SEEK_SET
-        start += position
-    job.job.offset, job.job.length = start, length
-    job.job.waits_for_peer = True
-    run(job)
-    result_of(job, fd)
-
-
-def note_lock(Py_ssize_t fd, bint is_flock, bint is_got):
-    """A lock was got, or released, without waiting: whoever waits for it in this process has to know."""
-    coopos_lock_note(COOPOS_FLOCK if is_flock else COOPOS_SETLK, as_int(fd), is_got)
-
-
-def wait_flock(Py_ssize_t fd, Py_ssize_t operation):
-    """flock(2). A greenlet that is killed or timed out has no lock by it."""
-    cdef Job job = new_job(COOPOS_FLOCK, "flock", as_int(fd))
-    job.job.flags = as_int(operation)
-    job.job.waits_for_peer = True
-    run(job)
-    result_of(job, fd)
-
-
-cdef dict _transfers = {"copy_file_range": COOPOS_COPY, "sendfile": COOPOS_SENDFILE, "splice": COOPOS_SPLICE}
-
-
-def transfer(
-    str name not None, Py_ssize_t source, offset, Py_ssize_t target, target_offset, Py_ssize_t count, Py_ssize_t flags=0,
-    bint waits_for_peer=False,
-):
-    """copy_file_range(2), sendfile(2) or splice(2); an offset of None is the descriptor's own. How many bytes."""
-    cdef Job job = new_job(<coopos_operation><int>_transfers[name], name, as_int(source))
-    job.job.other = job.other = as_int(target)
-    job.job.offset = -1 if offset is None else <off_t>offset
-    job.job.other_offset = -1 if target_offset is None else <off_t>target_offset
-    job.job.size = <size_t>count
-    job.job.flags = as_int(flags)
-    job.job.waits_for_peer = waits_for_peer
-    try:
-        run(job)
-    except BaseException as ex:
-        tell(ex, "characters_written", job.job.rc if job.job.rc > 0 else None)
-        raise
-    return result_of(job, source)
-
-
-def random(Py_ssize_t size, Py_ssize_t flags):
-    """getrandom(2)."""
-    cdef Job job = new_job(COOPOS_RANDOM, "getrandom", -1, <size_t>size)
-    job.job.flags = as_int(flags)
-    job.job.waits_for_peer = True
-    run(job)
-    return PyBytes_FromStringAndSize(job.job.buf, result_of(job, size))
-
-
-cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1:
-    """sem_wait(3). False: there was no thread, or no descriptor, to wait by. A greenlet that is killed or timed out has taken
-    nothing from it.
-    """
-    cdef Job job = new_job(COOPOS_SEM_WAIT, "sem_wait")
-    job.job.semaphore = semaphore
-    job.job.waits_for_peer = True
-    try:
-        run(job)
-    except OSError:
-        if job.has_begun:          # thrown in
-            raise
-        return False
-    result_of(job, subject)
-    return True

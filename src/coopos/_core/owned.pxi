@@ -1,38 +1,6 @@
-"""Reading and writing on a descriptor that one object owns: what FileIO is made of.
-
-Owned is the descriptor, and knows nothing of the file. The file has it, in a slot, and the methods that move bytes, from Moving: so
-a bound method that is kept keeps the file open, and the file is collected as soon as nobody has it.
-
-A read that came back short says that the next one has to wait, so that it waits first. That is a hint: if there is something to
-read after all, the wait is over at once.
-
-The module knows libc, `_parking` and `_core`, and nothing else of coopos or gevent.
-"""
-
-cimport cython
-from cpython.buffer cimport PyBuffer_Release
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
-from cpython.version cimport PY_VERSION_HEX
-from libc.errno cimport EAGAIN, errno
-from libc.stdio cimport SEEK_CUR
-from posix.types cimport off_t
-from posix.unistd cimport lseek
-
-from coopos._core cimport (
-    attempt, be_fair, fairness, give_one, has_waited, is_undecided, move_of, read_bytes, read_into, take_buffer, write_once)
-from coopos._parking cimport (
-    READ, Wait, close_fd, evict, give_way, os_error, park, reachable_hub, this_greenlet, wrong_switch)
-from coopos._posix cimport (
-    COOPOS_IO_MAX, Move, S_ISBLK, S_ISDIR, S_ISREG, fstat, iovec, stat_t)
-from coopos._workers cimport tell
-
-import os
-
-
 cdef enum:
     CHUNK = 65536
-    SMALL_READ = 8192
+    SMALL_FILE_READ = 8192
 
 
 cdef extern from "Python.h":
@@ -147,12 +115,12 @@ cdef class Owned:
 
     cdef object read_some(self, Move *move, Py_ssize_t n):
         """One read of up to *n* bytes, or None. Not part of read_from(), whose frame is copied when the greenlet switches."""
-        cdef char[SMALL_READ] small
+        cdef char[SMALL_FILE_READ] small
         cdef char *buf = small
         cdef iovec iov
         cdef ssize_t nread
         data = None
-        if n > SMALL_READ:
+        if n > SMALL_FILE_READ:
             data = PyBytes_FromStringAndSize(NULL, n)
             buf = PyBytes_AS_STRING(data)
         iov.iov_base, iov.iov_len = buf, <size_t>n

@@ -1,26 +1,3 @@
-"""Semaphores that processes share, as the locks of `multiprocessing` are made of, taken and given back by greenlets.
-
-1. What can be had is taken without waiting. What can't is waited for by a thread, one for each hub and semaphore: the greenlets of
-   a hub take turns, so that a thousand of them cost one thread.
-2. The owner of a lock is a greenlet, not a thread: two greenlets of a thread exclude each other.
-3. Between the moment a greenlet has got a semaphore and the return to who asked nothing switches. One that is killed or timed out
-   has taken nothing.
-4. The hub can't switch, and a thread without a hub has nobody to switch to: there the stdlib's object waits, plainly.
-
-The stdlib's object, which a Semaphore has inside, makes, names and closes the kernel's; its counting of threads isn't used. Knows
-libc, `_parking`, `_workers` and how gevent waits in turn.
-"""
-
-from libc.errno cimport EAGAIN, EINTR, ENOSYS, errno
-
-from coopos._parking cimport generation, os_error, reachable_hub, this_greenlet
-from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
-from coopos._workers cimport wait_semaphore
-
-from gevent import Greenlet, GreenletExit, Timeout, sleep
-from gevent.lock import Semaphore as _Turns
-
-
 # multiprocessing's number for a lock that its owner may take again; the other kind is 1.
 cdef enum:
     RECURSIVE_MUTEX = 0

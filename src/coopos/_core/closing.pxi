@@ -1,0 +1,142 @@
+# ---- close --------------------------------------------------------------------------------------------------------------------
+
+def close(Py_ssize_t fd):
+    """Close a file descriptor.
+
+    Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
+    in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
+    gevent socket or selector) is active on *fd* is the system call put off to the next turn of that loop, which comes at once,
+    because closing a descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call that it has
+    begun, until that is over. Without epoll, greenlets of other threads that wait for *fd* put it off in the same way. Even then
+    *fd* is EBADF for whoever comes later. A call that no thread has begun yet is not made, and gets ``OSError(EBADF)``.
+
+    Args:
+        fd: int, the descriptor.
+
+    Raises:
+        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop, or is the set by which coopos
+            waits; EIO as close(2).
+        TypeError, OverflowError: *fd* is not an int, or too large for one.
+
+    Doesn't switch greenlets. Safe in any thread and after a fork.
+
+    Source: close(2); ``gevent.os.close``, which always puts the system call off.
+
+    .. versionadded:: 0.1.0
+    """
+    close_fd(as_int(fd))
+
+
+cdef bint may_be_pending(object loop, int fd) except -1:
+    """Whether libev may be about to call a watcher of *fd* in this turn. gevent's closing_fd() tells of active watchers by making
+    them pending, and of those that are pending already it does not tell: ev_feed_event in
+    https://github.com/enki/libev/blob/master/ev.c. A watcher's number is in libev's own epoll.
+    """
+    if not loop.pendingcnt:
+        return False
+    epoll = loop.fileno()
+    return epoll is None or coopos_set_has(epoll, fd)
+
+
+cdef int close_fd(int fd) except -1:
+    cdef PutOffClose later = None
+    cdef int rc, err
+    if fd < 0:
+        raise os_error(EBADF, "close", fd)
+    check_open(fd, "close")
+    try:
+        hub = get_hub_if_exists()
+    except TypeError:
+        hub = None                 # the interpreter is being taken down, and gevent's names with it
+    loop = None if hub is None else hub.loop
+    if fd < _parked_size and _parked[fd] != NULL:
+        later = evict_all(fd)
+    if _calls and (<object>fd) in _calls:
+        if later is None:
+            later = put_off(fd)
+        tell_calls(fd, later.closing)
+    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_there(loop):
+        # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
+        raise os_error(EBADF, "close", fd)
+    if loop is not None and (loop.closing_fd(fd) or may_be_pending(loop, fd)):
+        if later is None:
+            later = put_off(fd)
+        later.wait_for_turn(loop)
+        return 0
+    if later is not None:
+        later.stopped()
+        return 0
+    with nogil:
+        rc = c_close(fd)
+        err = errno
+    if rc < 0:
+        raise os_error(err, "close", fd)
+    return 0
+
+
+def closerange(Py_ssize_t fd_low, Py_ssize_t fd_high, /):
+    """Close all descriptors from *fd_low* on and below *fd_high*, ignoring errors.
+
+    Like :func:`os.closerange`, and each as :func:`close` does it: greenlets that wait for one of them get ``OSError(EBADF)``.
+
+    Args:
+        fd_low: int, the first descriptor.
+        fd_high: int, the first that is not closed.
+
+    Raises:
+        TypeError, OverflowError: an argument is not an int, or too large for one.
+
+    Doesn't switch greenlets. Safe in any thread and after a fork.
+
+    Source: close(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int fd
+    cdef int low = max(as_int(fd_low), 0)
+    cdef int high = as_int(fd_high)
+    numbers = range(low, high)
+    if high - low > 1000:
+        try:
+            numbers = [fd for fd in map(int, os.listdir("/dev/fd")) if low <= fd < high]
+        except OSError:
+            pass
+    for fd in numbers:
+        try:
+            close_fd(fd)
+        except OSError:
+            pass
+
+
+cdef int evict(int fd, list greenlets) except -1:
+    """Have those of *greenlets* that are parked on *fd* get EBADF, of any thread. The number stays open."""
+    if 0 <= fd < _parked_size and _parked[fd] != NULL:
+        evict_all(fd, greenlets)
+    return 0
+
+
+cdef PutOffClose evict_all(int fd, list greenlets=None):
+    """Have all that are parked on *fd*, or those of *greenlets*, get EBADF; the close that others' watchers put off, or None."""
+    cdef PyObject *link = _parked[fd]
+    cdef PutOffClose later = None
+    cdef Wait wait
+    loop = None if get_hub_if_exists() is None else get_hub().loop
+    while link != NULL:
+        wait = <Wait>link
+        link = wait.next
+        if wait.greenlet is None or wait.error or wait.set.is_over or wait.set.born != generation:
+            continue
+        if greenlets is not None and wait.greenlet not in greenlets:
+            continue
+        wait.error = EBADF
+        if wait.set.loop is loop:
+            evict_here(wait)
+        else:
+            if wait.watcher is not None and greenlets is None:
+                if later is None:
+                    later = put_off(fd)
+                coopos_closing_enter(later.closing)
+            wait.set.posted.append((wait, later))
+            if not post(wait.set.loop, wait.set.run_posted):
+                wait.set.end()
+    return later

@@ -1,0 +1,321 @@
+# ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
+
+# By descriptor, the Watch whose pidfd it is, or NULL. In C, because a forked child goes through it, and to count references to
+# thousands of objects would copy the pages they are on: there they stay counted.
+cdef PyObject **_watch_of = NULL
+cdef int _watch_of_size = 0
+
+# {errno: how often the kernel has refused a pidfd}
+cdef dict _refusals = {}
+
+
+cdef int open_pidfd(int pid) except -2:
+    """A pidfd, or -1 with errno."""
+    global _watch_of, _watch_of_size
+    cdef PyObject **table
+    cdef int size
+    cdef int fd = coopos_pidfd_open(pid)
+    if fd >= _watch_of_size:
+        size = max(2 * fd, 256)
+        table = <PyObject **>realloc(_watch_of, <size_t>size * sizeof(PyObject *))
+        if table == NULL:
+            c_close(fd)
+            raise MemoryError
+        memset(table + _watch_of_size, 0, <size_t>(size - _watch_of_size) * sizeof(PyObject *))
+        _watch_of, _watch_of_size = table, size
+    return fd
+
+
+cdef int close_all_pidfds() noexcept:
+    """In a forked child. Run by run: thousands of close(2) take milliseconds."""
+    cdef int first
+    cdef int fd = 0
+    while fd < _watch_of_size:
+        first = fd
+        while fd < _watch_of_size and _watch_of[fd] != NULL:
+            _watch_of[fd] = NULL
+            fd += 1
+        if fd > first:
+            coopos_close_run(first, fd - 1)
+        fd += 1
+    return 0
+
+
+def count_refusals():
+    """How often a child could not be watched by pidfd, in this process: {errno: int}. A thread has watched it."""
+    return dict(_refusals)
+
+
+@cython.final
+@cython.internal
+cdef class Watch(Wait):
+    """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a Question where there is none."""
+    cdef Child child
+    cdef object loop
+    cdef Listener news             # while a thread asks for us
+    cdef list waiters              # of the greenlets parked here, their switch
+    cdef list callbacks            # to be told: (callback, whether it wants the loop kept alive); or None
+    cdef int holds
+    cdef int born                  # generation
+    cdef bint is_lasting           # somebody watches in this loop, whether or not anybody waits
+    cdef bint is_closed
+
+    def __cinit__(self, Child child, loop):
+        self.child = child
+        self.loop = loop           # None: of a thread without a hub
+        self.waiters = []
+        self.fd = -1               # a pidfd
+        self.events = READ
+        self.born = generation
+
+    cdef bint start(self) except -1:
+        """Begin to watch. False if there is no such process any more."""
+        cdef int err
+        if _use_pidfds:
+            err = self.open_pidfd()
+            if not err:
+                try:
+                    set_of_loop(self.loop).enter(self, False, "pidfd_open")
+                    self.child.told_by = "pidfd"
+                    return True
+                except BaseException as ex:
+                    self.drop_pidfd()
+                    if not isinstance(ex, OSError):
+                        raise
+                    # Out of descriptors for the set: a thread needs none.
+                    err = ex.errno
+            if err == ESRCH:
+                return False
+            _refusals[err] = _refusals.get(err, 0) + 1
+        self.ask_thread()
+        self.child.told_by = "thread"
+        return True
+
+    cdef int start_plainly(self) except -1:
+        """Begin to watch in a thread without a hub: keep a pidfd, by which the child is known whatever becomes of its pid."""
+        cdef sigaction_t action
+        if sigaction(SIGCHLD, NULL, &action) == 0 and action.sa_handler == SIG_IGN:
+            return 0           # the kernel collects it, so nobody will ask, and nobody would close the pidfd
+        if _use_pidfds:
+            if self.open_pidfd() == ESRCH:
+                self.child.lose()
+        return 0
+
+    cdef int open_pidfd(self) except -1:
+        """0, or errno."""
+        cdef int pidfd = open_pidfd(self.child.pid)
+        if pidfd < 0:
+            return errno
+        self.fd = pidfd
+        Py_INCREF(self)
+        _watch_of[pidfd] = <PyObject *>self
+        return 0
+
+    def start_there(self, bint ref):
+        """In the loop's thread."""
+        if self.child.state == ALIVE:
+            self.start_or_lose(ref)
+        else:
+            self.finish()
+
+    def tell_again(self, bint ref):
+        """In the loop's thread, when a callback was added to a watch that is there already."""
+        if self.child.state != ALIVE:
+            self.tell_all_soon()
+        elif ref:
+            self.hold(1)
+
+    cdef int start_or_lose(self, bint ref) except -1:
+        """Begin to watch our own child. If it is there no more, somebody else has collected it, or, because SIGCHLD is ignored, the
+        kernel.
+        """
+        if not self.start():
+            self.child.lose()
+        elif ref:
+            self.hold(1)
+        return 0
+
+    cdef int drop_pidfd(self) except -1:
+        cdef int pidfd = self.fd
+        if pidfd >= 0 and self.born == generation:
+            if self.set is not None:
+                self.set.leave(self)
+            _watch_of[pidfd] = NULL
+            c_close(pidfd)
+            self.fd = -1
+            Py_DECREF(self)
+        return 0
+
+    cdef int hold(self, int change) except -1:
+        """Count who wants the loop kept alive until the child has ended."""
+        cdef bint before = self.holds > 0
+        self.holds += change
+        if before != (self.holds > 0) and self.born == generation:
+            if self.set is not None:
+                self.set.hold(self, self.holds > 0)
+            elif self.news is not None:
+                self.news.hold(self.holds > 0)
+        return 0
+
+    def release(self):
+        """In the loop's thread: one that wanted the loop kept alive was unlinked."""
+        self.hold(-1)
+
+    cdef int shut(self) except -1:
+        """Watch no longer. In the loop's thread, unless the loop is gone."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.drop_pidfd()
+            self.leave_thread()
+        return 0
+
+    cdef int ask_thread(self) except -1:
+        """Have a thread look for us."""
+        self.news = listen(self.loop, P_PID, self.child.pid, WEXITED, self.set is None and self.holds > 0, self.fire_from_thread)
+        return 0
+
+    cdef int leave_thread(self) except -1:
+        cdef Listener news = self.news
+        self.news = None
+        if news is not None and self.born == generation:
+            news.leave()
+        return 0
+
+    cdef int tell(self) except -1:
+        """In the hub: the pidfd is readable."""
+        if self.set is not None:
+            self.fire(True)
+            # Once for all that this turn brings, as one SIGCHLD stands for several.
+            call_hook_soon(self.loop)
+        return 0
+
+    def fire_from_thread(self):
+        self.fire(False)
+        call_hook(self.loop)
+
+    cdef int fire(self, bint is_dead) except -1:
+        """In the hub: the child has ended, or is said to have. One of several: what it raises the hub reports."""
+        if self.born != generation:
+            return 0
+        try:
+            # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
+            if (self.child.is_watched or self.waiters) and self.child.collect(self.waiters and not self.callbacks, NULL, is_dead):
+                self.leave_thread()
+                self.wake_waiters()    # a traced child has stopped: a matter for them
+            elif self.child.state != ALIVE:
+                self.shut()
+                self.tell_all()
+            else:
+                # The thread's look has come to nothing; or a tracer holds the end back: then the pidfd stays readable, and only
+                # a thread that waits as the parent does is told when the tracer lets go.
+                self.leave_thread()
+                self.ask_thread()
+        except:
+            self.loop.handle_error(self.child, *sys.exc_info())
+            self.shut()
+            self.wake_waiters()        # they begin anew, and meet the same, or not
+        return 0
+
+    def finish(self):
+        """In the loop's thread: the status became known without the loop. End the watch; the hub tells whom it concerns."""
+        if not self.is_closed:
+            self.shut()
+            self.tell_all_soon()
+
+    cdef int tell_all_soon(self) except -1:
+        if self.waiters or self.callbacks:
+            self.loop.run_callback(self.tell_all_from_queue)
+        elif self.is_lasting:
+            call_hook_soon(self.loop)
+        return 0
+
+    def tell_all_from_queue(self):
+        self.tell_all()
+        call_hook(self.loop)
+
+    cdef int tell_all(self) except -1:
+        """In the hub: run the callbacks, once, and keep nothing alive that they refer to; then wake those who wait."""
+        callbacks, self.callbacks = self.callbacks, None
+        if callbacks:
+            for callback, _ in callbacks:
+                try:
+                    callback(self.child)
+                except:
+                    self.loop.handle_error(self.child, *sys.exc_info())
+        if self.waiters:
+            call_hook(self.loop)       # a signal would come before them
+            self.wake_waiters()
+        return 0
+
+    cdef int wake_waiters(self) except -1:
+        while self.waiters:
+            switch = self.waiters.pop(0)
+            try:
+                switch(switch)
+            except:
+                self.loop.handle_error(switch, *sys.exc_info())
+        return 0
+
+    cdef int wait(self, hub) except -1:
+        """Park until the child may have ended."""
+        cdef object current = getcurrent()
+        cdef object switch = current.switch      # a new object each time: it also proves who has woken us
+        self.waiters.append(switch)
+        self.hold(1)
+        try:
+            came_back = give_way(hub, current)
+            if came_back is not switch:
+                raise wrong_switch(came_back, f"child {self.child.pid}")
+        finally:
+            self.hold(-1)
+            if self.waiters and switch in self.waiters:
+                self.waiters.remove(switch)
+        return 0
+
+    cdef int end_unless_wanted(self) except -1:
+        if not self.waiters and not self.is_lasting:
+            self.shut()
+            self.child.forget(self)
+        return 0
+
+
+# ---- the hook ------------------------------------------------------------------------------------------------------------------
+
+cdef object _child_hook = None
+
+
+def set_child_hook(hook):
+    """Have *hook* called, in the hub and without arguments, when watched children have ended: once for all that one look found."""
+    global _child_hook
+    _child_hook = hook
+
+
+# Whether a watched child has ended since the hook was called, and the loop callback that will call it.
+cdef bint _hook_is_due = False
+cdef object _hook_queued = None
+cdef object _hook_loop = None
+
+
+cdef int call_hook(loop) except -1:
+    """In the hub."""
+    global _hook_is_due
+    if _hook_is_due:
+        _hook_is_due = False
+        if _child_hook is not None:
+            try:
+                _child_hook()
+            except:
+                loop.handle_error(_child_hook, *sys.exc_info())
+    return 0
+
+
+cdef int call_hook_soon(loop) except -1:
+    global _hook_queued, _hook_loop
+    if _hook_is_due and (_hook_loop is not loop or not _hook_queued.pending):
+        _hook_loop = loop
+        _hook_queued = loop.run_callback(run_queued_hook, loop)
+    return 0
+
+
+def run_queued_hook(loop):
+    call_hook(loop)

@@ -1,0 +1,511 @@
+# ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
+
+def nb_read(Py_ssize_t fd, Py_ssize_t n):
+    """Read up to *n* bytes from a non-blocking descriptor, letting other greenlets run while there are none.
+
+    Like :func:`os.read`, but waits on the hub where that raises BlockingIOError. A descriptor that was left in blocking mode is
+    read as :func:`read` does it.
+
+    Args:
+        fd: int, a descriptor in non-blocking mode (see :func:`make_nonblocking`).
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 0 to *n* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *n* is negative;
+            otherwise as read(2).
+
+    Switches greenlets only when there is nothing to read. Killed or timed out while it waits, it has taken no byte. Works in any
+    thread's hub and in a forked child.
+
+    Source: read(2); ``gevent.os.nb_read``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    return read_bytes(&move, n, "nb_read")
+
+
+def nb_write(Py_ssize_t fd, buf):
+    """Write a buffer, or as much of it as fits, to a non-blocking descriptor, letting other greenlets run while nothing fits.
+
+    Like :func:`os.write`, but waits on the hub where that raises BlockingIOError. A descriptor that was left in blocking mode is
+    written as :func:`write` does it.
+
+    Args:
+        fd: int, a descriptor in non-blocking mode (see :func:`make_nonblocking`).
+        buf: bytes-like, contiguous. It stays locked during the wait.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(buf)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as write(2).
+        TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
+
+    Switches greenlets only when nothing fits. Killed or timed out while it waits, it has written no byte. Works in any thread's
+    hub and in a forked child.
+
+    Source: write(2); ``gevent.os.nb_write``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, -1, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    take_buffer(buf, &view, False, &iov)
+    give_one(&move, &iov)
+    try:
+        return write_from(&move, "nb_write")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def make_nonblocking(fd):
+    """Put a descriptor into non-blocking mode.
+
+    The flag belongs to the open file description: everybody who shares it, other processes too, sees it.
+
+    Args:
+        fd: int, or an object with a ``fileno()`` method.
+
+    Returns:
+        True if the flag was changed, None if it was set already.
+
+    Raises:
+        OSError: EBADF if *fd* is not open.
+
+    Doesn't switch greenlets.
+
+    Source: fcntl(2), F_SETFL; ``gevent.os.make_nonblocking``.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef int number = PyObject_AsFileDescriptor(fd)
+    cdef int flags = fcntl(number, F_GETFL)
+    if flags >= 0:
+        if flags & O_NONBLOCK:
+            return None
+        if fcntl(number, F_SETFL, flags | O_NONBLOCK) >= 0:
+            return True
+    raise os_error(errno, "make_nonblocking", number)
+
+
+# ---- the os functions --------------------------------------------------------------------------------------------------------
+
+def read(Py_ssize_t fd, Py_ssize_t length, /):
+    """Read up to *length* bytes from any descriptor, letting other greenlets run while there are none.
+
+    Like :func:`os.read`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. What is there
+    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest is read by a
+    worker thread.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        length: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 0 to *length* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *length* is negative;
+            otherwise as read(2).
+
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    return read_bytes(&move, length, "read")
+
+
+def readinto(Py_ssize_t fd, buffer, /):
+    """Read into a buffer from any descriptor, letting other greenlets run while there is nothing.
+
+    Like ``os.readinto`` of Python 3.14, and cooperative as :func:`read` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffer: a writable bytes-like object, contiguous. It stays locked until the call is over.
+
+    Returns:
+        int: how many bytes were read, 0 to ``len(buffer)``; 0 at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as read(2).
+        TypeError, BufferError: *buffer* is not a writable bytes-like object, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    try:
+        take_buffer(buffer, &view, True, &iov)
+    except BufferError as ex:
+        if memoryview(buffer).readonly:
+            raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
+        raise
+    give_one(&move, &iov)
+    try:
+        return read_into(&move, "readinto")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def write(Py_ssize_t fd, data, /):
+    """Write a buffer to any descriptor, letting other greenlets run while it would block.
+
+    Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As
+    write(2) does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once, and
+    the hub waits for room; other files are written by a worker thread.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        data: bytes-like, contiguous. It stays locked until the call is over.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(data)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as write(2).
+        TypeError, BufferError: *data* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; write(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, -1, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    take_buffer(data, &view, False, &iov)
+    give_one(&move, &iov)
+    try:
+        return write_from(&move, "write")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def readv(Py_ssize_t fd, buffers, /):
+    """Read into several buffers, one after the other, letting other greenlets run while there is nothing.
+
+    Like :func:`os.readv`, and cooperative as :func:`read` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of writable bytes-like objects. They stay locked until the call is over.
+
+    Returns:
+        int: how many bytes were read in all; 0 at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as readv(2).
+        TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
+
+    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
+    thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; readv(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, -1, 0)
+    cdef Buffers locked = Buffers("readv", buffers, True)
+    locked.give(&move)
+    return read_into(&move, "readv")
+
+
+def writev(Py_ssize_t fd, buffers, /):
+    """Write several buffers, one after the other, letting other greenlets run while it would block.
+
+    Like :func:`os.writev`, and cooperative as :func:`write` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of bytes-like objects. They stay locked until the call is over.
+
+    Returns:
+        int: how many bytes were written in all.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as writev(2).
+        TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; writev(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, -1, 0)
+    cdef Buffers locked = Buffers("writev", buffers, False)
+    locked.give(&move)
+    return write_from(&move, "writev")
+
+
+def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
+    """Read up to *length* bytes from a place in a file, letting other greenlets run while it would block.
+
+    Like :func:`os.pread`. What is in the page cache is read at once, the rest by a worker thread.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        length: int, bytes, 0 or more.
+        offset: int, bytes from the start of the file, 0 or more. The descriptor's own offset stays where it is.
+
+    Returns:
+        bytes: 0 to *length* bytes long; ``b""`` at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading; EINVAL if *length* or *offset* is negative; ESPIPE if *fd* has no offset.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has moved nothing. Works in any thread's hub and in a forked
+    child.
+
+    Source: preadv2(2), RWF_NOWAIT; pread(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, <off_t>offset, 0)
+    if offset < 0:
+        raise os_error(EINVAL, "pread", fd)
+    return read_bytes(&move, length, "pread")
+
+
+def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
+    """Write a buffer to a place in a file, letting other greenlets run while it would block.
+
+    Like :func:`os.pwrite`. Where the kernel can't tell whether that would block, a worker thread does it.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffer: bytes-like, contiguous. It stays locked until the call is over.
+        offset: int, bytes from the start of the file, 0 or more. The descriptor's own offset stays where it is.
+
+    Returns:
+        int: how many bytes were written, 0 to ``len(buffer)``.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; EINVAL if *offset* is negative; ESPIPE if *fd* has no offset; otherwise as
+            pwrite(2).
+        TypeError, BufferError: *buffer* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; pwrite(2).
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, <off_t>offset, 0)
+    cdef Py_buffer view
+    cdef iovec iov
+    take_buffer(buffer, &view, False, &iov)
+    give_one(&move, &iov)
+    try:
+        if offset < 0:
+            raise os_error(EINVAL, "pwrite", fd)
+        return write_from(&move, "pwrite")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
+    """Read from a place in a file into several buffers, letting other greenlets run while it would block.
+
+    Like :func:`os.preadv`, and cooperative as :func:`pread` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of writable bytes-like objects. They stay locked until the call is over.
+        offset: int, bytes from the start of the file; -1, on Linux: the descriptor's own offset.
+        flags: int, ``os.RWF_*``. With ``RWF_NOWAIT`` it doesn't wait and raises BlockingIOError.
+
+    Returns:
+        int: how many bytes were read in all; 0 at end-of-file.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for reading; EINVAL if *offset* is negative; EOPNOTSUPP for flags that the system or the
+            file doesn't know; ESPIPE if *fd* has no offset.
+        TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
+
+    Switches greenlets only if it has to wait. Killed or timed out, it has moved nothing. Works in any thread's hub and in a forked
+    child.
+
+    Source: preadv2(2), RWF_NOWAIT.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), False, <off_t>offset, as_int(flags))
+    cdef Buffers locked = Buffers("preadv", buffers, True)
+    if offset < -1:
+        raise os_error(EINVAL, "preadv", fd)
+    locked.give(&move)
+    return read_into(&move, "preadv")
+
+
+def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
+    """Write several buffers to a place in a file, letting other greenlets run while it would block.
+
+    Like :func:`os.pwritev`, and cooperative as :func:`pwrite` is.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        buffers: a sequence of bytes-like objects. They stay locked until the call is over.
+        offset: int, bytes from the start of the file; -1, on Linux: the descriptor's own offset.
+        flags: int, ``os.RWF_*``. With ``RWF_NOWAIT`` it doesn't wait and raises BlockingIOError.
+
+    Returns:
+        int: how many bytes were written in all.
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing; EINVAL if *offset* is negative; EOPNOTSUPP for flags that the system or the
+            file doesn't know; ESPIPE if *fd* has no offset; otherwise as pwritev(2).
+        TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
+    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT.
+
+    .. versionadded:: 0.1.0
+    """
+    cdef Move move = move_of(as_int(fd), True, <off_t>offset, as_int(flags))
+    cdef Buffers locked = Buffers("pwritev", buffers, False)
+    if offset < -1:
+        raise os_error(EINVAL, "pwritev", fd)
+    locked.give(&move)
+    return write_from(&move, "pwritev")
+
+
+# ---- all of it ---------------------------------------------------------------------------------------------------------------
+
+def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
+    """Read *n* bytes from any descriptor, letting other greenlets run until they are there.
+
+    As :func:`read` again and again.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: *n* bytes long.
+
+    Raises:
+        EOFError: the file ended before. What was read is in its attribute ``partial``.
+        OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *n* is negative;
+            otherwise as read(2).
+
+    Switches greenlets only if it has to wait. Killed or timed out, or if an error comes in between, the exception has what was
+    read until then as an attribute ``partial``. Works in any thread's hub and in a forked child.
+
+    Source: preadv2(2), RWF_NOWAIT; read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    return read_telling(fd, n, None)
+
+
+def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
+    """read_exactly, which also appends to *told* what was read if anything is raised: an exception may refuse attributes."""
+    cdef int number = as_int(fd)
+    cdef Move move
+    cdef Py_ssize_t nread
+    cdef Py_ssize_t done = 0
+    cdef iovec iov
+    if n < 0:
+        raise os_error(EINVAL, "read_exactly", fd)
+    data = PyBytes_FromStringAndSize(NULL, n)
+    try:
+        while True:
+            move = move_of(number, False, -1, 0)
+            iov.iov_base = PyBytes_AS_STRING(data) + done
+            iov.iov_len = <size_t>min(n - done, <Py_ssize_t>COOPOS_IO_MAX)
+            give_one(&move, &iov)
+            nread = read_into(&move, "read_exactly")
+            done += nread
+            if done == n:
+                return data
+            if not nread:
+                end = EOFError(f"end of file after {done} of {n} bytes: read_exactly({number})")
+                end.is_at_end = True       # an EOFError that is thrown in isn't
+                raise end
+    except BaseException as ex:
+        tell(ex, "partial", data[:done])
+        if told is not None:
+            told.append(data[:done])
+        raise
+
+
+def write_all(Py_ssize_t fd, data, /):
+    """Write all of a buffer to any descriptor, letting other greenlets run until it is written.
+
+    As :func:`write` again and again: on a descriptor in non-blocking mode, too, all is written when it returns.
+
+    Args:
+        fd: int, an open descriptor, in blocking mode or not.
+        data: bytes-like, contiguous. It stays locked until the call is over.
+
+    Returns:
+        None
+
+    Raises:
+        OSError: EBADF if *fd* is not open for writing, or :func:`close` closes it during the wait; EPIPE if nobody can read;
+            otherwise as write(2).
+        TypeError, BufferError: *data* is not bytes-like, or not contiguous.
+
+    Switches greenlets only if it has to wait. Killed or timed out, or if an error comes in between, after a part was written, the
+    exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+
+    Source: pwritev2(2), RWF_NOWAIT; write(2).
+
+    .. versionadded:: 0.1.0
+    """
+    write_telling(fd, data, None)
+
+
+def write_telling(Py_ssize_t fd, data, list told, bint is_all=True):
+    """write_all, or write, which also appends to *told* how much was written if anything is raised: an exception may refuse
+    attributes.
+    """
+    cdef int number = as_int(fd)
+    cdef Move move
+    cdef Py_buffer view
+    cdef iovec iov
+    cdef Py_ssize_t done = 0
+    cdef Py_ssize_t late = 0
+    take_buffer(data, &view, False, &iov)
+    try:
+        while True:
+            move = move_of(number, True, -1, 0)
+            iov.iov_base = <char *>view.buf + done
+            iov.iov_len = <size_t>min(view.len - done, <Py_ssize_t>COOPOS_IO_MAX)
+            give_one(&move, &iov)
+            done += write_from(&move, "write_all", &late)
+            if done >= view.len or not is_all:
+                return done
+    except BaseException as ex:
+        tell(ex, "characters_written", (done + late) or None)
+        if told is not None:
+            told.append(done + late)
+        raise
+    finally:
+        PyBuffer_Release(&view)
