@@ -40,6 +40,7 @@ cdef extern from "<semaphore.h>" nogil:
 
 
 cdef extern from "<signal.h>" nogil:
+    int CLD_EXITED, CLD_KILLED, CLD_DUMPED, CLD_CONTINUED, SIGCONT
     ctypedef struct sigset_t:
         pass
     int SIG_BLOCK, SIG_SETMASK
@@ -103,7 +104,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
 
 
-cdef extern from "_closing.h" nogil:
+cdef extern from "c/closing.h" nogil:
     ctypedef struct Closing "struct coopos_closing":
         int fd
         int parties
@@ -115,7 +116,7 @@ cdef extern from "_closing.h" nogil:
     bint coopos_closing_is_due(Closing *closing)
 
 
-cdef extern from "_compat.h" nogil:
+cdef extern from "c/system.h" nogil:
     int HAVE_PIDFD
     int COOPOS_WNOTHREAD, COOPOS_WCLONE, COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS
     idtype_t COOPOS_P_PIDFD
@@ -128,8 +129,6 @@ cdef extern from "_compat.h" nogil:
         int code
         int status
         rusage usage
-    bint coopos_has_ended(const Report *report)
-    int coopos_si_status(const Report *report)
     int coopos_wait(idtype_t idtype, id_t id, int options, Report *report)
     int coopos_pidfd_open(pid_t pid)
     int coopos_pidfd_signal(int pidfd, int signum)
@@ -149,6 +148,15 @@ cdef extern from "_compat.h" nogil:
     void coopos_close_run(int first, int last)
     bint coopos_bell_ring(const int *bell)
     void coopos_bell_hush(const int *bell)
+    bint coopos_can_poll(int fd)
+    bint coopos_is_in_background(int fd, int writes)
+    bint coopos_gathers(int fd, int *min, int *tenths)
+    int coopos_bytes_there(int fd)
+    int RWF_NOWAIT
+    int coopos_sem_value(sem_t *semaphore, int *value)
+
+
+cdef extern from "c/moving.h" nogil:
     enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_ASKED
     ctypedef struct Move "struct coopos_move":
         int fd
@@ -162,16 +170,11 @@ cdef extern from "_compat.h" nogil:
         size_t most
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)
-    bint coopos_can_poll(int fd)
-    bint coopos_is_in_background(int fd, int writes)
-    bint coopos_gathers(int fd, int *min, int *tenths)
-    int coopos_bytes_there(int fd)
-    int RWF_NOWAIT
     ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint gathers)
-    int coopos_sem_value(sem_t *semaphore, int *value)
+    ssize_t coopos_move_guarded(const Move *move)
 
 
-cdef extern from "_workers.h" nogil:
+cdef extern from "c/workers.h" nogil:
     ctypedef enum coopos_operation "enum coopos_operation":
         COOPOS_MOVE, COOPOS_OPEN, COOPOS_SETLK, COOPOS_FLOCK, COOPOS_SEM_WAIT, COOPOS_WAITID, COOPOS_FSYNC, COOPOS_FDATASYNC,
         COOPOS_SYNC, COOPOS_FTRUNCATE, COOPOS_TRUNCATE, COOPOS_FALLOCATE, COOPOS_COPY, COOPOS_SENDFILE, COOPOS_SPLICE, COOPOS_RANDOM
@@ -221,7 +224,6 @@ cdef extern from "_workers.h" nogil:
     void coopos_pool_hold(int is_held)
     void coopos_pool_end()
     int coopos_pool_hear_of_forks()
-    ssize_t coopos_move_guarded(const Move *move)
 
 
 cdef extern from "greenlet.h":
@@ -232,7 +234,7 @@ cdef extern from "greenlet.h":
         DICT_OFFSET "offsetof(PyGreenlet, dict)"
 
 
-cdef extern from "_greenlets.h":
+cdef extern from "c/greenlets.h":
     int coopos_import_greenlet() except -1
     object coopos_current_greenlet()
     object coopos_switch(object greenlet, PyObject *args, PyObject *kwargs)

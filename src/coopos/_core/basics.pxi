@@ -1,7 +1,43 @@
+# What every other chapter uses: errors, arguments, tables by descriptor, functions that look like builtins.
+#
+# The chapter knows libc and the interpreter, and nothing of gevent.
+
+# What a descriptor is waited for: c/system.h has the same numbers. And how long, when there is no limit.
+cdef enum:
+    READ = 1
+    WRITE = 2
+    NEVER = -1
+
+
+globals().update(READ=READ, WRITE=WRITE)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------------
+
 cdef object os_error(int err, str call, object subject):
-    """The OSError for errno *err*, of the class Python maps it to, saying which call failed on what."""
+    """The OSError for errno *err*, of the class that Python maps it to. The message names the call and what it was made on."""
     return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
 
+
+cdef object path_error(int err, object path):
+    """The OSError of a call on a path, as the os module raises it: *path* is its ``filename``."""
+    return OSError(err, strerror(err).decode(), path)
+
+
+cdef object said_error(int err, str what):
+    """The OSError for errno *err* with a message of its own."""
+    return OSError(err, f"{strerror(err).decode()}: {what}")
+
+
+cdef bint is_interrupted(int err) except -1:
+    """Whether a system call that failed with *err* has to be made again: a signal came. Its handlers run first, and may raise."""
+    if err != EINTR:
+        return False
+    PyErr_CheckSignals()
+    return True
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------------
 
 cdef inline int as_int(Py_ssize_t number) except? -1:
     """A C int for what os functions take as one. Their arguments are declared Py_ssize_t, which Cython, as `os` does, takes from
@@ -10,6 +46,34 @@ cdef inline int as_int(Py_ssize_t number) except? -1:
     if number != <int>number:
         raise OverflowError("signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum")
     return <int>number
+
+
+# ---- tables by descriptor ----------------------------------------------------------------------------------------------------
+
+# A forked child goes through such a table. In Python containers each visit would count a reference, and thereby copy the page that
+# the object is on.
+cdef struct Table:
+    PyObject **at                  # NULL: nothing
+    int size
+
+
+cdef int reserve(Table *table, int fd) except -1:
+    """Make room for *fd*."""
+    cdef PyObject **at
+    cdef int size
+    if fd >= table.size:
+        size = max(2 * fd, 64)
+        at = <PyObject **>realloc(table.at, <size_t>size * sizeof(PyObject *))
+        if at == NULL:
+            raise MemoryError
+        memset(at + table.size, 0, <size_t>(size - table.size) * sizeof(PyObject *))
+        table.at, table.size = at, size
+    return 0
+
+
+cdef inline PyObject *at_fd(Table *table, int fd) noexcept:
+    """What is there for *fd*, borrowed, or NULL."""
+    return table.at[fd] if 0 <= fd < table.size else NULL
 
 
 # ---- functions that stand for builtins ---------------------------------------------------------------------------------------

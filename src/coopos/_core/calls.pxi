@@ -1,3 +1,5 @@
+# The operations of workers, as the Python modules call them: fsync, open, locks, sendfile and their kin.
+
 # ---- for Python --------------------------------------------------------------------------------------------------------------
 
 cdef int check_fd(int fd, str name) except -1:
@@ -58,9 +60,8 @@ def open_at_once(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd,
             break
         if err in (EAGAIN, ENXIO):
             return -1
-        if err != EINTR:
-            raise OSError(err, os.strerror(err), subject)
-        PyErr_CheckSignals()
+        if not is_interrupted(err):
+            raise path_error(err, subject)
     if fstat(fd, &st) == 0 and not S_ISREG(st.st_mode) and (S_ISFIFO(st.st_mode) or S_ISCHR(st.st_mode)) and not how & O_RDWR:
         c_close(fd)
         return -1

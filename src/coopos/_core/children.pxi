@@ -1,26 +1,32 @@
-cdef enum:
-    ALIVE = 0      # as far as anybody has asked
-    ENDED = 1      # collected here; the status waits for someone to claim it
-    CLAIMED = 2    # somebody has got it
-    LOST = 3       # somebody else has collected it, and the kernel doesn't tell
-
+# The records of children that somebody watches or waits for.
+#
+# A Child has a Watch in each loop that waits for it. Whoever is first collects it; exactly one caller gets the status. Its states, and
+# the method on each edge:
+#
+#                  collect()              claim()
+#         ALIVE ------------> ENDED ----------------> CLAIMED
+#           |                 (only if it is watched,    ^
+#           |                  else nobody keeps it)     |
+#           |                                            |
+#           +---------------- claim(), collected() ------+
+#           |
+#           +-- lose() -----> LOST     somebody else collected it, and the kernel doesn't tell the status
+#
+# In a forked child every record that was made before the fork belongs to the parent: `generation` tells, and its descriptors and
+# workers are left alone.
 
 # ---- the records ------------------------------------------------------------------------------------------------------------
 
 @cython.final
-cdef class Child:
+cdef class Child(Record):
     """A child process that somebody here watches or waits for; what a ``fork_and_watch`` callback is given.
 
     Has the attributes of gevent's child watchers: pid, rpid, rstatus, loop, ref, callback, and stop() and close(), which have
     nothing left to do once the callback is called.
     """
-    cdef readonly int pid
-    cdef str told_by
     cdef Report report             # once it has ended
     cdef int group                 # the process group it died in
-    cdef int state
     cdef bint is_stolen            # by somebody else in this process, who has collected it
-    cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
     cdef ino_t inode               # of its pidfd, where that is its own; 0
     cdef object home               # the Watch in the loop where it was watched first
     cdef list watches              # a Watch in each loop that waits for it
@@ -224,11 +230,11 @@ cdef class Child:
         rc = 0
         if stop == NULL and not is_dead:
             rc = self.ask(WEXITED | WNOWAIT, &report)
-            if rc == 0 and not coopos_has_ended(&report):
+            if rc == 0 and not has_ended(&report):
                 return report.pid > 0
         if rc == 0:
             rc = self.ask(WEXITED, &report)
-        if rc == 0 and report.pid > 0 and not coopos_has_ended(&report):
+        if rc == 0 and report.pid > 0 and not has_ended(&report):
             if stop != NULL:
                 stop[0] = report
             return True
@@ -368,8 +374,8 @@ cdef list _parents = []
 
 cdef object lost_child(Child child):
     if child.born != generation:
-        return OSError(ECHILD, f"{strerror(ECHILD).decode()}: {child.pid} is a child of the process that has forked this one")
-    return OSError(ECHILD, f"{strerror(ECHILD).decode()}: somebody else in this process collected child {child.pid}, and this "
+        return said_error(ECHILD, f"{child.pid} is a child of the process that has forked this one")
+    return said_error(ECHILD, f"somebody else in this process collected child {child.pid}, and this "
                            f"kernel doesn't tell its status. gevent.subprocess does that unless coopos.patch() was called; so does "
                            f"whoever calls waitpid(-1), and ignoring SIGCHLD")
 

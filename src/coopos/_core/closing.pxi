@@ -1,3 +1,8 @@
+# close(2), and what it means for greenlets that wait for the number.
+#
+# close() is done when it returns. It is put off in three cases only: a worker uses the number (registry), another thread's watcher is
+# active on it (only without epoll), or gevent's own watcher is. libev aborts the process if a number is closed under an active watcher.
+
 # ---- close --------------------------------------------------------------------------------------------------------------------
 
 def close(Py_ssize_t fd):
@@ -49,7 +54,7 @@ cdef int close_fd(int fd) except -1:
     except TypeError:
         hub = None                 # the interpreter is being taken down, and gevent's names with it
     loop = None if hub is None else hub.loop
-    if fd < _parked_size and _parked[fd] != NULL:
+    if at_fd(&_parked, fd) != NULL:
         later = evict_all(fd)
     if _calls and (<object>fd) in _calls:
         if later is None:
@@ -110,14 +115,14 @@ def closerange(Py_ssize_t fd_low, Py_ssize_t fd_high, /):
 
 cdef int evict(int fd, list greenlets) except -1:
     """Have those of *greenlets* that are parked on *fd* get EBADF, of any thread. The number stays open."""
-    if 0 <= fd < _parked_size and _parked[fd] != NULL:
+    if at_fd(&_parked, fd) != NULL:
         evict_all(fd, greenlets)
     return 0
 
 
 cdef PutOffClose evict_all(int fd, list greenlets=None):
     """Have all that are parked on *fd*, or those of *greenlets*, get EBADF; the close that others' watchers put off, or None."""
-    cdef PyObject *link = _parked[fd]
+    cdef PyObject *link = _parked.at[fd]
     cdef PutOffClose later = None
     cdef Wait wait
     loop = None if get_hub_if_exists() is None else get_hub().loop

@@ -1,9 +1,13 @@
+# How one loop learns that a child has ended: by its pidfd in the loop's set, or by a Question where there is no pidfd.
+#
+# 1. Whoever waits is registered before anything that could wake it is started, and leaves in a `finally`.
+# 2. To tell anybody anything can let other threads run (libuv's watchers release the GIL). So a record is first brought to its new
+#    state, and then others are told.
+
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
 
-# By descriptor, the Watch whose pidfd it is, or NULL. In C, because a forked child goes through it, and to count references to
-# thousands of objects would copy the pages they are on: there they stay counted.
-cdef PyObject **_watch_of = NULL
-cdef int _watch_of_size = 0
+# By descriptor, the Watch whose pidfd it is. The reference is counted.
+cdef Table _watch_of
 
 # {errno: how often the kernel has refused a pidfd}
 cdef dict _refusals = {}
@@ -11,18 +15,13 @@ cdef dict _refusals = {}
 
 cdef int open_pidfd(int pid) except -2:
     """A pidfd, or -1 with errno."""
-    global _watch_of, _watch_of_size
-    cdef PyObject **table
-    cdef int size
     cdef int fd = coopos_pidfd_open(pid)
-    if fd >= _watch_of_size:
-        size = max(2 * fd, 256)
-        table = <PyObject **>realloc(_watch_of, <size_t>size * sizeof(PyObject *))
-        if table == NULL:
+    if fd >= 0:
+        try:
+            reserve(&_watch_of, fd)
+        except:
             c_close(fd)
-            raise MemoryError
-        memset(table + _watch_of_size, 0, <size_t>(size - _watch_of_size) * sizeof(PyObject *))
-        _watch_of, _watch_of_size = table, size
+            raise
     return fd
 
 
@@ -30,10 +29,10 @@ cdef int close_all_pidfds() noexcept:
     """In a forked child. Run by run: thousands of close(2) take milliseconds."""
     cdef int first
     cdef int fd = 0
-    while fd < _watch_of_size:
+    while fd < _watch_of.size:
         first = fd
-        while fd < _watch_of_size and _watch_of[fd] != NULL:
-            _watch_of[fd] = NULL
+        while fd < _watch_of.size and _watch_of.at[fd] != NULL:
+            _watch_of.at[fd] = NULL
             fd += 1
         if fd > first:
             coopos_close_run(first, fd - 1)
@@ -46,11 +45,40 @@ def count_refusals():
     return dict(_refusals)
 
 
+# ---- watching in a loop ------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    ALIVE = 0      # as far as anybody has asked
+    ENDED = 1      # collected here; the status waits for someone to claim it
+    CLAIMED = 2    # somebody has got it
+    LOST = 3       # somebody else has collected it, and the kernel doesn't tell
+
+
+cdef class Record:
+    """What a Watch needs of the child that it watches. The next chapter has the rest: Child."""
+    cdef readonly int pid
+    cdef str told_by               # "pidfd" or "thread"
+    cdef int state
+    cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
+
+    cdef bint collect(self, bint claims, Report *stop, bint is_dead=False) except -1:
+        """Ask the kernel for the status, without waiting."""
+        raise NotImplementedError
+
+    cdef int lose(self) except -1:
+        """Somebody else has collected it."""
+        raise NotImplementedError
+
+    cdef int forget(self, watch) except -1:
+        """A watch that nobody needs any more."""
+        raise NotImplementedError
+
+
 @cython.final
 @cython.internal
 cdef class Watch(Wait):
     """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a Question where there is none."""
-    cdef Child child
+    cdef Record child
     cdef object loop
     cdef Listener news             # while a thread asks for us
     cdef list waiters              # of the greenlets parked here, their switch
@@ -60,7 +88,7 @@ cdef class Watch(Wait):
     cdef bint is_lasting           # somebody watches in this loop, whether or not anybody waits
     cdef bint is_closed
 
-    def __cinit__(self, Child child, loop):
+    def __cinit__(self, Record child, loop):
         self.child = child
         self.loop = loop           # None: of a thread without a hub
         self.waiters = []
@@ -108,7 +136,7 @@ cdef class Watch(Wait):
             return errno
         self.fd = pidfd
         Py_INCREF(self)
-        _watch_of[pidfd] = <PyObject *>self
+        _watch_of.at[pidfd] = <PyObject *>self
         return 0
 
     def start_there(self, bint ref):
@@ -140,7 +168,7 @@ cdef class Watch(Wait):
         if pidfd >= 0 and self.born == generation:
             if self.set is not None:
                 self.set.leave(self)
-            _watch_of[pidfd] = NULL
+            _watch_of.at[pidfd] = NULL
             c_close(pidfd)
             self.fd = -1
             Py_DECREF(self)

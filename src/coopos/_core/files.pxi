@@ -1,3 +1,5 @@
+# The functions of os that read and write: nb_read, nb_write, read, write, readv ... and read_exactly, write_all.
+
 # ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
 
 def nb_read(Py_ssize_t fd, Py_ssize_t n):

@@ -1,3 +1,17 @@
+# fork(2) and forkpty(3), and the hooks of every fork, whoever makes it.
+#
+#     parent      the at-fork hooks, which may wait; prepare(), the last of them
+#     fork(2)     in the child coopos_in_child(), in the parent coopos_in_parent(), both by pthread_atfork(3)
+#     child       the interpreter's own repairs; revive(), the first of the hooks; everybody else's hooks
+#     parent      resume(), the first of the hooks; everybody else's hooks
+#
+# 1. One fork at a time in a thread: a hook that waits lets other greenlets run, and their forks wait for this one.
+# 2. No Python code runs between the last hook before the fork and the interpreter's own repairs in the child. Another thread may have
+#    asked for the GIL, and that thread is not in the child.
+# 3. What may fail comes before the fork, or is raised after its hooks are over: then the interpreter is whole, and the exception has
+#    the pid.
+# 4. A child that is going to exec runs no greenlet but its own, in a new hub with a loop of its own.
+
 # ---- hooks of every fork -----------------------------------------------------------------------------------------------------
 
 @cython.final
@@ -23,8 +37,6 @@ cdef dict _watching = {}
 #: What :func:`coopos.fork_policy` says in this context, if anything: whether children keep the parent's greenlets.
 policy = ContextVar("coopos.keep_greenlets")
 cdef bint _default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
-# Why no greenlet can be left behind, or None.
-cdef object _disorder = None
 # What is to run last of all before a fork, and in a child that has left the greenlets behind.
 cdef list _last_hooks = []
 cdef list _left_hooks = []
@@ -48,19 +60,6 @@ def set_default(bint keep_greenlets):
     """What a fork does that isn't told, where no policy holds."""
     global _default_keeps
     _default_keeps = keep_greenlets
-
-
-cdef int check_leaving() except -1:
-    """Refuse what can't be done: a child without the parent's greenlets."""
-    global _knows_greenlet
-    if _disorder is not None:
-        raise NotImplementedError(_disorder)
-    if not _knows_greenlet:
-        check_greenlet(greenlet)
-        _knows_greenlet = True
-    if get_hub_if_exists() is getcurrent():
-        raise RuntimeError("keep_greenlets=False: there is no greenlet to keep in a callback of the hub")
-    return 0
 
 
 cdef int mode_by_policy() except -1:

@@ -1,6 +1,17 @@
+# How a forked child leaves its parent's greenlets behind.
+#
+# The child keeps the greenlet that forked and the hub. Every other greenlet is made to look finished, without being resumed or freed:
+# a parked greenlet that is freed runs its `finally` blocks. Their frames, and what those refer to, stay as the fork found them.
+#
+# Two facts here are private to other projects: where a greenlet has its state (check_greenlet), and that the interpreter's lists of
+# at-fork hooks are Python lists (put_first). Each is checked before it is relied on. If one is not as we think,
+# ``keep_greenlets=False`` raises NotImplementedError, and everything else works.
+
 # ---- what is private to others -----------------------------------------------------------------------------------------------
 
 cdef bint _knows_greenlet = False
+# Why no greenlet can be left behind, or None.
+cdef object _disorder = None
 
 
 def check_greenlet(kind):
@@ -52,6 +63,19 @@ cdef bint has(list listed, hook) noexcept:
         if each is hook:
             return True
     return False
+
+
+cdef int check_leaving() except -1:
+    """Refuse what can't be done: a child without the parent's greenlets."""
+    global _knows_greenlet
+    if _disorder is not None:
+        raise NotImplementedError(_disorder)
+    if not _knows_greenlet:
+        check_greenlet(greenlet)
+        _knows_greenlet = True
+    if get_hub_if_exists() is getcurrent():
+        raise RuntimeError("keep_greenlets=False: there is no greenlet to keep in a callback of the hub")
+    return 0
 
 
 # ---- leaving the parent's greenlets behind -----------------------------------------------------------------------------------

@@ -1,3 +1,11 @@
+# Giving way to the hub, and coming back.
+#
+# A greenlet that waits calls give_way() and comes back with the object that somebody switched to it with. It compares that object with
+# the one it registered: another object means that foreign code has switched to it, and gets InvalidSwitchError.
+#
+# Where there is no hub to give way to (a thread that has none, the hub itself, the interpreter's end) reachable_hub() is None. Then a
+# plain system call keeps no other greenlet from running.
+
 # gevent.monkey, which may have come first, puts a greenlet's where we need a thread's.
 _local, get_ident = get_original("_thread", ["_local", "get_ident"])
 

@@ -1,3 +1,17 @@
+# Moving bytes: one attempt, and what to do when it comes to nothing.
+#
+# The kernel is asked, per call, whether the call would block. The descriptor's flags are not touched. One ladder serves all reads and
+# writes; each rung is tried until one answers:
+#
+# 1. RWF_NOWAIT: pipes, sockets, eventfds, files in the page cache. EAGAIN: wait on the hub, then try again.
+# 2. Where the kernel can't tell (EOPNOTSUPP): a descriptor in non-blocking mode is read plainly, a socket with MSG_DONTWAIT.
+# 3. Blocking FIFOs, terminals, inotify: wait until poll(2) calls them ready, then read under a guard. The guard is a timer whose signal
+#    ends the call, in case a rival was quicker.
+# 4. Files that are not in the page cache, file systems that can't tell, devices: a worker.
+#
+# Nothing is remembered about a rung that was refused: another file of the same kind may answer. A greenlet that is killed or timed out
+# while it waits has moved no byte. A file's offset moves only once the greenlet has the bytes that a worker has read.
+
 # ---- what this process can do ------------------------------------------------------------------------------------------------
 
 cdef bint has_nowait() except -1:
@@ -84,17 +98,15 @@ cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
     while True:
         moved = coopos_move(move)
         err[0] = errno
-        if moved >= 0 or err[0] != EINTR:
+        if moved >= 0 or not is_interrupted(err[0]):
             return moved
-        PyErr_CheckSignals()
 
 
 cdef ssize_t attempt_guarded(Move *move, int *err) except -2:
     """attempt(), under a guard, of which there is one: it wants the interpreter's lock."""
     cdef ssize_t moved = move_guarded(move)
     err[0] = errno
-    if moved < 0 and err[0] == EINTR:
-        PyErr_CheckSignals()
+    if moved < 0 and is_interrupted(err[0]):
         err[0] = EAGAIN        # the guard's signal, most likely; in any case others may run before it is tried again
     return moved
 
@@ -110,9 +122,8 @@ cdef ssize_t attempt(Move *move, int *err) except -2:
         with nogil:
             moved = coopos_move(move)
             err[0] = errno
-        if moved >= 0 or err[0] != EINTR:
+        if moved >= 0 or not is_interrupted(err[0]):
             return moved
-        PyErr_CheckSignals()
 
 
 cdef object read_once(Move *move, Py_ssize_t n, int *err):

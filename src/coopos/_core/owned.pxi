@@ -1,3 +1,11 @@
+# Reads and writes on a descriptor that one object owns: what FileIO is made of.
+#
+# Owned is the descriptor, and knows nothing of the file. The file keeps it in a slot, and inherits from Moving the methods that move
+# bytes. So a bound method that somebody keeps also keeps the file open, and a file that nobody refers to is collected at once.
+#
+# A read that came back short means that the next one will probably have to wait, so it waits first. That is only a hint: if there is
+# something to read after all, the wait ends at once.
+
 cdef enum:
     CHUNK = 65536
     SMALL_FILE_READ = 8192

@@ -1,11 +1,19 @@
+# Asking the kernel about children: at once, or by a worker that waits.
+#
+# A Question is one waitid(2) that a worker makes with WNOWAIT, for everybody who wants to know the same. The worker takes nothing: its
+# answer is only "look again". Nothing here installs a signal handler, and nothing polls unless no descriptor or no thread is left.
+
 # ---- asking the kernel -------------------------------------------------------------------------------------------------------
+
+cdef bint has_ended(const Report *report) noexcept:
+    return report.code == CLD_EXITED or report.code == CLD_KILLED or report.code == CLD_DUMPED
+
 
 cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -2:
     """waitid(2), without waiting: 0, also where there is nothing to say, or -1 with errno. A signal's handler has its turn."""
     while coopos_wait(idtype, id, options, report) < 0:
-        if errno != EINTR:
+        if not is_interrupted(errno):
             return -1
-        PyErr_CheckSignals()
     return 0
 
 
@@ -22,9 +30,7 @@ cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
     with nogil:
         if c_waitid(idtype, id, &info, options | WNOWAIT) < 0:
             err = errno
-    if err == EINTR:
-        PyErr_CheckSignals()
-    elif err and err != ECHILD:
+    if not is_interrupted(err) and err and err != ECHILD:
         raise os_error(err, "waitid", id)
     return 0
 
@@ -135,12 +141,11 @@ cdef class Listener(Wait):
         with nogil:
             if poll(&rung, 1, -1 if has_bell else PAUSE_MS) < 0:
                 err = errno
-        if err == EINTR:
-            PyErr_CheckSignals()
-        elif err:
+        if is_interrupted(err):
+            return 0
+        if err:
             raise os_error(err, "poll", question.key)
-        else:
-            question.close_to_others()
+        question.close_to_others()
         return 0
 
     cdef int leave(self) except -1:

@@ -1,11 +1,12 @@
-cdef enum:
-    READ = 1
-    WRITE = 2
-    NEVER = -1
-
-
-globals().update(READ=READ, WRITE=WRITE)
-
+# The registry of calls in flight, and closes that have to wait for them.
+#
+# A call owns its descriptor's number from its first look to its return. A call that may give way anywhere else than in park() is a
+# Call, and is in the registry from before its first system call until it returns. close() asks the registry and the table of waits
+# (the next chapter), and nothing else:
+#
+# - a call that waits, or has not begun, is told EBADF;
+# - a call that a worker has begun keeps the number open: the close is put off until the worker has left it;
+# - a number whose close is put off is closed for everybody who comes later (check_open).
 
 # ---- calls in flight ---------------------------------------------------------------------------------------------------------
 

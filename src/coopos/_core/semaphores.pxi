@@ -1,3 +1,14 @@
+# Semaphores that processes share, the base of multiprocessing's locks, for greenlets.
+#
+# 1. A semaphore that is free is taken without waiting. Otherwise a worker waits, one for each hub and semaphore: the greenlets of a hub
+#    take turns, so that a thousand of them cost one thread.
+# 2. The owner of a lock is a greenlet, not a thread: two greenlets of one thread exclude each other.
+# 3. Nothing switches between the moment a greenlet gets a semaphore and the return to its caller. A greenlet that is killed or timed
+#    out has taken nothing.
+# 4. In the hub, and in a thread without a hub, the stdlib's object waits plainly.
+#
+# A Semaphore has the stdlib's object inside, which creates, names and closes the kernel's object. Its counting of threads is unused.
+
 # multiprocessing's number for a lock that its owner may take again; the other kind is 1.
 cdef enum:
     RECURSIVE_MUTEX = 0
@@ -70,9 +81,8 @@ cdef class Semaphore:
         while sem_trywait(self.sem) < 0:
             if errno == EAGAIN:
                 return False
-            if errno != EINTR:
+            if not is_interrupted(errno):
                 raise os_error(errno, "sem_trywait", self.plain.name)
-            PyErr_CheckSignals()
         return True
 
     cdef bint wait(self, double seconds) except -1:

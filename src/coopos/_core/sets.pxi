@@ -1,43 +1,33 @@
+# One set per loop, in which lies everything that is waited for there.
+#
+# The set is an epoll(7) behind one io watcher of the loop. The loop never sees any other number of ours. Four rules:
+#
+# 1. A greenlet is registered before the kernel is asked to tell of its descriptor, and leaves in a `finally`.
+# 2. An event is a hint and never an answer: whoever is woken asks the kernel again. So a late event does no harm. The greenlet may
+#    have been killed, the number may be another file's by now, another process may share the file. Nothing has to be disarmed.
+# 3. A descriptor is armed for one event (EPOLLONESHOT), each time somebody waits for it.
+# 4. Only the loop's own thread touches its set. Other threads post a callback to the loop.
+#
+# A greenlet that has to wait looks into the set first. If another waiter is ready it switches to that one directly, without a turn of
+# the loop. MAX_DIRECT and MAX_DIRECT_US bound how often and for how long, so that the loop's timers and callbacks get their turn.
+#
+# Where there is no epoll (macOS), or under COOPOS_SETS=watchers, each wait has an io watcher of its own: start_watcher() and
+# stop_watcher() are all that differs.
+
 cdef bint is_always_ready(int fd) noexcept:
     """Whether readiness means nothing for *fd*: regular files and block devices are always ready, and block all the same."""
     cdef stat_t st
     return fstat(fd, &st) == 0 and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode))
 
 
-cdef bint stand(int fd, int events, str call) except -1:
-    """Wait until *fd* is ready as a plain program does, where there is no hub to give way to. False: that says nothing of it."""
-    cdef pollfd request
-    cdef int rc, err
-    if is_always_ready(fd):
-        return False
-    request.fd = fd
-    request.events = POLLIN if events == READ else POLLOUT
-    while True:
-        request.revents = 0
-        with nogil:
-            rc = poll(&request, 1, -1)
-            err = errno
-        if rc >= 0:
-            return True
-        if err != EINTR:
-            raise os_error(err, call, fd)
-        PyErr_CheckSignals()
-
-
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
-#
-# All that is waited for in one loop lies in one set of ours, an epoll(7) behind one io watcher of that loop. The loop never sees
-# another number of ours. A member tells once each time it is armed. What it tells is a hint and never an answer: who is woken asks
-# the kernel again. So a hint that comes late (the greenlet was killed, the number is another file's by now, another process has the
-# file) does no harm, and nobody has to be disarmed.
 
 # COOPOS_SETS=watchers: as where there is no epoll, of the loop's own watchers; see start_watcher().
 cdef bint _has_epoll = COOPOS_HAVE_EPOLL and os.environ.get("COOPOS_SETS") != "watchers"
 
 # By descriptor, the last Wait for it, or NULL (borrowed: whoever waits has it); close() reads it. The waits of every thread are
 # here, under the GIL.
-cdef PyObject **_parked = NULL
-cdef int _parked_size = 0
+cdef Table _parked
 
 
 cdef enum:
@@ -97,20 +87,11 @@ cdef class Wait:
 
 
 cdef int enlist(Wait wait) except -1:
-    global _parked, _parked_size
     cdef int fd = wait.fd
-    cdef int size
-    cdef PyObject **table
-    if fd >= _parked_size:
-        size = max(2 * fd, 64)
-        table = <PyObject **>realloc(_parked, <size_t>size * sizeof(PyObject *))
-        if table == NULL:
-            raise MemoryError
-        memset(table + _parked_size, 0, <size_t>(size - _parked_size) * sizeof(PyObject *))
-        _parked, _parked_size = table, size
-    wait.next = _parked[fd]
+    reserve(&_parked, fd)
+    wait.next = _parked.at[fd]
     wait.is_listed = True
-    _parked[fd] = <PyObject *>wait
+    _parked.at[fd] = <PyObject *>wait
     return 0
 
 
@@ -119,7 +100,7 @@ cdef bint delist(Wait wait) noexcept:
     cdef PyObject **link
     if wait.is_listed:
         wait.is_listed = False
-        link = &_parked[wait.fd]
+        link = &_parked.at[wait.fd]
         while link[0] != NULL:
             if link[0] == <PyObject *>wait:
                 link[0] = wait.next
@@ -296,8 +277,8 @@ cdef class Set:
         self.shut()
         self.hub = None
         if self.born == generation:
-            for fd in range(_parked_size):
-                link = &_parked[fd]
+            for fd in range(_parked.size):
+                link = &_parked.at[fd]
                 while link[0] != NULL:
                     if (<Wait>link[0]).set is self:
                         link[0] = (<Wait>link[0]).next
@@ -392,7 +373,7 @@ cdef class Set:
 
     cdef int events_of(self, int fd) noexcept:
         """What all who wait here for *fd* want."""
-        cdef PyObject *link = _parked[fd] if fd < _parked_size else NULL
+        cdef PyObject *link = at_fd(&_parked, fd)
         cdef int events = 0
         while link != NULL:
             if (<Wait>link).set is self and (<Wait>link).watcher is None:
@@ -429,7 +410,7 @@ cdef class Set:
 
     cdef int arm_all(self) except -1:
         cdef int fd
-        for fd in range(_parked_size):
+        for fd in range(_parked.size):
             self.arm_again(fd)
         return 0
 
@@ -440,7 +421,7 @@ cdef class Set:
         cdef int events = self.events_of(fd)
         if not events or self.fd < 0 or coopos_set_arm(self.fd, fd, events) == 0:
             return 0
-        link = _parked[fd]
+        link = _parked.at[fd]
         while link != NULL:
             wait = <Wait>link
             link = wait.next
@@ -476,7 +457,7 @@ cdef class Set:
         return 0
 
     cdef int tell(self, int fd, int events) except -1:
-        cdef PyObject *link = _parked[fd] if fd < _parked_size else NULL
+        cdef PyObject *link = at_fd(&_parked, fd)
         cdef Wait wait
         cdef list woken
         cdef bint are_others = False
@@ -526,7 +507,7 @@ cdef class Set:
         elif coopos_set_ready(self.fd, &event, 1) != 1:
             return None
         self.n_direct += 1
-        link = _parked[event.fd] if event.fd < _parked_size else NULL
+        link = at_fd(&_parked, event.fd)
         if link != NULL:
             wait = <Wait>link
             if wait.next == NULL and wait.set is self and wait.greenlet is not None and wait.events & event.events:
@@ -619,8 +600,8 @@ cdef int take_over(bint keeps_greenlets) except -1:
         here.members = here.holds = 0
         here.posted = []
     # What isn't kept is not written to: that would copy the page it is on.
-    for fd in range(_parked_size):
-        link, _parked[fd] = _parked[fd], NULL
+    for fd in range(_parked.size):
+        link, _parked.at[fd] = _parked.at[fd], NULL
         while link != NULL:
             next = (<Wait>link).next
             if (<Wait>link).set is not None and (<Wait>link).set.born == generation:
@@ -636,141 +617,6 @@ cdef int take_over(bint keeps_greenlets) except -1:
         if here.members and _has_epoll:
             here.renew()
     return 0
-
-
-cdef object rest(Set here, Wait wait, object hub, object current, str call):
-    """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. None: it is always ready."""
-    cdef Wait other
-    if not here.enter(wait, True, call):
-        return None
-    other = here.next_ready(hub, current) if here.members > 1 else None
-    if other is None:
-        if not here.is_looking:
-            here.n_direct = 0      # the loop has a whole turn
-        return give_way(hub, current)
-    if other is wait:
-        return wait
-    return switch_to(other.greenlet, (other,), current)
-
-
-cdef bint has_hub_to_wait_in(bint may_stand) except -1:
-    """False: a plain wait keeps nobody from anything. BlockingSwitchOutError: it would keep the hub, and that may not be."""
-    if reachable_hub() is not None:
-        return True
-    if not may_stand and get_hub_if_exists() is not None:
-        raise refusal()
-    return False
-
-
-cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=NEVER) except -1:
-    """Let the others run until *fd* may be ready, or so much time is over; raise EBADF as soon as it is closed by this module's
-    close(). False, and at once: *fd* can't be waited for.
-
-    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte. In the hub it is a plain wait, as a signal
-    handler's is in any program, or BlockingSwitchOutError, for what only a program that knows of greenlets calls.
-    """
-    cdef object hub = reachable_hub()
-    cdef object current
-    cdef object timer = None
-    cdef Set here
-    cdef Wait wait
-    if hub is None:
-        has_hub_to_wait_in(may_stand)
-        return stand(fd, events, call)
-    here = set_of(hub)
-    wait = Wait.__new__(Wait)
-    wait.fd, wait.events = fd, events
-    wait.greenlet = current = coopos_current_greenlet()
-    try:
-        if us != NEVER:
-            timer = hub.loop.timer(max(us, 1000) / 1e6)  # libuv warns of less
-            timer.start(wait.wake)
-        came_back = rest(here, wait, hub, current, call)
-    finally:
-        here.leave(wait)
-        if timer is not None:
-            timer.stop()
-            timer.close()
-    if came_back is None:
-        return False
-    if came_back is not wait:
-        raise wrong_switch(came_back, f"fd {fd} in {call}")
-    # Before anything is moved: what a signal's handler raises now costs no byte.
-    PyErr_CheckSignals()
-    if wait.error:
-        raise os_error(wait.error, call, fd)
-    return True
-
-
-cdef int park_until_ready(int fd, int events, str call) except -1:
-    """Park until *fd* is ready, which poll(2) says. What can't be waited for is always ready to it."""
-    cdef pollfd request
-    cdef int rc
-    check_open(fd, call)
-    request.fd = fd
-    request.events = POLLIN if events == READ else POLLOUT
-    while True:
-        request.revents = 0
-        rc = poll(&request, 1, 0)
-        if rc > 0:
-            return 0
-        if rc == 0:
-            if not park(fd, events, call):
-                take_turns()
-        elif errno == EINTR:
-            # It says nothing of the descriptor: Linux gives it, while a signal is pending, even to a poll(2) that is not to wait.
-            PyErr_CheckSignals()
-        else:
-            raise os_error(errno, call, fd)
-
-
-def wait_until_ready(int fd, int events, str call):
-    """For Python: park until *fd* is ready for READ or WRITE, unless it is."""
-    park_until_ready(fd, events, call)
-
-
-def wait_for_any(list wanted, str call, list closed=None):
-    """For Python: park until something may have happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then
-    tells: it is ready, or was closed. Not where there is no hub to give way to.
-
-    However the wait ends, it appends to *closed* the numbers that this module's close() closed meanwhile. poll(2) can't tell that:
-    the number may be another file's by now.
-    """
-    cdef object hub = get_hub()
-    cdef object current = coopos_current_greenlet()
-    cdef Set here = set_of(hub)
-    cdef list waits = []
-    cdef Wait wait
-    cdef bint may_wait = True
-    try:
-        for fd, events in wanted:
-            wait = Wait.__new__(Wait)
-            wait.fd, wait.events, wait.greenlet = fd, events, current
-            waits.append(wait)
-            may_wait = here.enter(wait, True, call) and may_wait
-        if may_wait:
-            came_back = give_way(hub, current)
-            if came_back not in waits:
-                raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
-        else:
-            take_turns()
-    finally:
-        for wait in waits:
-            if wait.error and closed is not None:
-                closed.append(wait.fd)
-            here.leave(wait)
-
-
-def awaited(int fd):
-    """For Python: what greenlets of this thread are parked for on *fd*: READ, WRITE, both or 0."""
-    cdef object hub = reachable_hub()
-    cdef PyObject *link = _parked[fd] if hub is not None and 0 <= fd < _parked_size else NULL
-    cdef int events = 0
-    while link != NULL:
-        if (<Wait>link).greenlet is not None and (<Wait>link).set.hub is hub:
-            events |= (<Wait>link).events
-        link = (<Wait>link).next
-    return events
 
 
 cdef int evict_here(Wait wait) except -1:

@@ -1,3 +1,8 @@
+# The wait family: waitpid, wait, wait3, wait4, waitid, and wait_exit for any process.
+#
+# All of them ask the kernel by waitid(2), without waiting. Where it has nothing to say yet, they park and ask again. A child that has a
+# record is asked for there, since the record may have collected it already.
+
 # ---- one wait, in the form of waitid(2) --------------------------------------------------------------------------------------
 
 cdef int take(Child child, int options, Report *report) except -1:
@@ -44,7 +49,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             if ask_now(P_PID, pid, options, report) < 0:
                 raise os_error(errno, call, pid)
             if report.pid > 0:
-                if child is not None and coopos_has_ended(report) and takes:
+                if child is not None and has_ended(report) and takes:
                     child.collected(report)
                 return 0
         if options & WNOHANG:
@@ -238,6 +243,13 @@ def wait():
     return report.pid, report.status
 
 
+cdef int si_status(const Report *report) noexcept:
+    """siginfo_t's si_status, from wait(2)'s form."""
+    if report.code == CLD_KILLED or report.code == CLD_DUMPED:
+        return report.status & 0x7f
+    return SIGCONT if report.code == CLD_CONTINUED else report.status >> 8
+
+
 cdef double seconds(const timeval *time) noexcept:
     return time.tv_sec + time.tv_usec * 1e-6
 
@@ -351,7 +363,7 @@ def waitid(idtype, Py_ssize_t id, options):
         raise os_error(EINVAL, "waitid", id)
     if not report.pid:
         return None
-    return os.waitid_result((report.pid, report.uid, int(signal.SIGCHLD), coopos_si_status(&report), report.code))
+    return os.waitid_result((report.pid, report.uid, int(signal.SIGCHLD), si_status(&report), report.code))
 
 
 def wait_exit(Py_ssize_t pid):

@@ -1,3 +1,17 @@
+# Calls that only a thread can make: the one door into threads.
+#
+# The threads are C alone (c/workers.h): a job has its operation, its descriptors and its own buffer. Five rules:
+#
+# 1. A Job is in the registry of calls in flight from before it is submitted until it is over. close() asks there.
+# 2. The jobs of a hub arrive in its Mailbox, behind one descriptor in the loop's set. Only that hub's thread takes them out.
+# 3. A greenlet that is killed or timed out takes back a job that has not begun. A job that has begun is interrupted if it waits for a
+#    peer; it is waited for if a byte or an offset would be lost; otherwise its result is undone. All that takes a bounded time. After
+#    it the worker does the rest alone.
+# 4. At most COOPOS_THREADS jobs are at the disks at once. A job that waits for a peer, which may take for ever, is not counted.
+# 5. A forked child has no workers. A job that was under way is asked again there, unless the parent's worker may have moved bytes.
+#
+# A thread without a hub makes the call itself. Arguments have been checked when they come here.
+
 # At the disks at once.
 cdef int _limit = max(int(os.environ.get("COOPOS_THREADS") or 64), 1)
 coopos_pool_set_limit(_limit)
@@ -241,9 +255,8 @@ cdef int make_here(Job job) except -1:
     while True:
         with nogil:
             coopos_job_make(job.job)
-        if job.job.rc >= 0 or job.job.err != EINTR:
+        if job.job.rc >= 0 or not is_interrupted(job.job.err):
             return 0
-        PyErr_CheckSignals()
 
 
 cdef bint moves_bytes(Job job) noexcept:
@@ -335,7 +348,7 @@ cdef bint is_over_in_child(Job job) except -1:
     if job.found == COOPOS_DONE or job.error:
         return True
     if job.found == COOPOS_BEGUN and moves_bytes(job) and (job.job.writes or job.job.operation != COOPOS_MOVE):
-        raise OSError(ECANCELED, f"{os.strerror(ECANCELED)}: {job.name}({job.fd}): a thread of the parent process was at it")
+        raise said_error(ECANCELED, f"{job.name}({job.fd}): a thread of the parent process was at it")
     return False
 
 
@@ -407,7 +420,7 @@ cdef object result_of(Job job, object subject, object path=None):
     if job.job.rc >= 0:
         return job.job.rc
     if path is not None:
-        raise OSError(job.job.err, os.strerror(job.job.err), path)
+        raise path_error(job.job.err, path)
     raise os_error(job.job.err, job.name, subject)
 
 

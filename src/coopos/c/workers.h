@@ -12,8 +12,8 @@
 #include <stdlib.h>
 #include <sys/file.h>
 
-#include "_closing.h"
-#include "_guard.h"
+#include "closing.h"
+#include "moving.h"
 
 enum coopos_operation {
     COOPOS_MOVE, COOPOS_OPEN, COOPOS_SETLK, COOPOS_FLOCK, COOPOS_SEM_WAIT, COOPOS_WAITID, COOPOS_FSYNC, COOPOS_FDATASYNC, COOPOS_SYNC,

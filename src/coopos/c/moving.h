@@ -1,14 +1,106 @@
-/* What ends a system call of one thread: a signal of our own, and the guard that sends it to a call which takes too long.
+/* Moving bytes: one attempt in each of the ways that do not wait, and the guard, which ends a call that waits all the same.
  *
- * The signal is one that nobody else sends, and always goes to a single thread. So a program's own signals are neither taken nor
- * blocked nor let in. Our handler stays once it is there: a signal that comes late does nothing.
+ * The guard's signal is one that nobody else sends, and it always goes to a single thread. So a program's own signals are neither
+ * taken nor blocked nor let in. Our handler stays once it is installed: a signal that comes late does nothing. Workers that wait for
+ * a peer are interrupted by the same signal.
  *
- * For one compiled module alone, since the state here is static. All functions want the GIL, but for those of workers.
+ * The state here is static, so only one compiled module may include this file. All functions need the GIL, except where they run in
+ * a worker.
  */
-#ifndef COOPOS_GUARD_H
-#define COOPOS_GUARD_H
+#ifndef COOPOS_MOVING_H
+#define COOPOS_MOVING_H
 
-#include "_compat.h"
+#include "system.h"
+
+/* ---- one attempt at moving bytes, in the ways that don't wait ---- */
+
+enum {
+    COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
+    COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
+    COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
+    COOPOS_PLAIN,              /* as the descriptor's flags say */
+    COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same: coopos_move_guarded() */
+    COOPOS_ASKED               /* the same without poll(2) */
+};
+
+struct coopos_move {
+    int fd;
+    int how;
+    int writes;
+    struct iovec *iov;
+    int count;                 /* of iov */
+    off_t offset;              /* -1: the descriptor's own */
+    int flags;                 /* preadv2(2)'s */
+    int may_stand;             /* whether who has to wait for it may do so in the hub */
+    size_t most;               /* bytes that a guarded read may take; 0: as many as there is room for */
+};
+
+static inline ssize_t coopos_move_plainly(const struct coopos_move *move)
+{
+    if (move->flags)
+        return coopos_move_at(move->fd, move->writes, move->iov, move->count, move->offset, move->flags);
+    if (move->offset < 0) {
+        if (move->count == 1)
+            return move->writes ? write(move->fd, move->iov->iov_base, move->iov->iov_len)
+                                : read(move->fd, move->iov->iov_base, move->iov->iov_len);
+        return move->writes ? writev(move->fd, move->iov, move->count) : readv(move->fd, move->iov, move->count);
+    }
+    if (move->count == 1)
+        return move->writes ? pwrite(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset)
+                            : pread(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset);
+    return coopos_move_at(move->fd, move->writes, move->iov, move->count, move->offset, 0);
+}
+
+static inline ssize_t coopos_move(const struct coopos_move *move)
+{
+    struct msghdr message;
+    if (move->how == COOPOS_REFUSED)
+        return coopos_unsupported();
+    if (move->how == COOPOS_NOWAIT)
+        return coopos_move_at(move->fd, move->writes, move->iov, move->count, move->offset, move->flags | RWF_NOWAIT);
+    if (move->how == COOPOS_DONTWAIT && move->offset < 0) {
+        memset(&message, 0, sizeof message);
+        message.msg_iov = move->iov;
+        message.msg_iovlen = move->count;
+        return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
+    }
+    return coopos_move_plainly(move);
+}
+
+/* Copy *size* bytes from the caller's buffers to our own memory, or from there to the buffers, in the way a system call does it: a
+ * buffer may be a mapping of a file that is shorter by now, which is EFAULT and not a SIGBUS. How many bytes; -1 with errno: none.
+ */
+static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
+{
+    size_t done = 0, n;
+    int i;
+    ssize_t copied = coopos_copy_by_kernel(buffers, count, ours, size, gathers);
+    if (copied >= 0 || (errno != ENOSYS && errno != EPERM))
+        return copied;
+    for (i = 0; i < count && done < size; i++, done += n) {
+        n = buffers[i].iov_len < size - done ? buffers[i].iov_len : size - done;
+        if (gathers)
+            memcpy(ours + done, buffers[i].iov_base, n);
+        else
+            memcpy(buffers[i].iov_base, ours + done, n);
+    }
+    return (ssize_t)done;
+}
+
+/* Whether a read or write of this descriptor, at this offset, could come to anything: 0, or -1 with errno. Moves no byte. */
+static inline int coopos_may_move(int fd, int writes, off_t offset)
+{
+    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0};
+    int rc;
+    if (!COOPOS_HAVE_EMPTY_MOVES)
+        return fcntl(fd, F_GETFL) < 0 ? -1 : 0;
+    do
+        rc = (int)coopos_move_plainly(&nothing);
+    while (rc < 0 && errno == EINTR);
+    return rc;
+}
+
+/* ---- the guard ---- */
 
 /* How long a call may take before it is interrupted. A timer that is due later than the kernel's next tick is the cheapest, since
  * no hardware has to be told of it; but a terminal that poll(2) calls ready for writing often has less room than it is to take, and

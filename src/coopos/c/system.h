@@ -3,8 +3,8 @@
  * Code branches on the HAVE_ ints and on errno, never on a platform's name. Linux calls go through syscall(2) and not through
  * the names of the C library, which old glibc and musl lack.
  */
-#ifndef COOPOS_COMPAT_H
-#define COOPOS_COMPAT_H
+#ifndef COOPOS_SYSTEM_H
+#define COOPOS_SYSTEM_H
 
 #include <errno.h>
 #include <fcntl.h>
@@ -120,11 +120,6 @@ struct coopos_report {
     struct rusage usage;
 };
 
-static inline int coopos_has_ended(const struct coopos_report *report)
-{
-    return report->code == CLD_EXITED || report->code == CLD_KILLED || report->code == CLD_DUMPED;
-}
-
 /* waitid(2) without waiting, and with the resource usage. 0, also where there is nothing to say, or -1. */
 static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coopos_report *report)
 {
@@ -180,20 +175,6 @@ static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coop
         report->status = report->status << 8 | 0x7f;
     }
     return 0;
-}
-
-/* siginfo's si_status of a report. */
-static inline int coopos_si_status(const struct coopos_report *report)
-{
-    switch (report->code) {
-    case CLD_KILLED:
-    case CLD_DUMPED:
-        return report->status & 0x7f;
-    case CLD_CONTINUED:
-        return SIGCONT;
-    default:
-        return report->status >> 8;
-    }
 }
 
 /* ---- pidfds: Linux 5.3 (pidfd_open(2)), 5.4 (waitid(2) with P_PIDFD) ---- */
@@ -556,86 +537,41 @@ static inline int coopos_sem_value(sem_t *semaphore, int *value)
 #endif
 }
 
-/* ---- one attempt at moving bytes, in the ways that don't wait ---- */
+/* ---- calls of Linux's that move bytes ---- */
 
-enum {
-    COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
-    COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
-    COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
-    COOPOS_PLAIN,              /* as the descriptor's flags say */
-    COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same: coopos_move_guarded() */
-    COOPOS_ASKED               /* the same without poll(2) */
-};
-
-struct coopos_move {
-    int fd;
-    int how;
-    int writes;
-    struct iovec *iov;
-    int count;                 /* of iov */
-    off_t offset;              /* -1: the descriptor's own */
-    int flags;                 /* preadv2(2)'s */
-    int may_stand;             /* whether who has to wait for it may do so in the hub */
-    size_t most;               /* bytes that a guarded read may take; 0: as many as there is room for */
-};
-
-#if defined(__linux__)
-/* pread(2) and pwrite(2) with flags, and with -1 for the descriptor's own offset. The kernel takes the offset in two halves, and on
- * 64-bit machines looks at the first alone.
+/* preadv2(2) and pwritev2(2), with -1 for the descriptor's own offset. The kernel takes the offset in two halves, and on 64-bit
+ * machines looks at the first alone.
  */
-static inline ssize_t coopos_move_at(const struct coopos_move *move, int flags)
+static inline ssize_t coopos_move_at(int fd, int writes, const struct iovec *iov, int count, off_t offset, int flags)
 {
-#  if defined(SYS_preadv2) && defined(SYS_pwritev2)
-    long high = (long)((uint64_t)move->offset >> 32);
-    return syscall(move->writes ? SYS_pwritev2 : SYS_preadv2, move->fd, move->iov, (long)move->count, (long)move->offset, high, flags);
-#  else
-    (void)move; (void)flags;
+#if defined(__linux__) && defined(SYS_preadv2) && defined(SYS_pwritev2)
+    long high = (long)((uint64_t)offset >> 32);
+    return syscall(writes ? SYS_pwritev2 : SYS_preadv2, fd, iov, (long)count, (long)offset, high, flags);
+#else
+    (void)fd; (void)writes; (void)iov; (void)count; (void)offset; (void)flags;
     return coopos_unsupported();
-#  endif
-}
-#endif
-
-static inline ssize_t coopos_move_plainly(const struct coopos_move *move)
-{
-#if defined(__linux__)
-    if (move->flags)
-        return coopos_move_at(move, move->flags);
-#endif
-    if (move->offset < 0) {
-        if (move->count == 1)
-            return move->writes ? write(move->fd, move->iov->iov_base, move->iov->iov_len)
-                                : read(move->fd, move->iov->iov_base, move->iov->iov_len);
-        return move->writes ? writev(move->fd, move->iov, move->count) : readv(move->fd, move->iov, move->count);
-    }
-    if (move->count == 1)
-        return move->writes ? pwrite(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset)
-                            : pread(move->fd, move->iov->iov_base, move->iov->iov_len, move->offset);
-#if defined(__linux__)
-    return coopos_move_at(move, 0);
-#else
-    return coopos_unsupported();   /* the interpreter's own preadv and pwritev know whether this system has them */
 #endif
 }
 
-static inline ssize_t coopos_move(const struct coopos_move *move)
-{
-    struct msghdr message;
-    if (move->how == COOPOS_REFUSED)
-        return coopos_unsupported();
-    if (move->how == COOPOS_NOWAIT) {
+/* Whether a move of no buffers says what a move of some would be refused for. */
 #if defined(__linux__)
-        return coopos_move_at(move, move->flags | RWF_NOWAIT);
+enum { COOPOS_HAVE_EMPTY_MOVES = 1 };
 #else
-        return coopos_unsupported();
+enum { COOPOS_HAVE_EMPTY_MOVES = 0 };
 #endif
-    }
-    if (move->how == COOPOS_DONTWAIT && move->offset < 0) {
-        memset(&message, 0, sizeof message);
-        message.msg_iov = move->iov;
-        message.msg_iovlen = move->count;
-        return move->writes ? sendmsg(move->fd, &message, MSG_DONTWAIT) : recvmsg(move->fd, &message, MSG_DONTWAIT);
-    }
-    return coopos_move_plainly(move);
+
+/* process_vm_readv(2) and process_vm_writev(2) within this process: a copy that fails with EFAULT where memcpy(3) would be a SIGBUS. */
+static inline ssize_t coopos_copy_by_kernel(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
+{
+#if defined(__linux__) && defined(SYS_process_vm_readv) && defined(SYS_process_vm_writev)
+    struct iovec local;
+    local.iov_base = ours;
+    local.iov_len = size;
+    return syscall(gathers ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
+#else
+    (void)buffers; (void)count; (void)ours; (void)size; (void)gathers;
+    return coopos_unsupported();
+#endif
 }
 
 /* ---- what only a thread can make ---- */
@@ -701,48 +637,6 @@ static inline ssize_t coopos_random(char *buf, size_t size, unsigned flags)
 #else
     (void)buf; (void)size; (void)flags;
     return coopos_unsupported();
-#endif
-}
-
-/* Copy *size* bytes from the caller's buffers to our own memory, or from there to the buffers, in the way a system call does it: a
- * buffer may be a mapping of a file that is shorter by now, which is EFAULT and not a SIGBUS. How many bytes; -1 with errno: none.
- */
-static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
-{
-    size_t done = 0, n;
-    int i;
-#if defined(__linux__) && defined(SYS_process_vm_readv) && defined(SYS_process_vm_writev)
-    struct iovec local;
-    ssize_t copied;
-    local.iov_base = ours;
-    local.iov_len = size;
-    copied = syscall(gathers ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
-    if (copied >= 0 || (errno != ENOSYS && errno != EPERM))
-        return copied;
-#endif
-    for (i = 0; i < count && done < size; i++, done += n) {
-        n = buffers[i].iov_len < size - done ? buffers[i].iov_len : size - done;
-        if (gathers)
-            memcpy(ours + done, buffers[i].iov_base, n);
-        else
-            memcpy(buffers[i].iov_base, ours + done, n);
-    }
-    return (ssize_t)done;
-}
-
-/* Whether a read or write of this descriptor, at this offset, could come to anything: 0, or -1 with errno. Moves no byte. */
-static inline int coopos_may_move(int fd, int writes, off_t offset)
-{
-#if defined(__linux__)
-    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0};
-    int rc;
-    do
-        rc = (int)coopos_move_plainly(&nothing);
-    while (rc < 0 && errno == EINTR);
-    return rc;
-#else
-    (void)writes; (void)offset;
-    return fcntl(fd, F_GETFL) < 0 ? -1 : 0;
 #endif
 }
 

@@ -1,0 +1,154 @@
+# Waiting for a descriptor: park(), which nearly everything that waits goes through.
+#
+# A greenlet that is killed or timed out while it is parked leaves nothing behind, and has moved no byte.
+
+cdef bint stand(int fd, int events, str call) except -1:
+    """Wait until *fd* is ready as a plain program does, where there is no hub to give way to. False: that says nothing of it."""
+    cdef pollfd request
+    cdef int rc, err
+    if is_always_ready(fd):
+        return False
+    request.fd = fd
+    request.events = POLLIN if events == READ else POLLOUT
+    while True:
+        request.revents = 0
+        with nogil:
+            rc = poll(&request, 1, -1)
+            err = errno
+        if rc >= 0:
+            return True
+        if not is_interrupted(err):
+            raise os_error(err, call, fd)
+
+
+cdef object rest(Set here, Wait wait, object hub, object current, str call):
+    """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. None: it is always ready."""
+    cdef Wait other
+    if not here.enter(wait, True, call):
+        return None
+    other = here.next_ready(hub, current) if here.members > 1 else None
+    if other is None:
+        if not here.is_looking:
+            here.n_direct = 0      # the loop has a whole turn
+        return give_way(hub, current)
+    if other is wait:
+        return wait
+    return switch_to(other.greenlet, (other,), current)
+
+
+cdef bint has_hub_to_wait_in(bint may_stand) except -1:
+    """False: a plain wait keeps nobody from anything. BlockingSwitchOutError: it would keep the hub, and that may not be."""
+    if reachable_hub() is not None:
+        return True
+    if not may_stand and get_hub_if_exists() is not None:
+        raise refusal()
+    return False
+
+
+cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=NEVER) except -1:
+    """Let the others run until *fd* may be ready, or so much time is over; raise EBADF as soon as it is closed by this module's
+    close(). False, and at once: *fd* can't be waited for.
+
+    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte. In the hub it is a plain wait, as a signal
+    handler's is in any program, or BlockingSwitchOutError, for what only a program that knows of greenlets calls.
+    """
+    cdef object hub = reachable_hub()
+    cdef object current
+    cdef object timer = None
+    cdef Set here
+    cdef Wait wait
+    if hub is None:
+        has_hub_to_wait_in(may_stand)
+        return stand(fd, events, call)
+    here = set_of(hub)
+    wait = Wait.__new__(Wait)
+    wait.fd, wait.events = fd, events
+    wait.greenlet = current = coopos_current_greenlet()
+    try:
+        if us != NEVER:
+            timer = hub.loop.timer(max(us, 1000) / 1e6)  # libuv warns of less
+            timer.start(wait.wake)
+        came_back = rest(here, wait, hub, current, call)
+    finally:
+        here.leave(wait)
+        if timer is not None:
+            timer.stop()
+            timer.close()
+    if came_back is None:
+        return False
+    if came_back is not wait:
+        raise wrong_switch(came_back, f"fd {fd} in {call}")
+    # Before anything is moved: what a signal's handler raises now costs no byte.
+    PyErr_CheckSignals()
+    if wait.error:
+        raise os_error(wait.error, call, fd)
+    return True
+
+
+cdef int park_until_ready(int fd, int events, str call) except -1:
+    """Park until *fd* is ready, which poll(2) says. What can't be waited for is always ready to it."""
+    cdef pollfd request
+    cdef int rc
+    check_open(fd, call)
+    request.fd = fd
+    request.events = POLLIN if events == READ else POLLOUT
+    while True:
+        request.revents = 0
+        rc = poll(&request, 1, 0)
+        if rc > 0:
+            return 0
+        if rc == 0:
+            if not park(fd, events, call):
+                take_turns()
+        # Linux gives EINTR even to a poll(2) that is not to wait, while a signal is pending. It says nothing of the descriptor.
+        elif not is_interrupted(errno):
+            raise os_error(errno, call, fd)
+
+
+def wait_until_ready(int fd, int events, str call):
+    """For Python: park until *fd* is ready for READ or WRITE, unless it is."""
+    park_until_ready(fd, events, call)
+
+
+def wait_for_any(list wanted, str call, list closed=None):
+    """For Python: park until something may have happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then
+    tells: it is ready, or was closed. Not where there is no hub to give way to.
+
+    However the wait ends, it appends to *closed* the numbers that this module's close() closed meanwhile. poll(2) can't tell that:
+    the number may be another file's by now.
+    """
+    cdef object hub = get_hub()
+    cdef object current = coopos_current_greenlet()
+    cdef Set here = set_of(hub)
+    cdef list waits = []
+    cdef Wait wait
+    cdef bint may_wait = True
+    try:
+        for fd, events in wanted:
+            wait = Wait.__new__(Wait)
+            wait.fd, wait.events, wait.greenlet = fd, events, current
+            waits.append(wait)
+            may_wait = here.enter(wait, True, call) and may_wait
+        if may_wait:
+            came_back = give_way(hub, current)
+            if came_back not in waits:
+                raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
+        else:
+            take_turns()
+    finally:
+        for wait in waits:
+            if wait.error and closed is not None:
+                closed.append(wait.fd)
+            here.leave(wait)
+
+
+def awaited(int fd):
+    """For Python: what greenlets of this thread are parked for on *fd*: READ, WRITE, both or 0."""
+    cdef object hub = reachable_hub()
+    cdef PyObject *link = at_fd(&_parked, fd) if hub is not None else NULL
+    cdef int events = 0
+    while link != NULL:
+        if (<Wait>link).greenlet is not None and (<Wait>link).set.hub is hub:
+            events |= (<Wait>link).events
+        link = (<Wait>link).next
+    return events
