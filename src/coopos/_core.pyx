@@ -48,13 +48,15 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from cpython.sequence cimport PySequence_Check
 from cpython.version cimport PY_VERSION_HEX
 from libc.errno cimport (
-    E2BIG, EAGAIN, EBADF, ECHILD, EINTR, EINVAL, ENOSYS, ENXIO, EOPNOTSUPP, EPERM, ESRCH, errno)
+    E2BIG, EACCES, EAGAIN, EBADF, ECHILD, EINTR, EINVAL, ENOSYS, ENXIO, EOPNOTSUPP, EPERM, ESRCH, errno)
 from libc.limits cimport INT_MAX
 from libc.signal cimport SIGCHLD, SIG_IGN
 from libc.stdio cimport SEEK_CUR, SEEK_END, SEEK_SET
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset, strerror
-from posix.fcntl cimport AT_FDCWD, F_GETFD, F_GETFL, F_SETFL, F_WRLCK, O_APPEND, O_NONBLOCK, O_RDWR, fcntl, openat
+from posix.fcntl cimport (
+    AT_FDCWD, F_GETFD, F_GETFL, F_RDLCK, F_SETFL, F_UNLCK, F_WRLCK, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NONBLOCK, O_RDWR, fcntl, open as c_open,
+    openat)
 from posix.signal cimport kill, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t
 from posix.types cimport id_t, mode_t, off_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp, getuid, isatty, lseek

@@ -174,6 +174,16 @@ cdef extern from "c/moving.h" nogil:
     ssize_t coopos_move_guarded(const Move *move)
 
 
+cdef extern from "c/locks.h" nogil:
+    off_t COOPOS_TO_THE_END
+    ctypedef struct Range "struct coopos_range":
+        void *owner
+        off_t start
+        off_t end
+        int kind
+    Range coopos_range_of(int kind, off_t offset, off_t length)
+
+
 cdef extern from "c/workers.h" nogil:
     ctypedef enum coopos_operation "enum coopos_operation":
         COOPOS_MOVE, COOPOS_OPEN, COOPOS_SETLK, COOPOS_FLOCK, COOPOS_SEM_WAIT, COOPOS_WAITID, COOPOS_FSYNC, COOPOS_FDATASYNC,
@@ -193,7 +203,6 @@ cdef extern from "c/workers.h" nogil:
         idtype_t idtype
         id_t id
         sem_t *semaphore
-        int whence
         int writes
         int is_undoable
         int is_closed
@@ -211,12 +220,15 @@ cdef extern from "c/workers.h" nogil:
     CJob *coopos_job_new(size_t room)
     void coopos_job_free(CJob *job)
     void coopos_job_make(CJob *job)
+    void coopos_job_poll(CJob *job)
     int coopos_job_submit(CJob *job, CMailbox *mailbox)
     bint coopos_job_take_back(CJob *job)
     coopos_state coopos_job_state(CJob *job)
     coopos_state coopos_job_orphan(CJob *job)
     bint coopos_job_keep_open(CJob *job, int which, Closing *closing, bint is_useless)
-    void coopos_lock_note(coopos_operation operation, int fd, bint is_got)
+    bint coopos_job_claim(CJob *job, Range wanted)
+    void coopos_job_note_held(CJob *job, Range range)
+    void coopos_locks_note(bint is_flock, int fd, Range range)
     bint coopos_job_interrupt(CJob *job)
     void coopos_job_abandon(CJob *job)
     void coopos_job_undo(CJob *job)

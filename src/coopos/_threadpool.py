@@ -374,11 +374,11 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     if command != os.F_LOCK:
         posix.lockf(number, command, length)
         if command != os.F_TEST:
-            _core.note_lock(number, False, command != os.F_ULOCK)
+            _core.note_lock(number, fcntl.F_UNLCK if command == os.F_ULOCK else fcntl.F_WRLCK, operator.index(length))
         return None
     try:
         posix.lockf(number, os.F_TLOCK, length)
-        return _core.note_lock(number, False, True)
+        return _core.note_lock(number, fcntl.F_WRLCK, operator.index(length))
     except OSError as ex:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise
@@ -415,10 +415,10 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     operation = operator.index(operation)
     if operation & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_flock(number, operation)
-        return _core.note_lock(number, True, not operation & fcntl.LOCK_UN)
+        return _core.note_flock(number, not operation & fcntl.LOCK_UN)
     try:
         fcntl_flock(number, operation | fcntl.LOCK_NB)
-        return _core.note_lock(number, True, True)
+        return _core.note_flock(number, True)
     except BlockingIOError:
         pass
     _refuse_in_hub()
@@ -429,12 +429,13 @@ def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, w
     """As fcntl.lockf, which patch() puts this in the place of, letting other greenlets run while another process has the lock."""
     number = _number(fd)
     cmd = operator.index(cmd)
+    kind = fcntl.F_UNLCK if cmd & fcntl.LOCK_UN else fcntl.F_WRLCK if cmd & fcntl.LOCK_EX else fcntl.F_RDLCK
     if cmd & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_lockf(number, cmd, len, start, whence)
-        return _core.note_lock(number, False, not cmd & fcntl.LOCK_UN)
+        return _core.note_lock(number, kind, len, start, whence)
     try:
         fcntl_lockf(number, cmd | fcntl.LOCK_NB, len, start, whence)
-        return _core.note_lock(number, False, True)
+        return _core.note_lock(number, kind, len, start, whence)
     except OSError as ex:
         if ex.errno not in (errno.EAGAIN, errno.EACCES):
             raise

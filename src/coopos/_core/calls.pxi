@@ -79,38 +79,80 @@ def wait_open(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, su
     return result_of(job, None, subject)
 
 
+cdef list locks_held(int fd):
+    """What this process has locked of a file by fcntl(2), which only the kernel knows: [(kind, start, end), ...].
+
+    https://man7.org/linux/man-pages/man5/proc_locks.5.html. Where there is no such file, nothing is known.
+    """
+    cdef stat_t st
+    cdef list found = []
+    if fstat(fd, &st) < 0:
+        return found
+    pid, inode = str(os.getpid()), f":{st.st_ino}"
+    try:
+        with open("/proc/locks") as file:
+            lines = file.readlines()
+    except OSError:
+        return found
+    for line in lines:
+        fields = line.split()
+        if len(fields) == 8 and fields[1] == "POSIX" and fields[4] == pid and fields[5].endswith(inode):
+            end = COOPOS_TO_THE_END if fields[7] == "EOF" else int(fields[7]) + 1
+            found.append((F_WRLCK if fields[3] == "WRITE" else F_RDLCK, int(fields[6]), end))
+    return found
+
+
+cdef int claim(Job job, Range wanted, list held) except -1:
+    """Say what a job is to lock, of which others of this process hold some."""
+    cdef Range range
+    if not coopos_job_claim(job.job, wanted):
+        raise os_error(errno, job.name, job.fd)
+    range.owner = NULL
+    for range.kind, range.start, range.end in held:
+        coopos_job_note_held(job.job, range)
+    return 0
+
+
+cdef Range range_of(int fd, int kind, Py_ssize_t length, Py_ssize_t start, int whence):
+    """The bytes that fcntl(2) means, now: the offset and the end of the file may move."""
+    cdef stat_t st
+    if whence == SEEK_CUR:
+        start += max(lseek(fd, 0, SEEK_CUR), 0)
+    elif whence == SEEK_END and fstat(fd, &st) == 0:
+        start += st.st_size
+    return coopos_range_of(kind, start, length)
+
+
 def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, kind=None):
     """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out has no lock by it."""
     cdef Job job = new_job(COOPOS_SETLK, "lockf", as_int(fd))
-    cdef off_t position = -1
-    cdef stat_t st
-    job.job.flags, job.job.whence = F_WRLCK if kind is None else as_int(kind), as_int(whence)
-    # What is undone is to be what was locked, wherever the offset and the end of the file are by then.
-    if job.job.whence == SEEK_CUR:
-        position = lseek(job.fd, 0, SEEK_CUR)
-    elif job.job.whence == SEEK_END and fstat(job.fd, &st) == 0:
-        position = st.st_size
-    if position >= 0:
-        job.job.whence = SEEK_SET
-        start += position
-    job.job.offset, job.job.length = start, length
+    claim(job, range_of(job.fd, F_WRLCK if kind is None else as_int(kind), length, start, as_int(whence)), locks_held(job.fd))
     job.job.waits_for_peer = True
     run(job)
     result_of(job, fd)
 
 
-def note_lock(Py_ssize_t fd, bint is_flock, bint is_got):
-    """A lock was got, or released, without waiting: whoever waits for it in this process has to know."""
-    coopos_lock_note(COOPOS_FLOCK if is_flock else COOPOS_SETLK, as_int(fd), is_got)
+def note_lock(Py_ssize_t fd, kind, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1):
+    """A range was locked (F_RDLCK, F_WRLCK) or released (F_UNLCK) without waiting. Those who wait for it in this process have to know:
+    they must not release it if they are killed.
+    """
+    coopos_locks_note(False, as_int(fd), range_of(as_int(fd), as_int(kind), length, start, as_int(whence)))
 
 
 def wait_flock(Py_ssize_t fd, Py_ssize_t operation):
     """flock(2). A greenlet that is killed or timed out has no lock by it."""
     cdef Job job = new_job(COOPOS_FLOCK, "flock", as_int(fd))
+    # A lock that the open file has is gone, as long as it waits for another: flock(2).
+    claim(job, coopos_range_of(F_WRLCK, 0, 0), [])
     job.job.flags = as_int(operation)
     job.job.waits_for_peer = True
     run(job)
     result_of(job, fd)
+
+
+def note_flock(Py_ssize_t fd, bint is_got):
+    """As note_lock()."""
+    coopos_locks_note(True, as_int(fd), coopos_range_of(F_WRLCK if is_got else F_UNLCK, 0, 0))
 
 
 cdef dict _transfers = {"copy_file_range": COOPOS_COPY, "sendfile": COOPOS_SENDFILE, "splice": COOPOS_SPLICE}
@@ -145,18 +187,11 @@ def random(Py_ssize_t size, Py_ssize_t flags):
     return PyBytes_FromStringAndSize(job.job.buf, result_of(job, size))
 
 
-cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1:
-    """sem_wait(3). False: there was no thread, or no descriptor, to wait by. A greenlet that is killed or timed out has taken
-    nothing from it.
-    """
+cdef int wait_semaphore(sem_t *semaphore, object subject) except -1:
+    """sem_wait(3). A greenlet that is killed or timed out has taken nothing from it."""
     cdef Job job = new_job(COOPOS_SEM_WAIT, "sem_wait")
     job.job.semaphore = semaphore
     job.job.waits_for_peer = True
-    try:
-        run(job)
-    except OSError:
-        if job.has_begun:          # thrown in
-            raise
-        return False
+    run(job)
     result_of(job, subject)
-    return True
+    return 0

@@ -75,6 +75,10 @@ cdef class Wait:
             coopos_switch(greenlet, <PyObject *>args, NULL)
         return 0
 
+    cdef int lose_loop(self) except -1:
+        """Its loop was destroyed, or its thread has ended: nothing will be told here."""
+        return 0
+
     def wake(self):
         """In the hub, from its queue: the descriptor is closed, or there is something else to see."""
         self.tell()
@@ -272,7 +276,9 @@ cdef class Set:
         """Its thread has ended, or its loop was destroyed: nobody who waits here will ever run."""
         cdef PutOffClose later
         cdef PyObject **link
+        cdef Wait wait
         cdef int fd
+        cdef list lost = []
         self.is_over = True
         self.shut()
         self.hub = None
@@ -280,10 +286,16 @@ cdef class Set:
             for fd in range(_parked.size):
                 link = &_parked.at[fd]
                 while link[0] != NULL:
-                    if (<Wait>link[0]).set is self:
-                        link[0] = (<Wait>link[0]).next
+                    wait = <Wait>link[0]
+                    if wait.set is self:
+                        link[0] = wait.next
+                        wait.is_listed = False
+                        lost.append(wait)
                     else:
-                        link = &(<Wait>link[0]).next
+                        link = &wait.next
+            for wait in lost:
+                wait.set = None
+                wait.lose_loop()
             for _, later in self.posted:
                 if later is not None:
                     later.stopped()

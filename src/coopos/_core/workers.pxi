@@ -9,6 +9,8 @@
 #    it the worker does the rest alone.
 # 4. At most COOPOS_THREADS jobs are at the disks at once. A job that waits for a peer, which may take for ever, is not counted.
 # 5. A forked child has no workers. A job that was under way is asked again there, unless the parent's worker may have moved bytes.
+# 6. A hub that is gone gets nothing: when its thread ends, its jobs are given up as those of killed greenlets are. If a thread destroys
+#    its hub and lives on, the next call that needs a worker, in any thread, gives them up.
 #
 # A thread without a hub makes the call itself. Arguments have been checked when they come here.
 
@@ -23,6 +25,9 @@ cdef long _calls_made = 0
 
 #: A call that has begun when its greenlet is killed is waited for so long, where something would be lost otherwise.
 cdef double LAST_WORD_S = 1.0
+
+#: Before what another party has is asked for again, where there is no thread, or no descriptor, to wait by.
+cdef double PAUSE_S = 0.01
 
 
 def count_calls():
@@ -63,6 +68,10 @@ atexit.register(end_workers)
 cdef dict _mailboxes = {}
 
 
+class NoWorker(Exception):
+    """There is no thread, or no descriptor, to wait by. Carries what is to be raised if that can't be helped."""
+
+
 @cython.final
 @cython.internal
 cdef class Mailbox(Wait):
@@ -79,7 +88,7 @@ cdef class Mailbox(Wait):
         self.jobs = set()
         self.box = coopos_mailbox_new()
         if self.box == NULL:
-            raise os_error(errno, "eventfd", "")
+            raise NoWorker(os_error(errno, "eventfd", ""))
         self.fd, self.events = self.box.bell[0], READ
         _mailboxes[loop] = self
 
@@ -124,29 +133,46 @@ cdef class Mailbox(Wait):
             self.listen()
         return self.rest()
 
+    cdef int lose_loop(self) except -1:
+        return self.shut()
+
     cdef int shut(self) except -1:
-        """It is empty, or its loop is destroyed; or it is the parent's, in a forked child."""
+        """It is empty; its loop is destroyed, or its thread has ended; or it is the parent's, in a forked child.
+
+        What its workers are still at stays in the registry: a close waits for them. So a hub that is gone calls for this again and
+        again, until they are done.
+        """
         cdef CMailbox *box = self.box
+        cdef long long until_us = coopos_now_us() + <long long>(LAST_WORD_S * 1e6)
         cdef Job job
         self.box = NULL
-        if _mailboxes.get(self.loop) is self:
-            del _mailboxes[self.loop]
-        for job in self.jobs:
-            job.leave()
         if self.set is not None:
             self.set.leave(self)
         if box != NULL:
             coopos_mailbox_shut(box)
+        for job in list(self.jobs):
+            if self.born == generation and not coopos_job_take_back(job.job):
+                coopos_job_abandon(job.job)
+                if job.job.waits_for_peer and coopos_now_us() < until_us:
+                    coopos_job_interrupt(job.job)
+                if coopos_job_state(job.job) == COOPOS_BEGUN:
+                    job.is_left_behind = True
+                    continue
+            self.jobs.discard(job)
+            job.leave()
+        if not self.jobs and _mailboxes.get(self.loop) is self:
+            del _mailboxes[self.loop]
         return 0
 
 
 cdef Mailbox mailbox_of(loop):
     cdef Mailbox mailbox = <Mailbox>_mailboxes.get(loop)
     cdef Mailbox other
-    if mailbox is None or mailbox.born != generation:
+    if mailbox is None or len(_mailboxes) > 1:
         for other in list(_mailboxes.values()):
-            if not is_alive(other.loop):
+            if other.box == NULL or not is_alive(other.loop):
                 other.shut()
+    if mailbox is None or mailbox.born != generation:
         mailbox = Mailbox(loop)
     try:
         mailbox.listen()
@@ -195,7 +221,6 @@ cdef class Job(Call):
     cdef object mailbox            # of its hub
     cdef int born                  # generation in which it was submitted
     cdef coopos_state found        # what a forked child found it in
-    cdef bint has_begun            # it was submitted
     cdef bint is_late
     cdef bint is_left_behind       # nobody waits any more, and its worker is still at it
 
@@ -223,16 +248,17 @@ cdef class Job(Call):
         self.wake()
 
     cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+        cdef bint is_useless = self.job.waits_for_peer and not moves_bytes(self)
         if coopos_job_take_back(self.job):
             (<Mailbox>self.mailbox).jobs.discard(self)
             self.error = EBADF
             post(self.loop, self.wake)
-        elif coopos_job_keep_open(self.job, fd != self.fd, closing, self.job.waits_for_peer and not moves_bytes(self)):
+        elif coopos_job_keep_open(self.job, fd != self.fd, closing, is_useless):
             if not self.is_left_behind:
                 self.error = EBADF     # unless it comes to something
                 if self.job.waits_for_peer:
                     coopos_job_interrupt(self.job)
-        elif coopos_job_state(self.job) == COOPOS_IDLE:
+        elif is_useless or coopos_job_state(self.job) == COOPOS_IDLE:
             self.error = EBADF
         return 0
 
@@ -300,8 +326,25 @@ cdef Mailbox submit(Job job, loop):
     cdef int err = coopos_job_submit(job.job, mailbox.box)
     if err:
         mailbox.rest()
-        raise os_error(err, "pthread_create", job.name)
+        raise NoWorker(RuntimeError("can't start new thread"))
     return mailbox
+
+
+cdef bint make_anyhow(Job job, ex) except -1:
+    """Without a worker; whether it is over. What can't be asked for without waiting is refused."""
+    if not job.job.waits_for_peer:
+        make_here(job)             # a disk comes to an end
+        return True
+    coopos_job_poll(job.job)
+    if job.job.rc >= 0:
+        return True
+    if job.job.err == ENOSYS:
+        raise ex.args[0] from None
+    if job.job.err not in (EAGAIN, EACCES, EINTR):
+        return True
+    job.job.err = 0
+    sleep(PAUSE_S)
+    return False
 
 
 cdef bint wait_for(Job job, object hub) except -1:
@@ -313,12 +356,8 @@ cdef bint wait_for(Job job, object hub) except -1:
         return True
     try:
         mailbox = submit(job, hub.loop)
-    except OSError:
-        if job.job.waits_for_peer:
-            raise
-        make_here(job)             # without a thread, or a descriptor, to wait by: a disk comes to an end
-        return True
-    job.has_begun = True
+    except NoWorker as ex:
+        return make_anyhow(job, ex)
     job.mailbox = mailbox
     job.born = generation
     job.waiter = current

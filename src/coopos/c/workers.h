@@ -10,9 +10,9 @@
 #define COOPOS_WORKERS_H
 
 #include <stdlib.h>
-#include <sys/file.h>
 
 #include "closing.h"
+#include "locks.h"
 #include "moving.h"
 
 enum coopos_operation {
@@ -53,8 +53,7 @@ struct coopos_job {
     idtype_t idtype;
     id_t id;
     sem_t *semaphore;
-    struct coopos_lock *lock;  /* that it waits for, or NULL */
-    int whence;                /* what the offset of a lock is from */
+    struct coopos_claim *claim;          /* to the lock that it waits for, or NULL */
     int writes;
     int is_undoable;           /* a move that nobody wants is undone: the offset goes back */
     size_t size;               /* bytes to be moved */
@@ -113,18 +112,6 @@ static inline ssize_t coopos_job_move(struct coopos_job *job)
     return moved;
 }
 
-/* A lock of the process's, as fcntl(2) and lockf(3) have it. */
-static inline int coopos_job_lock(const struct coopos_job *job, short kind)
-{
-    struct flock lock;
-    memset(&lock, 0, sizeof lock);
-    lock.l_type = kind;
-    lock.l_whence = (short)job->whence;
-    lock.l_start = job->offset;
-    lock.l_len = job->length;
-    return fcntl(job->fd, F_SETLKW, &lock);
-}
-
 static inline ssize_t coopos_job_call(struct coopos_job *job)
 {
     siginfo_t info;
@@ -135,7 +122,7 @@ static inline ssize_t coopos_job_call(struct coopos_job *job)
     case COOPOS_OPEN:
         return openat(job->fd, job->buf, job->flags, job->mode);
     case COOPOS_SETLK:
-        return coopos_job_lock(job, (short)job->flags);
+        return coopos_lock_range(job->fd, F_SETLKW, job->claim->wanted);
     case COOPOS_FLOCK:
         return flock(job->fd, job->flags);
     case COOPOS_SEM_WAIT:
@@ -178,77 +165,22 @@ static inline void coopos_job_make(struct coopos_job *job)
     job->err = job->rc < 0 ? errno : 0;
 }
 
-/* ---- locks ---- */
-
-/* A lock of fcntl(2) is the process's, one of flock(2) the open file's, and not the greenlet's. So to undo one that was got for a
- * greenlet which is gone would take it away from another that has got it, too. The locks of a file are counted while jobs wait for
- * them: those that were got since the last one was released. All with the pool's lock held.
- */
-struct coopos_lock {
-    struct coopos_lock *next;
-    enum coopos_operation operation;
-    int fd;                    /* flock(2)'s alone */
-    dev_t dev;
-    ino_t ino;
-    int refs;                  /* of jobs */
-    int holders;
-};
-
-static struct coopos_lock *coopos_locks;
-
-static inline struct coopos_lock *coopos_lock_find(enum coopos_operation operation, int fd, int makes)
+/* Make a job that waits for another party without waiting. EAGAIN, EACCES: it would have to. ENOSYS: there is no way to ask so. */
+static inline void coopos_job_poll(struct coopos_job *job)
 {
-    struct coopos_lock *lock;
-    struct stat st;
-    if ((coopos_locks == NULL && !makes) || fstat(fd, &st) < 0)
-        return NULL;
-    if (operation != COOPOS_FLOCK)
-        fd = -1;
-    for (lock = coopos_locks; lock != NULL; lock = lock->next)
-        if (lock->operation == operation && lock->fd == fd && lock->dev == st.st_dev && lock->ino == st.st_ino)
-            return lock;
-    lock = makes ? calloc(1, sizeof *lock) : NULL;
-    if (lock != NULL) {
-        lock->operation = operation;
-        lock->fd = fd;
-        lock->dev = st.st_dev;
-        lock->ino = st.st_ino;
-        lock->next = coopos_locks;
-        coopos_locks = lock;
+    errno = ENOSYS;
+    if (job->operation == COOPOS_SETLK)
+        job->rc = coopos_lock_range(job->fd, F_SETLK, job->claim->wanted);
+    else if (job->operation == COOPOS_FLOCK)
+        job->rc = flock(job->fd, job->flags | LOCK_NB);
+    else
+        job->rc = job->operation == COOPOS_SEM_WAIT ? sem_trywait(job->semaphore) : -1;
+    job->err = job->rc < 0 ? errno : 0;
+    if (job->rc >= 0 && job->claim != NULL) {
+        coopos_pool_lock();
+        coopos_claim_got(job->claim);
+        coopos_pool_unlock();
     }
-    return lock;
-}
-
-static inline void coopos_lock_drop(struct coopos_lock *lock)
-{
-    struct coopos_lock **link = &coopos_locks;
-    if (lock == NULL || --lock->refs > 0)
-        return;
-    while (*link != lock)
-        link = &(*link)->next;
-    *link = lock->next;
-    free(lock);
-}
-
-/* Whether a lock that is to be undone is somebody else's, too. It is one fewer's, in any case. */
-static inline int coopos_lock_is_shared(const struct coopos_job *job)
-{
-    if (job->lock == NULL)
-        return 0;
-    if (job->lock->holders > 0)
-        job->lock->holders--;
-    return job->lock->holders > 0;
-}
-
-/* A lock was got, or released, without a worker. */
-static inline void coopos_lock_note(enum coopos_operation operation, int fd, int is_got)
-{
-    struct coopos_lock *lock;
-    coopos_pool_lock();
-    lock = coopos_lock_find(operation, fd, 0);
-    if (lock != NULL)
-        lock->holders = is_got ? lock->holders + 1 : 0;
-    coopos_pool_unlock();
 }
 
 /* Give back what was got for somebody who is not there to have it. The offset stays if others have moved it since. */
@@ -257,17 +189,13 @@ static inline void coopos_job_undo(struct coopos_job *job)
     if (job->rc < 0 || job->is_undone)
         return;
     job->is_undone = 1;
-    if (coopos_lock_is_shared(job))
-        return;
     switch (job->operation) {
     case COOPOS_OPEN:
         (void)close((int)job->rc);
         break;
     case COOPOS_SETLK:
-        (void)coopos_job_lock(job, F_UNLCK);
-        break;
     case COOPOS_FLOCK:
-        (void)flock(job->fd, LOCK_UN);
+        coopos_claim_give_back(job->claim);
         break;
     case COOPOS_SEM_WAIT:
         (void)sem_post(job->semaphore);
@@ -353,7 +281,7 @@ static inline void coopos_job_drop(struct coopos_job *job)
 {
     char *buf = job->buf;
     if (--job->refs == 0) {
-        coopos_lock_drop(job->lock);
+        coopos_claim_free(job->claim);
         if (job->room >= COOPOS_SPARE_MIN && job->room <= COOPOS_SPARE_MAX && job->room > coopos_pool.spare_room) {
             buf = coopos_pool.spare;
             coopos_pool.spare = job->buf;
@@ -531,8 +459,8 @@ static inline void *coopos_worker_run(void *arg)
         if (signal)
             (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
         coopos_pool_lock();
-        if (job->rc >= 0 && job->lock != NULL)
-            job->lock->holders++;
+        if (job->rc >= 0 && job->claim != NULL)
+            coopos_claim_got(job->claim);
         if (job->is_abandoned)
             coopos_job_undo(job);
         coopos_job_arrive(job, closing);
@@ -574,16 +502,35 @@ static inline int coopos_pool_hand_over(struct coopos_job *job)
     return err;
 }
 
+/* A job for a lock. 0: the descriptor is not open, or there is no memory. */
+static inline int coopos_job_claim(struct coopos_job *job, struct coopos_range wanted)
+{
+    coopos_pool_lock();
+    job->claim = coopos_claim_new(job->operation == COOPOS_FLOCK, job->fd, wanted);
+    coopos_pool_unlock();
+    return job->claim != NULL;
+}
+
+/* What others of this process have of the file: before the job waits, and while it does. */
+static inline void coopos_job_note_held(struct coopos_job *job, struct coopos_range range)
+{
+    coopos_pool_lock();
+    coopos_claim_add(job->claim, range);
+    coopos_pool_unlock();
+}
+
+static inline void coopos_locks_note(int is_flock, int fd, struct coopos_range range)
+{
+    coopos_pool_lock();
+    coopos_claims_note(is_flock, fd, range);
+    coopos_pool_unlock();
+}
+
 /* Have the job made, and put into the mailbox when it is over. 0, or an errno: there is no thread to make it. */
 static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbox *mailbox)
 {
     int err = 0;
     coopos_pool_lock();
-    if (job->lock == NULL && (job->operation == COOPOS_SETLK || job->operation == COOPOS_FLOCK)) {
-        job->lock = coopos_lock_find(job->operation, job->fd, 1);
-        if (job->lock != NULL)
-            job->lock->refs++;
-    }
     job->is_abandoned = job->is_interrupted = job->is_closed = job->is_undone = job->has_thread = 0;
     job->signal = job->waits_for_peer ? coopos_signal_take() : 0;
     if (!job->waits_for_peer && coopos_pool.at_disks >= coopos_pool.limit) {
@@ -676,7 +623,9 @@ static inline enum coopos_state coopos_job_state(struct coopos_job *job)
     return state;
 }
 
-/* Have a close wait for the end of a job that has begun; whether it has to. */
+/* The number of a job's descriptor is being closed. A job that has begun keeps it open until it is over; whether it does. A result
+ * that nobody has taken yet, and that is useless without the descriptor, is undone while the number is still this file's.
+ */
 static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct coopos_closing *closing, int is_useless)
 {
     int has_to;
@@ -685,10 +634,12 @@ static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct
     if (has_to) {
         coopos_closing_enter(closing);
         job->closing[which] = closing;
-        job->is_closed = 1;
-        if (is_useless)            /* and is undone while the number is still this file's */
+        if (is_useless)
             job->is_abandoned = 1;
     }
+    else if (job->state == COOPOS_DONE && is_useless)
+        coopos_job_undo(job);
+    job->is_closed |= has_to || job->state == COOPOS_DONE;
     coopos_pool_unlock();
     return has_to;
 }
@@ -766,6 +717,7 @@ static inline void coopos_pool_in_child(void)
     coopos_pool.idle = NULL;
     coopos_pool.first = coopos_pool.last = NULL;
     coopos_pool.at_disks = coopos_pool.threads = coopos_pool.begun = coopos_pool.is_held = 0;
+    coopos_claims_in_child();
 }
 
 /* The lock is held while the process forks, so that the child finds whole jobs. */
