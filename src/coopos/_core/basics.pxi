@@ -24,7 +24,7 @@ cdef object path_error(int err, object path):
     return OSError(err, strerror(err).decode(), path)
 
 
-cdef object said_error(int err, str what):
+cdef object error_with_message(int err, str what):
     """The OSError for errno *err* with a message of its own."""
     return OSError(err, f"{strerror(err).decode()}: {what}")
 

@@ -55,21 +55,21 @@ cdef int close_fd(int fd) except -1:
         hub = None                 # the interpreter is being taken down, and gevent's names with it
     loop = None if hub is None else hub.loop
     if at_fd(&_parked, fd) != NULL:
-        later = evict_all(fd)
+        later = fail_waits(fd)
     if _calls and (<object>fd) in _calls:
         if later is None:
-            later = put_off(fd)
-        tell_calls(fd, later.closing)
-    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_there(loop):
+            later = put_off_close(fd)
+        notify_calls(fd, later.closing)
+    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_intact(loop):
         # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
         raise os_error(EBADF, "close", fd)
     if loop is not None and (loop.closing_fd(fd) or may_be_pending(loop, fd)):
         if later is None:
-            later = put_off(fd)
+            later = put_off_close(fd)
         later.wait_for_turn(loop)
         return 0
     if later is not None:
-        later.stopped()
+        later.party_left()
         return 0
     with nogil:
         rc = c_close(fd)
@@ -113,14 +113,14 @@ def closerange(Py_ssize_t fd_low, Py_ssize_t fd_high, /):
             pass
 
 
-cdef int evict(int fd, list greenlets) except -1:
+cdef int fail_waits_of(int fd, list greenlets) except -1:
     """Have those of *greenlets* that are parked on *fd* get EBADF, of any thread. The number stays open."""
     if at_fd(&_parked, fd) != NULL:
-        evict_all(fd, greenlets)
+        fail_waits(fd, greenlets)
     return 0
 
 
-cdef PutOffClose evict_all(int fd, list greenlets=None):
+cdef PutOffClose fail_waits(int fd, list greenlets=None):
     """Have all that are parked on *fd*, or those of *greenlets*, get EBADF; the close that others' watchers put off, or None."""
     cdef PyObject *link = _parked.at[fd]
     cdef PutOffClose later = None
@@ -135,11 +135,11 @@ cdef PutOffClose evict_all(int fd, list greenlets=None):
             continue
         wait.error = EBADF
         if wait.set.loop is loop:
-            evict_here(wait)
+            wake_with_error(wait)
         else:
             if wait.watcher is not None and greenlets is None:
                 if later is None:
-                    later = put_off(fd)
+                    later = put_off_close(fd)
                 coopos_closing_enter(later.closing)
             wait.set.posted.append((wait, later))
             if not post(wait.set.loop, wait.set.run_posted):

@@ -27,7 +27,7 @@ cdef object this_greenlet():
 cdef dict _has_switch_out = {}
 
 
-cdef object refusal():
+cdef object in_hub_error():
     return BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
@@ -41,7 +41,7 @@ cdef bint has_switch_out(object greenlet) except -1:
 cdef object give_way(object hub, object current):
     """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
     if current is hub:
-        raise refusal()
+        raise in_hub_error()
     return switch_to(hub, None, current)
 
 

@@ -52,31 +52,31 @@ cdef int be_fair(int fd, str call) except -1:
         ready_calls += 1
         if ready_calls > fairness:
             ready_calls = 1
-            take_turns(fd, call)
+            let_others_run(fd, call)
     return 0
 
 
-cdef int has_waited() noexcept:
+cdef int reset_fairness() noexcept:
     """The others have run."""
     global ready_calls
     ready_calls = 0
     return 0
 
 
-cdef bint park_fairly(int fd, int events, str call, bint may_stand=False) except -1:
-    has_waited()
-    return park(fd, events, call, may_stand)
+cdef bint park_fairly(int fd, int events, str call, bint may_block=False) except -1:
+    reset_fairness()
+    return park(fd, events, call, may_block)
 
 
 cdef enum Step:
     AGAIN
-    IN_THREAD
-    NOTHING
+    IN_WORKER
+    READ_NOTHING
 
 
 # Bytes that are copied in less time than it takes to let go of the interpreter's lock and to get it back.
 cdef enum:
-    QUICK = 4096
+    QUICK_BYTES = 4096
 
 
 # ---- one attempt -------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ cdef enum:
 
 
 cdef ssize_t attempt_at_once(Move *move, int *err) except -2:
-    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a call of no more than QUICK bytes that is sure
+    """attempt(), keeping the interpreter's lock: to let go of it takes longer than a call of no more than QUICK_BYTES bytes that is sure
     not to block.
     """
     cdef ssize_t moved
@@ -114,7 +114,7 @@ cdef ssize_t attempt_guarded(Move *move, int *err) except -2:
 cdef ssize_t attempt(Move *move, int *err) except -2:
     """How many bytes were moved, or -1 with errno in *err*. A signal handler's exception comes out."""
     cdef ssize_t moved
-    if move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK:
+    if move.how == COOPOS_NOWAIT and move.count == 1 and move.iov.iov_len <= QUICK_BYTES:
         return attempt_at_once(move, err)
     if move.how >= COOPOS_GUARDED:
         return attempt_guarded(move, err)
@@ -165,7 +165,7 @@ cdef bint is_undecided(int err) noexcept:
     return err == EOPNOTSUPP or err == ENOSYS or err == EPERM
 
 
-cdef bint is_of_nowait(int err, const Move *move) noexcept:
+cdef bint is_about_nowait(int err, const Move *move) noexcept:
     """Whether EINVAL may be about how we ask and not about what: RWF_NOWAIT for a write to the page cache, in Linux before 6.0, or
     memory that is not aligned as O_DIRECT wants it.
     """
@@ -174,7 +174,7 @@ cdef bint is_of_nowait(int err, const Move *move) noexcept:
             and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode)))
 
 
-cdef bint is_slow(int fd, bint writes) noexcept:
+cdef bint may_ignore_signals(int fd, bint writes) noexcept:
     """Whether a device, ready or not, may take its time over a call, and not hear of signals. A terminal does, and who says when he
     is ready to be read.
     """
@@ -187,7 +187,7 @@ cdef bint is_socket(int fd) noexcept:
     return fstat(fd, &st) == 0 and S_ISSOCK(st.st_mode)
 
 
-cdef bint writes_on(int fd) noexcept:
+cdef bint continues_short_writes(int fd) noexcept:
     """Whether write(2) goes on when it has written a part. What has no type, an eventfd for one, takes what it takes."""
     cdef stat_t st
     if fstat(fd, &st) < 0:
@@ -215,14 +215,14 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
     move.count = 0
     move.offset = offset
     move.flags = flags
-    move.may_stand = False
-    move.most = 0
+    move.may_block = False
+    move.max_bytes = 0
     return move
 
 
-cdef int step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
+cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
     """An attempt came to nothing: wait on the hub, or go down a rung, and try AGAIN; or leave it to the pool, when what can be
-    waited for is ready; or have read NOTHING, of *n* bytes. What is wrong with the call itself is raised before anything waits.
+    waited for is ready; or have read READ_NOTHING, of *n* bytes. What is wrong with the call itself is raised before anything waits.
     """
     cdef int min_bytes, tenths
     if move.flags & RWF_NOWAIT:
@@ -230,23 +230,23 @@ cdef int step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
     if err == EAGAIN:
         if move.offset >= 0 and is_always_ready(move.fd):
             # which the set would say, too
-            return NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_THREAD
-        if move.how == COOPOS_ASKED:
+            return READ_NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_WORKER
+        if move.how == COOPOS_GUARDED_UNPOLLED:
             move.how = COOPOS_GUARDED
             return AGAIN
-        if move.how == COOPOS_GUARDED and not move.writes and coopos_gathers(move.fd, &min_bytes, &tenths):
+        if move.how == COOPOS_GUARDED and not move.writes and coopos_vmin_vtime(move.fd, &min_bytes, &tenths):
             return wait_as_terminal(move, n, call)
-        if not park_fairly(move.fd, WRITE if move.writes else READ, call, move.may_stand):
+        if not park_fairly(move.fd, WRITE if move.writes else READ, call, move.may_block):
             if is_always_ready(move.fd):
-                return NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_THREAD
-            take_turns(move.fd, call)
+                return READ_NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_WORKER
+            let_others_run(move.fd, call)
         if move.how == COOPOS_PLAIN:
             move.how = first_rung  # somebody may have changed the mode meanwhile
         return AGAIN
-    if is_of_nowait(err, move):
-        return IN_THREAD
+    if is_about_nowait(err, move):
+        return IN_WORKER
     if err == ENOSYS and move.how >= COOPOS_GUARDED:
-        return IN_THREAD           # there is no guard to be had
+        return IN_WORKER           # there is no guard to be had
     if not is_undecided(err) or move.how > COOPOS_NOWAIT:
         raise os_error(err, call, move.fd)
     return step_down(move, n, call)
@@ -272,7 +272,7 @@ cdef int step_down(Move *move, Py_ssize_t n, str call) except -1:
     if move.count > IOV_MAX:
         raise os_error(errno if coopos_may_move(move.fd, move.writes, move.offset) < 0 else EINVAL, call, move.fd)
     if is_always_ready(move.fd):
-        return IN_THREAD
+        return IN_WORKER
     if is_nonblocking(move.fd):
         move.how = COOPOS_PLAIN
         return AGAIN
@@ -282,21 +282,21 @@ cdef int step_down(Move *move, Py_ssize_t n, str call) except -1:
         return AGAIN
     if coopos_may_move(move.fd, move.writes, move.offset) < 0:
         raise os_error(errno, call, move.fd)
-    if is_slow(move.fd, move.writes):
+    if may_ignore_signals(move.fd, move.writes):
         park_until_ready(move.fd, WRITE if move.writes else READ, call)
-        return IN_THREAD
+        return IN_WORKER
     guarded_calls += 1
     if move.flags or coopos_is_in_background(move.fd, move.writes):
-        move.how = COOPOS_ASKED    # what the call itself says comes first
+        move.how = COOPOS_GUARDED_UNPOLLED    # what the call itself says comes first
         return AGAIN
     move.how = COOPOS_GUARDED
-    if not move.writes and coopos_gathers(move.fd, &min_bytes, &tenths):
+    if not move.writes and coopos_vmin_vtime(move.fd, &min_bytes, &tenths):
         return wait_as_terminal(move, n, call)
     return AGAIN
 
 
 # How often a terminal is looked at that has some bytes and is to have more, of which the kernel does not tell.
-cdef double LOOK_S = 0.01
+cdef double TERMINAL_POLL_S = 0.01
 
 
 cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
@@ -308,13 +308,13 @@ cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
     cdef Py_ssize_t wanted
     cdef long long left_us
     cdef long long since_us = coopos_now_us()
-    move.how, move.most = COOPOS_ASKED, 0
-    while coopos_gathers(move.fd, &min_bytes, &tenths):
-        if not has_hub_to_wait_in(move.may_stand):
+    move.how, move.max_bytes = COOPOS_GUARDED_UNPOLLED, 0
+    while coopos_vmin_vtime(move.fd, &min_bytes, &tenths):
+        if not has_hub_to_wait_in(move.may_block):
             move.how = COOPOS_PLAIN
             return AGAIN
         wanted = max(min(<Py_ssize_t>min_bytes, n), 1)
-        there = coopos_bytes_there(move.fd)
+        there = coopos_bytes_available(move.fd)
         if there < 0 or there >= wanted:
             return AGAIN
         if there > had:
@@ -323,30 +323,30 @@ cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
         if min_bytes == 0 or (tenths and there):
             left_us = tenths * 100000 - (coopos_now_us() - since_us)
             if left_us <= 0:
-                move.most = <size_t>there
-                return AGAIN if there else NOTHING
-        has_waited()
+                move.max_bytes = <size_t>there
+                return AGAIN if there else READ_NOTHING
+        reset_fairness()
         # Of the first byte it tells where there is a VTIME, else of VMIN bytes.
         if there == 0 and (tenths or min_bytes <= wanted):
-            park(move.fd, READ, call, move.may_stand, left_us)
+            park(move.fd, READ, call, move.may_block, left_us)
         else:
-            take_turns(move.fd, call, LOOK_S)
+            let_others_run(move.fd, call, TERMINAL_POLL_S)
     move.how = COOPOS_GUARDED      # by now it does not gather any more
     return AGAIN
 
 
-cdef int give_one(Move *move, iovec *iov) noexcept:
+cdef int set_one_buffer(Move *move, iovec *iov) noexcept:
     """One buffer, as read(2) and write(2) have it."""
     move.iov, move.count = iov, 1
-    return 0 if iov.iov_len else choose_for_nothing(move)
+    return 0 if iov.iov_len else prepare_empty_move(move)
 
 
-cdef int choose_for_nothing(Move *move) noexcept:
+cdef int prepare_empty_move(Move *move) noexcept:
     """How to read or write no bytes at all. RWF_NOWAIT comes in the form of readv(2), which then returns at once; read(2) and
     write(2) may have something to say: a datagram, or that it can't be done. inotify's read waits even so.
     """
     if move.how != COOPOS_PLAIN:
-        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_ASKED
+        move.how = COOPOS_DONTWAIT if move.writes and is_socket(move.fd) else COOPOS_GUARDED_UNPOLLED
     return 0
 
 
@@ -354,10 +354,10 @@ cdef int choose_for_nothing(Move *move) noexcept:
 
 # Bytes that a worker is given at a time to write: they are copied.
 cdef enum:
-    PIECE = 1 << 20
+    WORKER_WRITE_BYTES = 1 << 20
 
 
-cdef Job read_in_thread(Move *move, Py_ssize_t n, str call):
+cdef Job read_in_worker(Move *move, Py_ssize_t n, str call):
     """Up to *n* bytes, read by a worker in one system call. If the greenlet is killed meanwhile, the offset is moved back."""
     cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
     job.job.offset, job.job.flags = move.offset, move.flags
@@ -380,15 +380,15 @@ cdef Py_ssize_t scatter(Job job, const Move *move, str call) except -1:
     return n
 
 
-cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint is_later) except -2:
+cdef Py_ssize_t write_in_worker(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint has_written) except -2:
     """How many bytes a worker has written of the buffers of *move*, in one system call; in *late*, if the greenlet was killed
     meanwhile. -1 as of write_once().
     """
-    cdef Py_ssize_t n = min(total_of(move), <Py_ssize_t>PIECE)
+    cdef Py_ssize_t n = min(total_of(move), <Py_ssize_t>WORKER_WRITE_BYTES)
     cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
     n = coopos_copy_buffers(move.iov, move.count, job.job.buf, <size_t>n, True)
     if n < 0:
-        if is_later:
+        if has_written:
             return -1
         raise os_error(errno, call, move.fd)
     job.job.size = <size_t>n
@@ -401,7 +401,7 @@ cdef Py_ssize_t write_in_thread(Move *move, str call, bint is_undoable, Py_ssize
         if job.job.rc > 0 and not job.job.is_undoable:
             late[0] = job.job.rc
         raise
-    if job.job.rc < 0 and not is_later:
+    if job.job.rc < 0 and not has_written:
         raise os_error(job.job.err, call, move.fd)
     return job.job.rc
 
@@ -417,24 +417,24 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
     """Up to *n* bytes."""
     cdef Job job
     cdef int err = 0
-    cdef int rung
+    cdef int outcome
     if n < 0:
         raise os_error(EINVAL, call, move.fd)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     if n == 0:
-        choose_for_nothing(move)
+        prepare_empty_move(move)
     be_fair(move.fd, call)
     while True:
         data = read_once(move, n, &err)
         if data is None:
-            rung = step(move, err, call, n)
-            if rung == AGAIN:
+            outcome = next_step(move, err, call, n)
+            if outcome == AGAIN:
                 continue
-            if rung == NOTHING:
+            if outcome == READ_NOTHING:
                 return b""
         elif data or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return data
-        job = read_in_thread(move, n, call)
+        job = read_in_worker(move, n, call)
         return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
 
 
@@ -451,20 +451,20 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
     cdef Py_ssize_t nread
     cdef Py_ssize_t n = total_of(move)
     cdef int err = 0
-    cdef int rung
+    cdef int outcome
     be_fair(move.fd, call)
     while True:
         nread = attempt(move, &err)
         if nread < 0:
-            rung = step(move, err, call, n)
-            if rung == AGAIN:
+            outcome = next_step(move, err, call, n)
+            if outcome == AGAIN:
                 continue
-            if rung == NOTHING:
+            if outcome == READ_NOTHING:
                 return 0
         elif nread or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return nread
         # Into a buffer of the thread's own: ours may be gone before it has read.
-        return scatter(read_in_thread(move, n, call), move, call)
+        return scatter(read_in_worker(move, n, call), move, call)
 
 
 cdef int advance(Move *move, Py_ssize_t written) noexcept:
@@ -483,9 +483,9 @@ cdef int advance(Move *move, Py_ssize_t written) noexcept:
     return 0
 
 
-cdef Py_ssize_t write_from(Move *move, str call, Py_ssize_t *told=NULL) except -1:
+cdef Py_ssize_t write_from(Move *move, str call, Py_ssize_t *n_written=NULL) except -1:
     """From the buffers of *move*; how many bytes. All of them, where the descriptor is in blocking mode, as write(2) does it. If
-    anything is raised, *told* has how many were written.
+    anything is raised, *n_written* has how many were written.
     """
     cdef Py_ssize_t written
     cdef Py_ssize_t done = 0
@@ -498,28 +498,28 @@ cdef Py_ssize_t write_from(Move *move, str call, Py_ssize_t *told=NULL) except -
             if written < 0:
                 return done
             done += written
-            if done >= n or move.flags & RWF_NOWAIT or not writes_on(move.fd):
+            if done >= n or move.flags & RWF_NOWAIT or not continues_short_writes(move.fd):
                 return done
             advance(move, written)
     except BaseException as ex:
-        tell(ex, "characters_written", (done + late) or None)
-        if told != NULL:
-            told[0] = done + late
+        attach_progress(ex, "characters_written", (done + late) or None)
+        if n_written != NULL:
+            n_written[0] = done + late
         raise
 
 
-cdef Py_ssize_t write_once(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint is_later=False) except -2:
-    """One move from the buffers; how many bytes. -1: it failed, and *is_later*, so that the first ones are the answer."""
+cdef Py_ssize_t write_once(Move *move, str call, bint is_undoable, Py_ssize_t *late, bint has_written=False) except -2:
+    """One move from the buffers; how many bytes. -1: it failed, and *has_written*, so that the first ones are the answer."""
     cdef Py_ssize_t written
     cdef int err = 0
     while True:
         written = attempt(move, &err)
         if written >= 0:
             return written
-        if is_later and err != EAGAIN and not is_undecided(err) and not is_of_nowait(err, move):
+        if has_written and err != EAGAIN and not is_undecided(err) and not is_about_nowait(err, move):
             return -1
-        if step(move, err, call) == IN_THREAD:
-            return write_in_thread(move, call, is_undoable, late, is_later)
+        if next_step(move, err, call) == IN_WORKER:
+            return write_in_worker(move, call, is_undoable, late, has_written)
 
 
 cdef int take_buffer(object buffer, Py_buffer *view, bint writable, iovec *iov) except -1:
@@ -558,7 +558,7 @@ cdef class Buffers:
         free(self.views)
         free(self.iov)
 
-    cdef int give(self, Move *move) noexcept:
+    cdef int set_buffers(self, Move *move) noexcept:
         move.iov = self.iov
         move.count = self.count
         if move.how == COOPOS_REFUSED and self.count <= IOV_MAX and not total_of(move):

@@ -51,7 +51,7 @@ cdef class Call:
                 del _calls[fd]
         return 0
 
-    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+    cdef int on_close(self, int fd, Closing *closing) except -1:
         """The number is being closed, by any thread. A call that has to be over first enters *closing*."""
         self.error = EBADF
         return 0
@@ -88,23 +88,23 @@ cdef class InFlight(Call):
         """Whether that one was."""
         return fd in self.closed
 
-    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+    cdef int on_close(self, int fd, Closing *closing) except -1:
         self.error = EBADF
         self.closed.append(fd)
         if self.loop is not None:
-            post(self.loop, self.tell)
+            post(self.loop, self.throw_closed)
         return 0
 
-    def tell(self):
+    def throw_closed(self):
         """In the hub: the greenlet may be waiting for the other descriptor."""
         if self.greenlet is not None and self.greenlet is not this_greenlet():
             self.greenlet.throw(os_error(EBADF, self.name, self.fd))
 
 
-cdef int tell_calls(int fd, Closing *closing) except -1:
+cdef int notify_calls(int fd, Closing *closing) except -1:
     cdef Call call
     for call in list(_calls[fd]):
-        call.hear_of_close(fd, closing)
+        call.on_close(fd, closing)
     return 0
 
 
@@ -119,7 +119,7 @@ cdef int forget_calls(bint all_of_them) except -1:
     return 0
 
 
-cdef int take_turns(int fd=-1, str name="", double seconds=0) except -1:
+cdef int let_others_run(int fd=-1, str name="", double seconds=0) except -1:
     """Let the other greenlets that are ready run once, or for so long, for a call that is going to use *fd*. Without a hub it does
     nothing.
     """
@@ -152,7 +152,7 @@ cdef int take_turns(int fd=-1, str name="", double seconds=0) except -1:
 
 def yield_turn():
     """For Python: let the other greenlets that are ready run once."""
-    take_turns()
+    let_others_run()
 
 
 # ---- close -------------------------------------------------------------------------------------------------------------------
@@ -162,13 +162,13 @@ def yield_turn():
 cdef class PutOffClose:
     """A close(2) that has to wait: until others' watchers on the number have been stopped, and workers are done with it."""
     cdef Closing *closing
-    cdef bint is_polled    # whether the loop of the thread that called close() is one of the parties
+    cdef bint waits_for_loop    # whether the loop of the thread that called close() is one of the parties
 
     def __dealloc__(self):
         if self.closing != NULL:
             coopos_closing_drop(self.closing)
 
-    cdef int stopped(self) except -1:
+    cdef int party_left(self) except -1:
         """One party less."""
         cdef int fd = self.closing.fd
         coopos_closing_leave(self.closing)
@@ -178,14 +178,14 @@ cdef class PutOffClose:
 
     cdef int forget_other_threads(self) except -1:
         """In a forked child."""
-        if self.closing.parties > self.is_polled:
-            self.closing.parties = 1 + self.is_polled
-            self.stopped()
+        if self.closing.parties > self.waits_for_loop:
+            self.closing.parties = 1 + self.waits_for_loop
+            self.party_left()
         return 0
 
     cdef int wait_for_turn(self, object loop) except -1:
         """Have the loop that is asked to be a party, until it has polled once more and called whoever had something to hear."""
-        self.is_polled = True
+        self.waits_for_loop = True
         # Without something to do the loop would sleep before that, for as long as nothing happens.
         idle = loop.idle()
         idle.start(bool)
@@ -197,14 +197,14 @@ cdef class PutOffClose:
         for watcher in watchers:
             watcher.stop()
             watcher.close()
-        self.stopped()
+        self.party_left()
 
 
 # {descriptor: its PutOffClose, made or not}
 cdef dict _put_off = {}
 
 
-cdef PutOffClose put_off(int fd):
+cdef PutOffClose put_off_close(int fd):
     cdef PutOffClose later = PutOffClose.__new__(PutOffClose)
     later.closing = coopos_closing_new(fd)
     if later.closing == NULL:

@@ -57,7 +57,7 @@ cdef class Wait:
     cdef int events
     cdef bint is_listed        # in the table
     cdef int error             # errno that the waiter is to raise; 0
-    cdef bint is_held          # it wants the loop kept alive
+    cdef bint keeps_alive          # it wants the loop kept alive
     cdef object greenlet       # that waits, or None
     cdef object queued         # the loop callback that will wake it
     cdef object watcher        # of its own, where there is no epoll
@@ -66,7 +66,7 @@ cdef class Wait:
         if self.is_listed:
             delist(self)           # its loop was destroyed, and what waited has gone without a word
 
-    cdef int tell(self) except -1:
+    cdef int on_ready(self) except -1:
         """In the hub: the descriptor may be ready."""
         cdef tuple args
         greenlet = self.greenlet       # leave() lets go of it meanwhile
@@ -77,13 +77,13 @@ cdef class Wait:
 
     def wake(self):
         """In the hub, from its queue: the descriptor is closed, or there is something else to see."""
-        self.tell()
+        self.on_ready()
 
-    def hear(self):
+    def on_watcher(self):
         """In the hub: the watcher of its own has told."""
         if self.watcher is not None:
             self.watcher.stop()
-            self.tell()
+            self.on_ready()
 
 
 cdef int enlist(Wait wait) except -1:
@@ -119,13 +119,13 @@ cdef int set_ref(watcher, bint ref) except -1:
 # function makes one, and a close of such a number waits for other threads to stop theirs.
 
 # Numbers that libuv may just be showing in non-blocking mode, though they aren't.
-cdef list _moments = []
+cdef list _briefly_nonblocking = []
 
 
 cdef bint is_nonblocking(int fd) noexcept:
     """Whether *fd* is in non-blocking mode, now. What is not open isn't; the call itself says so."""
     cdef int flags = fcntl(fd, F_GETFL)
-    return flags >= 0 and flags & O_NONBLOCK and not (_moments and (<object>fd) in _moments)
+    return flags >= 0 and flags & O_NONBLOCK and not (_briefly_nonblocking and (<object>fd) in _briefly_nonblocking)
 
 
 cdef int start_watcher(Wait wait, str call) except -1:
@@ -139,15 +139,15 @@ cdef int start_watcher(Wait wait, str call) except -1:
     if flags & O_NONBLOCK or not hasattr(loop, "_io_watchers"):
         wait.watcher = loop.io(wait.fd, wait.events)
     else:
-        _moments.append(wait.fd)
+        _briefly_nonblocking.append(wait.fd)
         try:
             wait.watcher = loop.io(wait.fd, wait.events)
             # libuv has made the file non-blocking, for everybody who shares it.
             fcntl(wait.fd, F_SETFL, flags)
         finally:
-            _moments.remove(wait.fd)
-    wait.watcher.start(wait.hear)
-    if not wait.is_held:
+            _briefly_nonblocking.remove(wait.fd)
+    wait.watcher.start(wait.on_watcher)
+    if not wait.keeps_alive:
         set_ref(wait.watcher, False)   # libuv shares it with others who wait for the number: only for numbers of our own
     return ARMED
 
@@ -162,7 +162,7 @@ cdef int stop_watcher(Wait wait) except -1:
 
 @cython.final
 @cython.internal
-cdef class Ear:
+cdef class SetCallback:
     """What the loop calls for a set. The watcher keeps this one alive, and not the set, which goes with its thread."""
     cdef PyObject *set             # borrowed, or NULL
 
@@ -180,12 +180,12 @@ cdef class Set:
     cdef readonly object loop
     cdef object hub            # that it was last used in, or None
     cdef object watcher        # the loop's, for *fd*
-    cdef object ear            # what that calls
+    cdef object callback            # what that calls
     cdef int fd                # of the epoll; -1 before the first wait
     cdef int members           # how many wait
-    cdef int holds             # how many of them want the loop kept alive
-    cdef int is_on             # the watcher is: 0, 1 or UNKNOWN
-    cdef int is_held           # and keeps the loop alive
+    cdef int n_keep_alive             # how many of them want the loop kept alive
+    cdef int is_started             # the watcher is: 0, 1 or UNKNOWN
+    cdef int keeps_alive           # and keeps the loop alive
     cdef bint is_looking       # the hub is in look(), which sees to that at its end
     cdef bint is_over
     cdef int born              # generation
@@ -214,10 +214,10 @@ cdef class Set:
         errno: there is no epoll, or no descriptor left for one.
         """
         cdef int fd
-        cdef Ear ear
+        cdef SetCallback callback
         if not _has_epoll:
             return ENOSYS
-        ear = Ear()
+        callback = SetCallback()
         if self.ready == NULL:
             self.ready = <Event *>malloc(COOPOS_SET_BATCH * sizeof(Event))
             if self.ready == NULL:
@@ -235,9 +235,9 @@ cdef class Set:
             watcher.close()
             c_close(fd)
             return 0
-        ear.set = <PyObject *>self
-        self.fd, self.watcher, self.ear = fd, watcher, ear
-        self.is_on = self.is_held = False
+        callback.set = <PyObject *>self
+        self.fd, self.watcher, self.callback = fd, watcher, callback
+        self.is_started = self.keeps_alive = False
         return 0
 
     cdef int shut(self) noexcept:
@@ -245,8 +245,8 @@ cdef class Set:
         watcher, self.watcher = self.watcher, None
         self.fd = -1
         self.at = self.n = 0
-        if self.ear is not None:
-            (<Ear>self.ear).set = NULL
+        if self.callback is not None:
+            (<SetCallback>self.callback).set = NULL
         try:
             if watcher is not None and self.born == generation and is_alive(self.loop):
                 watcher.stop()
@@ -257,7 +257,7 @@ cdef class Set:
             c_close(fd)
         return 0
 
-    cdef bint is_there(self, loop) except -1:
+    cdef bint is_intact(self, loop) except -1:
         """Whether it is this loop's, and the number is still the set's."""
         cdef Event event
         cdef int n
@@ -286,63 +286,63 @@ cdef class Set:
                         link = &(<Wait>link[0]).next
             for _, later in self.posted:
                 if later is not None:
-                    later.stopped()
+                    later.party_left()
         self.posted = []
         return 0
 
-    cdef int settle(self, int members, int holds) except -1:
+    cdef int update_watcher(self, int members, int n_keep_alive) except -1:
         """Have the watcher on exactly while there are members, and keep the loop alive exactly while some of them want that."""
-        cdef int is_on = members > 0
-        cdef int is_held = holds > 0
+        cdef int is_started = members > 0
+        cdef int keeps_alive = n_keep_alive > 0
         if self.watcher is None or not is_alive(self.loop):
             return 0
         try:
-            if self.is_on != is_on:
-                self.is_on = UNKNOWN
-                if is_on:
-                    self.watcher.start(self.ear)
+            if self.is_started != is_started:
+                self.is_started = UNKNOWN
+                if is_started:
+                    self.watcher.start(self.callback)
                 else:
                     self.watcher.stop()
-                self.is_on = is_on
-            if is_on and self.is_held != is_held:
-                self.is_held = UNKNOWN
-                set_ref(self.watcher, is_held)
-                self.is_held = is_held
+                self.is_started = is_started
+            if is_started and self.keeps_alive != keeps_alive:
+                self.keeps_alive = UNKNOWN
+                set_ref(self.watcher, keeps_alive)
+                self.keeps_alive = keeps_alive
         except:
             # libuv's watchers are Python, and a signal's handler has raised in the middle.
-            self.loop.run_callback(self.settle_again)
+            self.loop.run_callback(self.update_watcher_again)
             raise
         return 0
 
-    def settle_again(self):
-        self.settle(self.members, self.holds)
+    def update_watcher_again(self):
+        self.update_watcher(self.members, self.n_keep_alive)
 
-    cdef int hold(self, Wait wait, bint is_held) except -1:
+    cdef int keep_alive(self, Wait wait, bint keeps_alive) except -1:
         """Whether *wait*, a member, wants the loop kept alive."""
-        if wait.is_held != is_held:
-            wait.is_held = is_held
-            self.holds += 1 if is_held else -1
+        if wait.keeps_alive != keeps_alive:
+            wait.keeps_alive = keeps_alive
+            self.n_keep_alive += 1 if keeps_alive else -1
             if wait.watcher is not None:
                 if is_alive(self.loop):
-                    set_ref(wait.watcher, is_held)
+                    set_ref(wait.watcher, keeps_alive)
             elif not self.is_looking:
-                self.settle(self.members, self.holds)
+                self.update_watcher(self.members, self.n_keep_alive)
         return 0
 
-    cdef bint enter(self, Wait wait, bint is_held, str call) except -1:
+    cdef bint enter(self, Wait wait, bint keeps_alive, str call) except -1:
         """Begin to wait. False: that can't be waited for, and is always ready. Whatever is raised, leave() comes after it."""
         check_open(wait.fd, call)
         if wait.fd < 0:
             raise os_error(EBADF, call, wait.fd)
         cdef bint has_set = self.fd >= 0 or self.open() == 0
-        if self.is_on != 1 or (is_held and self.is_held != 1):
+        if self.is_started != 1 or (keeps_alive and self.keeps_alive != 1):
             # May run a signal's handler: before anybody could wake us.
-            self.settle(self.members + 1, self.holds + is_held)
+            self.update_watcher(self.members + 1, self.n_keep_alive + keeps_alive)
         wait.set = self
-        wait.is_held = is_held
+        wait.keeps_alive = keeps_alive
         enlist(wait)
         self.members += 1
-        self.holds += is_held
+        self.n_keep_alive += keeps_alive
         cdef int rc = self.arm(wait.fd, call) if has_set else FULL
         if rc == FULL:
             rc = start_watcher(wait, call)
@@ -364,9 +364,9 @@ cdef class Set:
         """Not disarmed: what the set still tells finds nobody."""
         if delist(wait):
             self.members -= 1
-            self.holds -= wait.is_held
-            if not self.holds and not self.is_looking:
-                self.settle(self.members, self.holds)
+            self.n_keep_alive -= wait.keeps_alive
+            if not self.n_keep_alive and not self.is_looking:
+                self.update_watcher(self.members, self.n_keep_alive)
         if wait.watcher is not None:
             stop_watcher(wait)
         return 0
@@ -404,7 +404,7 @@ cdef class Set:
         cdef int err = self.open()
         if err:
             raise os_error(err, "epoll_create1", "")
-        self.settle(self.members, self.holds)
+        self.update_watcher(self.members, self.n_keep_alive)
         self.arm_all()
         return 0
 
@@ -433,7 +433,7 @@ cdef class Set:
         """In the hub: there is something to tell."""
         cdef int at
         if self.born != generation:
-            take_over(True)        # in the child of C code that runs no at-fork hooks
+            remake_sets_in_child(True)        # in the child of C code that runs no at-fork hooks
             return 0
         if self.at >= self.n:
             self.at = 0
@@ -443,7 +443,7 @@ cdef class Set:
             while self.at < self.n:
                 at = self.at
                 self.at += 1
-                self.tell(self.ready[at].fd, self.ready[at].events)
+                self.dispatch(self.ready[at].fd, self.ready[at].events)
         except:
             # Of a greenlet that has died, or the hub's own end. Not to the loop: gevent stops an io watcher whose callback raises.
             self.loop.handle_error(self.watcher, *sys.exc_info())
@@ -453,10 +453,10 @@ cdef class Set:
             while self.at < self.n:    # they are told in the next turn
                 self.arm_again(self.ready[self.at].fd)
                 self.at += 1
-            self.settle(self.members, self.holds)
+            self.update_watcher(self.members, self.n_keep_alive)
         return 0
 
-    cdef int tell(self, int fd, int events) except -1:
+    cdef int dispatch(self, int fd, int events) except -1:
         cdef PyObject *link = at_fd(&_parked, fd)
         cdef Wait wait
         cdef list woken
@@ -465,7 +465,7 @@ cdef class Set:
             return 0
         wait = <Wait>link
         if wait.next == NULL and wait.set is self and wait.events & events:
-            return wait.tell()
+            return wait.on_ready()
         woken = []
         while link != NULL:
             wait = <Wait>link
@@ -479,7 +479,7 @@ cdef class Set:
             while woken:
                 wait = <Wait>woken.pop()       # who has come first has waited longest
                 if wait.set is self:
-                    wait.tell()
+                    wait.on_ready()
         finally:
             if woken or are_others:
                 self.arm_again(fd)
@@ -524,9 +524,9 @@ cdef class Set:
         cdef PutOffClose later
         while self.posted:
             wait, later = self.posted.pop(0)
-            evict_here(wait)
+            wake_with_error(wait)
             if later is not None:
-                later.stopped()
+                later.party_left()
 
 
 @cython.final
@@ -569,7 +569,7 @@ cdef Set set_of_loop(object loop):
                 other.end()
         here = by_loop[loop] = Set(loop)
     if here.born != generation:
-        take_over(True)
+        remake_sets_in_child(True)
     return here
 
 
@@ -584,7 +584,7 @@ cdef Set set_of(object hub):
     return here
 
 
-cdef int take_over(bint keeps_greenlets) except -1:
+cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
     """In a forked child, once its loop is its own: sets that are not the parent's. Of those who waited only the greenlets of this
     thread still do, unless they are left behind.
     """
@@ -597,7 +597,7 @@ cdef int take_over(bint keeps_greenlets) except -1:
     for here in by_loop.values():
         here.born = generation
         here.shut()
-        here.members = here.holds = 0
+        here.members = here.n_keep_alive = 0
         here.posted = []
     # What isn't kept is not written to: that would copy the page it is on.
     for fd in range(_parked.size):
@@ -609,7 +609,7 @@ cdef int take_over(bint keeps_greenlets) except -1:
                 if keeps_greenlets and wait.greenlet is not None:
                     enlist(wait)
                     wait.set.members += 1
-                    wait.set.holds += wait.is_held
+                    wait.set.n_keep_alive += wait.keeps_alive
                 elif wait.watcher is not None:
                     stop_watcher(wait)
             link = next
@@ -619,7 +619,7 @@ cdef int take_over(bint keeps_greenlets) except -1:
     return 0
 
 
-cdef int evict_here(Wait wait) except -1:
+cdef int wake_with_error(Wait wait) except -1:
     """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
     if wait.greenlet is not None:
         wait.set.drop(wait)

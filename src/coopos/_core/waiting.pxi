@@ -2,7 +2,7 @@
 #
 # A greenlet that is killed or timed out while it is parked leaves nothing behind, and has moved no byte.
 
-cdef bint stand(int fd, int events, str call) except -1:
+cdef bint block_until_ready(int fd, int events, str call) except -1:
     """Wait until *fd* is ready as a plain program does, where there is no hub to give way to. False: that says nothing of it."""
     cdef pollfd request
     cdef int rc, err
@@ -21,7 +21,7 @@ cdef bint stand(int fd, int events, str call) except -1:
             raise os_error(err, call, fd)
 
 
-cdef object rest(Set here, Wait wait, object hub, object current, str call):
+cdef object switch_away(Set here, Wait wait, object hub, object current, str call):
     """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. None: it is always ready."""
     cdef Wait other
     if not here.enter(wait, True, call):
@@ -36,16 +36,16 @@ cdef object rest(Set here, Wait wait, object hub, object current, str call):
     return switch_to(other.greenlet, (other,), current)
 
 
-cdef bint has_hub_to_wait_in(bint may_stand) except -1:
+cdef bint has_hub_to_wait_in(bint may_block) except -1:
     """False: a plain wait keeps nobody from anything. BlockingSwitchOutError: it would keep the hub, and that may not be."""
     if reachable_hub() is not None:
         return True
-    if not may_stand and get_hub_if_exists() is not None:
-        raise refusal()
+    if not may_block and get_hub_if_exists() is not None:
+        raise in_hub_error()
     return False
 
 
-cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=NEVER) except -1:
+cdef bint park(int fd, int events, str call, bint may_block=True, long long us=NEVER) except -1:
     """Let the others run until *fd* may be ready, or so much time is over; raise EBADF as soon as it is closed by this module's
     close(). False, and at once: *fd* can't be waited for.
 
@@ -58,8 +58,8 @@ cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=N
     cdef Set here
     cdef Wait wait
     if hub is None:
-        has_hub_to_wait_in(may_stand)
-        return stand(fd, events, call)
+        has_hub_to_wait_in(may_block)
+        return block_until_ready(fd, events, call)
     here = set_of(hub)
     wait = Wait.__new__(Wait)
     wait.fd, wait.events = fd, events
@@ -68,7 +68,7 @@ cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=N
         if us != NEVER:
             timer = hub.loop.timer(max(us, 1000) / 1e6)  # libuv warns of less
             timer.start(wait.wake)
-        came_back = rest(here, wait, hub, current, call)
+        came_back = switch_away(here, wait, hub, current, call)
     finally:
         here.leave(wait)
         if timer is not None:
@@ -99,7 +99,7 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
             return 0
         if rc == 0:
             if not park(fd, events, call):
-                take_turns()
+                let_others_run()
         # Linux gives EINTR even to a poll(2) that is not to wait, while a signal is pending. It says nothing of the descriptor.
         elif not is_interrupted(errno):
             raise os_error(errno, call, fd)
@@ -134,7 +134,7 @@ def wait_for_any(list wanted, str call, list closed=None):
             if came_back not in waits:
                 raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
         else:
-            take_turns()
+            let_others_run()
     finally:
         for wait in waits:
             if wait.error and closed is not None:

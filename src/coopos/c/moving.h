@@ -20,7 +20,7 @@ enum {
     COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
     COOPOS_PLAIN,              /* as the descriptor's flags say */
     COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same: coopos_move_guarded() */
-    COOPOS_ASKED               /* the same without poll(2) */
+    COOPOS_GUARDED_UNPOLLED               /* the same without poll(2) */
 };
 
 struct coopos_move {
@@ -31,8 +31,8 @@ struct coopos_move {
     int count;                 /* of iov */
     off_t offset;              /* -1: the descriptor's own */
     int flags;                 /* preadv2(2)'s */
-    int may_stand;             /* whether who has to wait for it may do so in the hub */
-    size_t most;               /* bytes that a guarded read may take; 0: as many as there is room for */
+    int may_block;             /* whether who has to wait for it may do so in the hub */
+    size_t max_bytes;               /* bytes that a guarded read may take; 0: as many as there is room for */
 };
 
 static inline ssize_t coopos_move_plainly(const struct coopos_move *move)
@@ -70,16 +70,16 @@ static inline ssize_t coopos_move(const struct coopos_move *move)
 /* Copy *size* bytes from the caller's buffers to our own memory, or from there to the buffers, in the way a system call does it: a
  * buffer may be a mapping of a file that is shorter by now, which is EFAULT and not a SIGBUS. How many bytes; -1 with errno: none.
  */
-static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
+static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int to_ours)
 {
     size_t done = 0, n;
     int i;
-    ssize_t copied = coopos_copy_by_kernel(buffers, count, ours, size, gathers);
+    ssize_t copied = coopos_copy_by_kernel(buffers, count, ours, size, to_ours);
     if (copied >= 0 || (errno != ENOSYS && errno != EPERM))
         return copied;
     for (i = 0; i < count && done < size; i++, done += n) {
         n = buffers[i].iov_len < size - done ? buffers[i].iov_len : size - done;
-        if (gathers)
+        if (to_ours)
             memcpy(ours + done, buffers[i].iov_base, n);
         else
             memcpy(buffers[i].iov_base, ours + done, n);
@@ -260,7 +260,7 @@ static ssize_t coopos_move_guarded(const struct coopos_move *move)
     struct coopos_move part = *move;
     struct coopos_guard guard;
     struct pollfd ready;
-    size_t left = move->writes ? PIPE_BUF : move->most ? move->most : SIZE_MAX, cut = 0;
+    size_t left = move->writes ? PIPE_BUF : move->max_bytes ? move->max_bytes : SIZE_MAX, cut = 0;
     struct iovec *last;
     ssize_t moved = -1;
     int err, is_ready = 1;
@@ -274,7 +274,7 @@ static ssize_t coopos_move_guarded(const struct coopos_move *move)
     }
     ready.fd = move->fd;
     ready.events = move->writes ? POLLOUT : POLLIN;
-    if (move->how != COOPOS_ASKED)
+    if (move->how != COOPOS_GUARDED_UNPOLLED)
         /* A signal that is pending says nothing of readiness. */
         while ((is_ready = poll(&ready, 1, 0)) < 0 && errno == EINTR)
             ;

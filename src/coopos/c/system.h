@@ -561,15 +561,15 @@ enum { COOPOS_HAVE_EMPTY_MOVES = 0 };
 #endif
 
 /* process_vm_readv(2) and process_vm_writev(2) within this process: a copy that fails with EFAULT where memcpy(3) would be a SIGBUS. */
-static inline ssize_t coopos_copy_by_kernel(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
+static inline ssize_t coopos_copy_by_kernel(const struct iovec *buffers, int count, char *ours, size_t size, int to_ours)
 {
 #if defined(__linux__) && defined(SYS_process_vm_readv) && defined(SYS_process_vm_writev)
     struct iovec local;
     local.iov_base = ours;
     local.iov_len = size;
-    return syscall(gathers ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
+    return syscall(to_ours ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
 #else
-    (void)buffers; (void)count; (void)ours; (void)size; (void)gathers;
+    (void)buffers; (void)count; (void)ours; (void)size; (void)to_ours;
     return coopos_unsupported();
 #endif
 }
@@ -690,7 +690,7 @@ static inline int coopos_is_in_background(int fd, int writes)
 /* Whether a read of a terminal waits for something else than one line or one byte: for VMIN bytes, or no longer than VTIME tenths of
  * a second (termios(3)).
  */
-static inline int coopos_gathers(int fd, int *min, int *tenths)
+static inline int coopos_vmin_vtime(int fd, int *min, int *tenths)
 {
     struct termios mode;
     if (tcgetattr(fd, &mode) < 0 || (mode.c_lflag & ICANON) || mode.c_cc[VMIN] == 1 || coopos_is_master(fd))
@@ -701,7 +701,7 @@ static inline int coopos_gathers(int fd, int *min, int *tenths)
 }
 
 /* How many bytes there are to be read; -1: read(2) is to say what is the matter. */
-static inline int coopos_bytes_there(int fd)
+static inline int coopos_bytes_available(int fd)
 {
     struct pollfd ready = {fd, POLLIN, 0};
     int n;
