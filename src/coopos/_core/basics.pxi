@@ -50,8 +50,8 @@ cdef inline int as_int(Py_ssize_t number) except? -1:
 
 # ---- tables by descriptor ----------------------------------------------------------------------------------------------------
 
-# Objects by descriptor, borrowed. A forked child walks through such tables. In a Python container each visit would change a reference
-# count, and so make the kernel copy the page that the object is on.
+# Objects by descriptor, borrowed. A forked child walks through such tables. A Python container would change reference counts at
+# each visit, and so make the kernel copy the pages of the objects.
 cdef struct Table:
     PyObject **at
     int size

@@ -1,8 +1,8 @@
 # close(2), and what it means for greenlets that wait for the number.
 #
 # close() has made the system call when it returns, except in three cases. It puts the call off while a worker uses the number
-# (registry), while another thread has one of our watchers on it (only without epoll), or while a watcher of gevent's is active on it:
-# libev may abort the process if a number is closed under an active watcher (the assertion in epoll_modify:
+# (registry), another thread has one of our watchers on it (only without epoll), or a watcher of gevent's is active on it: libev may
+# abort the process if a number is closed under an active watcher (epoll_modify in
 # https://github.com/gevent/gevent/blob/master/deps/libev/ev_epoll.c).
 
 # ---- close --------------------------------------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ cdef int fail_waits_of(int fd, list greenlets) except -1:
 
 
 cdef PutOffClose fail_waits(int fd, list greenlets=None):
-    """Raise EBADF in all greenlets that are parked on *fd*, or in those of *greenlets*. Returns a PutOffClose if the close has to wait
-    for other threads to stop their watchers, else None.
+    """Raise EBADF in all greenlets that are parked on *fd*, or in those of *greenlets*. Returns a PutOffClose if the close has to
+    wait for other threads to stop their watchers, else None.
     """
     cdef PyObject *link = _parked.at[fd]
     cdef PutOffClose later = None

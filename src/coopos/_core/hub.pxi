@@ -3,8 +3,8 @@
 # A greenlet that waits registers an object, calls give_way(), and gets the object that it was switched to with. If that is another
 # object, foreign code has switched to the greenlet, which raises InvalidSwitchError.
 #
-# reachable_hub() is None where there is no hub to give way to: in a thread without one, in the hub itself, at the interpreter's end.
-# There a plain blocking system call keeps no other greenlet from running.
+# reachable_hub() is None where there is no hub to give way to: in a thread without one, in the hub itself, at the interpreter's
+# end. There a plain blocking system call keeps no other greenlet from running.
 
 # The threads' own: gevent.monkey may have replaced them by ones for greenlets.
 _local, get_ident = get_original("_thread", ["_local", "get_ident"])
@@ -110,8 +110,8 @@ class Thrown(BaseException):
 def outright(function, *args, **kwargs):
     """Call ``function(*args, **kwargs)``. An exception that is thrown into the greenlet while it waits there comes out unchanged.
 
-    A timeout may be of any class, OSError and ChildProcessError too. *function* and the stdlib code below it have ``except`` clauses
-    for such errors of their own calls, which must not catch the timeout. So it travels as a Thrown, which none of them catches.
+    A timeout may be of any class, OSError and ChildProcessError too. *function* and the stdlib code below it have ``except``
+    clauses for such errors of their own calls, which must not catch the timeout. So it travels as a Thrown, and none catches it.
     """
     cdef object current = coopos_current_greenlet()
     cdef list frames = _outright.setdefault(current, [])
@@ -131,7 +131,7 @@ def outright(function, *args, **kwargs):
 
 # ---- other threads' loops ----------------------------------------------------------------------------------------------------
 
-# How many forks lie between the process that loaded the module and this one. Objects note it as *born*: an older one is the parent's.
+# How many forks lie between the process that loaded the module and this one. An object whose *born* is less is the parent's.
 cdef int generation = 0
 
 

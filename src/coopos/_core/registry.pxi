@@ -119,7 +119,7 @@ cdef int forget_calls(bint all_of_them) except -1:
 
 
 cdef int let_others_run(int fd=-1, str name="", double seconds=0) except -1:
-    """Let the other ready greenlets run once, or for *seconds*. Raises EBADF if *fd* is closed meanwhile. No hub: returns at once."""
+    """Let the other ready greenlets run once, or for *seconds*. EBADF if *fd* is closed meanwhile. Without a hub: nothing."""
     cdef object hub = reachable_hub()
     cdef Call call
     if hub is None:

@@ -70,7 +70,7 @@ cdef bint park(int fd, int events, str call, bint may_block=True, long long us=N
     wait.greenlet = current = coopos_current_greenlet()
     try:
         if us != NEVER:
-            # At least 1 ms: for less, the libuv loop warns (https://github.com/gevent/gevent/blob/master/src/gevent/libuv/watcher.py).
+            # libuv's watcher warns of less: https://github.com/gevent/gevent/blob/master/src/gevent/libuv/watcher.py
             timer = hub.loop.timer(max(us, 1000) / 1e6)
             timer.start(wait.wake)
         came_back = switch_away(here, wait, hub, current, call)
