@@ -1,4 +1,4 @@
-# C declarations that Cython's own libc and posix packages lack or lack `nogil` for, grouped by header.
+# C declarations that Cython's own libc and posix packages don't have, or have without `nogil`. Grouped by header.
 
 from cpython.object cimport PyObject, PyTypeObject
 from posix.types cimport id_t, mode_t, off_t, pid_t, uid_t

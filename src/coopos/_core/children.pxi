@@ -377,8 +377,8 @@ cdef object lost_child(Child child):
         return error_with_message(ECHILD, f"{child.pid} is a child of the process that has forked this one")
     return error_with_message(
         ECHILD,
-        f"somebody else in this process collected child {child.pid}, and this kernel doesn't tell its status. gevent.subprocess does "
-        f"that unless coopos.patch() was called; so does whoever calls waitpid(-1), and ignoring SIGCHLD")
+        f"somebody else in this process collected child {child.pid}, and this kernel doesn't tell its status. gevent.subprocess "
+        f"does that unless coopos.patch() was called; so does whoever calls waitpid(-1), and ignoring SIGCHLD")
 
 
 cdef bint is_used_again(int pid) except -1:

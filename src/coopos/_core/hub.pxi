@@ -120,7 +120,7 @@ def outright(function, *args, **kwargs):
         return function(*args, **kwargs)
     except Thrown as ex:
         [thrown] = ex.args
-        for name, value in vars(ex).items():       # set by attach_progress()
+        for name, value in vars(ex).items():       # how much was read or written before it came
             setattr(thrown, name, value)
     finally:
         frames.pop()
