@@ -1,17 +1,17 @@
-"""The compiled heart of coopos: reads and writes, close, the bookkeeping of children, the wait family, fork.
+"""The compiled core of coopos: reads and writes, close, the bookkeeping of children, the wait family, fork.
 
 This page is the table of contents. The chapters are in _core/, from the bottom up: a chapter names nothing that a later one defines
-(tests/source/test_layers.py holds that). All of them share one namespace, and the imports on this page.
+(tests/source/test_layers.py checks that). All of them share one namespace, and the imports on this page.
 
     basics      errors, arguments, tables by descriptor
     hub         giving way to gevent's hub and coming back; what is thrown into a greenlet; other threads' loops
     registry    calls in flight, and closes that wait for them
-    sets        one epoll set per loop, in which lies everything that is waited for
-    waiting     how a greenlet waits for a descriptor: park
+    sets        one epoll set per loop, with every descriptor that the loop's greenlets wait for
+    waiting     park: how a greenlet waits for a descriptor
     closing     close, closerange
-    workers     threads of C, for what only a thread can do
-    calls       their operations: fsync, open, locks, sendfile
-    moving      one attempt to move bytes, and what to do when it comes to nothing
+    workers     C threads, for calls that block whatever we do
+    calls       those calls: fsync, open, locks, sendfile
+    moving      one attempt to move bytes, and the next step if it moved none
     files       nb_read, nb_write, read, write and their kin
     owned       the descriptor of a FileIO
     semaphores  multiprocessing's locks
@@ -22,21 +22,22 @@ This page is the table of contents. The chapters are in _core/, from the bottom 
     greenlets   leaving the parent's greenlets behind in a forked child
     forking     fork, forkpty, and the hooks of every fork
 
-How a read runs: files makes a Move; moving attempts it; if nothing is there, sets parks the greenlet and the hub runs the others; when
-the descriptor is ready, moving attempts it again. If the kernel can't tell whether it would block, workers makes the call.
+How a read runs: files makes a Move; moving attempts it; if there is nothing to read, waiting parks the greenlet and the hub runs
+the others; when the descriptor is ready, moving attempts it again. If the kernel can't tell whether the read would block, a worker
+makes it.
 
-How a wait runs: waits asks the kernel; if the child still runs, children parks the greenlet at its record; exits learns of the child's
-end by a pidfd in the loop's set; the greenlet asks again and takes the status.
+How a wait runs: waits asks the kernel; if the child still runs, children parks the greenlet at the child's record; exits gets an
+event when the child ends, from a pidfd in the loop's set; the greenlet asks the kernel again and takes the status.
 
-What holds everywhere:
+These rules hold everywhere:
 
-1. The kernel keeps the books. State that can be asked of it is not stored.
-2. A call owns its descriptor's number from its first look to its return.
-3. An event is a hint. Whoever is woken asks the kernel again.
-4. EINTR is never an answer: signal handlers run, and the call is made again.
-5. Nothing is lost when a greenlet is killed: no byte, no status, no descriptor, no lock.
-6. In a forked child, everything that was made before the fork is the parent's. `generation` tells.
-7. What differs between operating systems is in c/system.h. Code branches on its names, never on a platform's.
+1. The kernel keeps the books. We don't store state that we can ask the kernel for.
+2. A call owns its descriptor's number from its first system call to its return.
+3. An event is a hint. A greenlet that is woken asks the kernel again.
+4. EINTR is never an answer. The signal handlers run, and we make the call again.
+5. Killing a greenlet loses nothing: no byte, no status, no descriptor, no lock.
+6. In a forked child, objects from before the fork belong to the parent: their `born` is less than `generation`.
+7. The differences between operating systems are in c/system.h. Code branches on its names, never on a platform's.
 """
 
 cimport cython

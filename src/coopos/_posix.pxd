@@ -1,4 +1,4 @@
-# C declarations that Cython's own libc and posix packages lack or lack `nogil` for, grouped by header.
+# C declarations that Cython's own libc and posix packages don't have, or have without `nogil`. Grouped by header.
 
 from cpython.object cimport PyObject, PyTypeObject
 from posix.types cimport id_t, mode_t, off_t, pid_t, uid_t
@@ -150,14 +150,14 @@ cdef extern from "c/system.h" nogil:
     void coopos_bell_hush(const int *bell)
     bint coopos_can_poll(int fd)
     bint coopos_is_in_background(int fd, int writes)
-    bint coopos_gathers(int fd, int *min, int *tenths)
-    int coopos_bytes_there(int fd)
+    bint coopos_vmin_vtime(int fd, int *min, int *tenths)
+    int coopos_bytes_available(int fd)
     int RWF_NOWAIT
     int coopos_sem_value(sem_t *semaphore, int *value)
 
 
 cdef extern from "c/moving.h" nogil:
-    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_ASKED
+    enum: COOPOS_REFUSED, COOPOS_NOWAIT, COOPOS_DONTWAIT, COOPOS_PLAIN, COOPOS_GUARDED, COOPOS_GUARDED_UNPOLLED
     ctypedef struct Move "struct coopos_move":
         int fd
         int how
@@ -166,11 +166,11 @@ cdef extern from "c/moving.h" nogil:
         int count
         off_t offset
         int flags
-        int may_stand
-        size_t most
+        int may_block
+        size_t max_bytes
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)
-    ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint gathers)
+    ssize_t coopos_copy_buffers(const iovec *buffers, int count, char *ours, size_t size, bint to_ours)
     ssize_t coopos_move_guarded(const Move *move)
 
 

@@ -1,12 +1,11 @@
-# What every other chapter uses: errors, arguments, tables by descriptor, functions that look like builtins.
+# Every other chapter uses these: errors, arguments, tables by descriptor, functions that look like builtins.
 #
 # The chapter knows libc and the interpreter, and nothing of gevent.
 
-# What a descriptor is waited for: c/system.h has the same numbers. And how long, when there is no limit.
 cdef enum:
-    READ = 1
+    READ = 1           # the event that a wait is for: c/system.h has the same numbers
     WRITE = 2
-    NEVER = -1
+    NEVER = -1         # a time limit that is none
 
 
 globals().update(READ=READ, WRITE=WRITE)
@@ -15,7 +14,7 @@ globals().update(READ=READ, WRITE=WRITE)
 # ---- errors ------------------------------------------------------------------------------------------------------------------
 
 cdef object os_error(int err, str call, object subject):
-    """The OSError for errno *err*, of the class that Python maps it to. The message names the call and what it was made on."""
+    """The OSError for errno *err*, of the class that Python maps it to. Its message names the call and its *subject*."""
     return OSError(err, f"{strerror(err).decode()}: {call}({subject})")
 
 
@@ -24,13 +23,13 @@ cdef object path_error(int err, object path):
     return OSError(err, strerror(err).decode(), path)
 
 
-cdef object said_error(int err, str what):
-    """The OSError for errno *err* with a message of its own."""
+cdef object error_with_message(int err, str what):
+    """The OSError for errno *err* with the message *what*."""
     return OSError(err, f"{strerror(err).decode()}: {what}")
 
 
 cdef bint is_interrupted(int err) except -1:
-    """Whether a system call that failed with *err* has to be made again: a signal came. Its handlers run first, and may raise."""
+    """True for EINTR: run the signal handlers, which may raise; then the caller makes the system call again."""
     if err != EINTR:
         return False
     PyErr_CheckSignals()
@@ -40,8 +39,9 @@ cdef bint is_interrupted(int err) except -1:
 # ---- arguments ---------------------------------------------------------------------------------------------------------------
 
 cdef inline int as_int(Py_ssize_t number) except? -1:
-    """A C int for what os functions take as one. Their arguments are declared Py_ssize_t, which Cython, as `os` does, takes from
-    integers alone; into a C int it would also put a float.
+    """An argument as a C int, with the OverflowError that `os` raises.
+
+    The callers declare their arguments as Py_ssize_t: Cython converts only integers to that, as `os` does, but also a float to int.
     """
     if number != <int>number:
         raise OverflowError("signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum")
@@ -50,10 +50,10 @@ cdef inline int as_int(Py_ssize_t number) except? -1:
 
 # ---- tables by descriptor ----------------------------------------------------------------------------------------------------
 
-# A forked child goes through such a table. In Python containers each visit would count a reference, and thereby copy the page that
-# the object is on.
+# Objects by descriptor, borrowed. A forked child walks through such tables. A Python container would change reference counts at
+# each visit, and so make the kernel copy the pages of the objects.
 cdef struct Table:
-    PyObject **at                  # NULL: nothing
+    PyObject **at
     int size
 
 
@@ -72,7 +72,7 @@ cdef int reserve(Table *table, int fd) except -1:
 
 
 cdef inline PyObject *at_fd(Table *table, int fd) noexcept:
-    """What is there for *fd*, borrowed, or NULL."""
+    """The object for *fd*, borrowed, or NULL."""
     return table.at[fd] if 0 <= fd < table.size else NULL
 
 
@@ -95,12 +95,12 @@ cdef object call_function(object holder, object args, PyObject *kwargs):
 
 
 def as_builtin(function, str signature not None, str module not None):
-    """A builtin function of *module* that calls *function*, has its name and documentation, and *signature*.
+    """A builtin function of *module* that calls *function*, with its name, its documentation and *signature*.
 
-    It takes the place of a builtin of os. As an attribute of a class, where ``_close = os.close`` is no method, a function of
-    Python would be one.
+    It replaces a builtin of os. Classes keep those as attributes (``_close = os.close``) and call them without self: a Python
+    function there would become a method.
     """
-    # Its self is a module, as that of any builtin function: so it is pickled by its name.
+    # Like any builtin function's, its self is a module. pickle then stores the function by its name.
     cdef object holder = type(os)(function.__name__)
     cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
     if method == NULL:
@@ -110,4 +110,4 @@ def as_builtin(function, str signature not None, str module not None):
     holder.doc = f"{function.__name__}{signature}\n--\n\n{function.__doc__}".encode()
     method.ml_name, method.ml_doc = holder.name, holder.doc
     method.ml_meth, method.ml_flags = <PyCFunction><void *>call_function, METH_VARARGS | METH_KEYWORDS
-    return PyCFunction_NewEx(method, holder, module)    # which lives as long as the process, and *method* with it
+    return PyCFunction_NewEx(method, holder, module)    # never freed, nor is *method*

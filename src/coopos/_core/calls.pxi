@@ -173,7 +173,7 @@ def transfer(
     try:
         run(job)
     except BaseException as ex:
-        tell(ex, "characters_written", job.job.rc if job.job.rc > 0 else None)
+        attach_progress(ex, "characters_written", job.job.rc if job.job.rc > 0 else None)
         raise
     return result_of(job, source)
 

@@ -374,10 +374,11 @@ cdef list _parents = []
 
 cdef object lost_child(Child child):
     if child.born != generation:
-        return said_error(ECHILD, f"{child.pid} is a child of the process that has forked this one")
-    return said_error(ECHILD, f"somebody else in this process collected child {child.pid}, and this "
-                           f"kernel doesn't tell its status. gevent.subprocess does that unless coopos.patch() was called; so does "
-                           f"whoever calls waitpid(-1), and ignoring SIGCHLD")
+        return error_with_message(ECHILD, f"{child.pid} is a child of the process that has forked this one")
+    return error_with_message(
+        ECHILD,
+        f"somebody else in this process collected child {child.pid}, and this kernel doesn't tell its status. gevent.subprocess "
+        f"does that unless coopos.patch() was called; so does whoever calls waitpid(-1), and ignoring SIGCHLD")
 
 
 cdef bint is_used_again(int pid) except -1:

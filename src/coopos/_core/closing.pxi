@@ -1,7 +1,9 @@
 # close(2), and what it means for greenlets that wait for the number.
 #
-# close() is done when it returns. It is put off in three cases only: a worker uses the number (registry), another thread's watcher is
-# active on it (only without epoll), or gevent's own watcher is. libev aborts the process if a number is closed under an active watcher.
+# close() has made the system call when it returns, except in three cases. It puts the call off while a worker uses the number
+# (registry), another thread has one of our watchers on it (only without epoll), or a watcher of gevent's is active on it: libev may
+# abort the process if a number is closed under an active watcher (epoll_modify in
+# https://github.com/gevent/gevent/blob/master/deps/libev/ev_epoll.c).
 
 # ---- close --------------------------------------------------------------------------------------------------------------------
 
@@ -33,9 +35,10 @@ def close(Py_ssize_t fd):
 
 
 cdef bint may_be_pending(object loop, int fd) except -1:
-    """Whether libev may be about to call a watcher of *fd* in this turn. gevent's closing_fd() tells of active watchers by making
-    them pending, and of those that are pending already it does not tell: ev_feed_event in
-    https://github.com/enki/libev/blob/master/ev.c. A watcher's number is in libev's own epoll.
+    """Whether libev may be about to call a watcher of *fd* in this turn.
+
+    gevent's closing_fd() makes the active watchers pending and compares the count of pending ones; so it misses a watcher that was
+    pending already (ev_feed_event in https://github.com/gevent/gevent/blob/master/deps/libev/ev.c). libev's epoll has its number.
     """
     if not loop.pendingcnt:
         return False
@@ -52,24 +55,24 @@ cdef int close_fd(int fd) except -1:
     try:
         hub = get_hub_if_exists()
     except TypeError:
-        hub = None                 # the interpreter is being taken down, and gevent's names with it
+        hub = None                 # the interpreter is finalizing, and gevent's globals are None
     loop = None if hub is None else hub.loop
     if at_fd(&_parked, fd) != NULL:
-        later = evict_all(fd)
+        later = fail_waits(fd)
     if _calls and (<object>fd) in _calls:
         if later is None:
-            later = put_off(fd)
-        tell_calls(fd, later.closing)
-    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_there(loop):
-        # A program that closes a number twice has the set in its hands, without which the hub would wait for ever.
+            later = put_off_close(fd)
+        notify_calls(fd, later.closing)
+    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_intact(loop):
+        # The program closes a number a second time, which is our epoll set by now. Without it the hub would wait for ever.
         raise os_error(EBADF, "close", fd)
     if loop is not None and (loop.closing_fd(fd) or may_be_pending(loop, fd)):
         if later is None:
-            later = put_off(fd)
+            later = put_off_close(fd)
         later.wait_for_turn(loop)
         return 0
     if later is not None:
-        later.stopped()
+        later.party_left()
         return 0
     with nogil:
         rc = c_close(fd)
@@ -113,15 +116,17 @@ def closerange(Py_ssize_t fd_low, Py_ssize_t fd_high, /):
             pass
 
 
-cdef int evict(int fd, list greenlets) except -1:
-    """Have those of *greenlets* that are parked on *fd* get EBADF, of any thread. The number stays open."""
+cdef int fail_waits_of(int fd, list greenlets) except -1:
+    """Raise EBADF in those of *greenlets*, of any thread, that are parked on *fd*. The number stays open."""
     if at_fd(&_parked, fd) != NULL:
-        evict_all(fd, greenlets)
+        fail_waits(fd, greenlets)
     return 0
 
 
-cdef PutOffClose evict_all(int fd, list greenlets=None):
-    """Have all that are parked on *fd*, or those of *greenlets*, get EBADF; the close that others' watchers put off, or None."""
+cdef PutOffClose fail_waits(int fd, list greenlets=None):
+    """Raise EBADF in all greenlets that are parked on *fd*, or in those of *greenlets*. Returns a PutOffClose if the close has to
+    wait for other threads to stop their watchers, else None.
+    """
     cdef PyObject *link = _parked.at[fd]
     cdef PutOffClose later = None
     cdef Wait wait
@@ -135,11 +140,11 @@ cdef PutOffClose evict_all(int fd, list greenlets=None):
             continue
         wait.error = EBADF
         if wait.set.loop is loop:
-            evict_here(wait)
+            wake_with_error(wait)
         else:
             if wait.watcher is not None and greenlets is None:
                 if later is None:
-                    later = put_off(fd)
+                    later = put_off_close(fd)
                 coopos_closing_enter(later.closing)
             wait.set.posted.append((wait, later))
             if not post(wait.set.loop, wait.set.run_posted):

@@ -180,7 +180,7 @@ cdef class Watch(Wait):
         self.holds += change
         if before != (self.holds > 0) and self.born == generation:
             if self.set is not None:
-                self.set.hold(self, self.holds > 0)
+                self.set.keep_alive(self, self.holds > 0)
             elif self.news is not None:
                 self.news.hold(self.holds > 0)
         return 0
@@ -209,7 +209,7 @@ cdef class Watch(Wait):
             news.leave()
         return 0
 
-    cdef int tell(self) except -1:
+    cdef int on_ready(self) except -1:
         """In the hub: the pidfd is readable."""
         if self.set is not None:
             self.fire(True)

@@ -59,7 +59,7 @@ def nb_write(Py_ssize_t fd, buf):
     cdef Py_buffer view
     cdef iovec iov
     take_buffer(buf, &view, False, &iov)
-    give_one(&move, &iov)
+    set_one_buffer(&move, &iov)
     try:
         return write_from(&move, "nb_write")
     finally:
@@ -184,7 +184,7 @@ def readinto(Py_ssize_t fd, buffer, /):
         if memoryview(buffer).readonly:
             raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
         raise
-    give_one(&move, &iov)
+    set_one_buffer(&move, &iov)
     try:
         return read_into(&move, "readinto")
     finally:
@@ -221,7 +221,7 @@ def write(Py_ssize_t fd, data, /):
     cdef Py_buffer view
     cdef iovec iov
     take_buffer(data, &view, False, &iov)
-    give_one(&move, &iov)
+    set_one_buffer(&move, &iov)
     try:
         return write_from(&move, "write")
     finally:
@@ -253,7 +253,7 @@ def readv(Py_ssize_t fd, buffers, /):
     """
     cdef Move move = move_of(as_int(fd), False, -1, 0)
     cdef Buffers locked = Buffers("readv", buffers, True)
-    locked.give(&move)
+    locked.set_buffers(&move)
     return read_into(&move, "readv")
 
 
@@ -283,7 +283,7 @@ def writev(Py_ssize_t fd, buffers, /):
     """
     cdef Move move = move_of(as_int(fd), True, -1, 0)
     cdef Buffers locked = Buffers("writev", buffers, False)
-    locked.give(&move)
+    locked.set_buffers(&move)
     return write_from(&move, "writev")
 
 
@@ -354,7 +354,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
     cdef Py_buffer view
     cdef iovec iov
     take_buffer(buffer, &view, False, &iov)
-    give_one(&move, &iov)
+    set_one_buffer(&move, &iov)
     try:
         if offset < 0:
             raise os_error(EINVAL, "pwrite", fd)
@@ -393,7 +393,7 @@ def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
     cdef Buffers locked = Buffers("preadv", buffers, True)
     if offset < -1:
         raise os_error(EINVAL, "preadv", fd)
-    locked.give(&move)
+    locked.set_buffers(&move)
     return read_into(&move, "preadv")
 
 
@@ -427,7 +427,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
     cdef Buffers locked = Buffers("pwritev", buffers, False)
     if offset < -1:
         raise os_error(EINVAL, "pwritev", fd)
-    locked.give(&move)
+    locked.set_buffers(&move)
     return write_from(&move, "pwritev")
 
 
@@ -475,7 +475,7 @@ def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
             move = move_of(number, False, -1, 0)
             iov.iov_base = PyBytes_AS_STRING(data) + done
             iov.iov_len = <size_t>min(n - done, <Py_ssize_t>COOPOS_IO_MAX)
-            give_one(&move, &iov)
+            set_one_buffer(&move, &iov)
             nread = read_into(&move, "read_exactly")
             done += nread
             if done == n:
@@ -485,7 +485,7 @@ def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
                 end.is_at_end = True       # an EOFError that is thrown in isn't
                 raise end
     except BaseException as ex:
-        tell(ex, "partial", data[:done])
+        attach_progress(ex, "partial", data[:done])
         if told is not None:
             told.append(data[:done])
         raise
@@ -534,12 +534,12 @@ def write_telling(Py_ssize_t fd, data, list told, bint is_all=True, str call="wr
             move = move_of(number, True, -1, 0)
             iov.iov_base = <char *>view.buf + done
             iov.iov_len = <size_t>min(view.len - done, <Py_ssize_t>COOPOS_IO_MAX)
-            give_one(&move, &iov)
+            set_one_buffer(&move, &iov)
             done += write_from(&move, call, &late)
             if done >= view.len or not is_all:
                 return done
     except BaseException as ex:
-        tell(ex, "characters_written", (done + late) or None)
+        attach_progress(ex, "characters_written", (done + late) or None)
         if told is not None:
             told.append(done + late)
         raise

@@ -151,7 +151,7 @@ cdef int revive_child() except -1:
             take_new_hub()
         else:
             reinit_loop()
-            take_over(mode == KEEP)
+            remake_sets_in_child(mode == KEEP)
             ask_again()
         if leaving is not None:
             forget_calls(True)

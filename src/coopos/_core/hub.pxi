@@ -1,33 +1,33 @@
 # Giving way to the hub, and coming back.
 #
-# A greenlet that waits calls give_way() and comes back with the object that somebody switched to it with. It compares that object with
-# the one it registered: another object means that foreign code has switched to it, and gets InvalidSwitchError.
+# A greenlet that waits registers an object, calls give_way(), and gets the object that it was switched to with. If that is another
+# object, foreign code has switched to the greenlet, which raises InvalidSwitchError.
 #
-# Where there is no hub to give way to (a thread that has none, the hub itself, the interpreter's end) reachable_hub() is None. Then a
-# plain system call keeps no other greenlet from running.
+# reachable_hub() is None where there is no hub to give way to: in a thread without one, in the hub itself, at the interpreter's
+# end. There a plain blocking system call keeps no other greenlet from running.
 
-# gevent.monkey, which may have come first, puts a greenlet's where we need a thread's.
+# The threads' own: gevent.monkey may have replaced them by ones for greenlets.
 _local, get_ident = get_original("_thread", ["_local", "get_ident"])
 
 
 # ---- giving way to the hub ---------------------------------------------------------------------------------------------------
 
-# greenlet's C API, as quick as it gets.
-coopos_import_greenlet()
+coopos_import_greenlet()           # greenlet's C API
 
 
 cdef object this_greenlet():
     try:
         return coopos_current_greenlet()
     except RuntimeError:
-        return None                # the interpreter is being taken down, and has no greenlets any more
+        return None                # the interpreter is finalizing and has no greenlets any more
 
 
-# {type of greenlet: whether it has the switch_out() that gevent's hub calls before it is switched to}
+# {type of greenlet: whether it has a switch_out()}. gevent's hub.switch() calls that of the greenlet that gives way:
+# https://github.com/gevent/gevent/blob/master/src/gevent/_greenlet_primitives.py
 cdef dict _has_switch_out = {}
 
 
-cdef object refusal():
+cdef object in_hub_error():
     return BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
@@ -39,14 +39,17 @@ cdef bint has_switch_out(object greenlet) except -1:
 
 
 cdef object give_way(object hub, object current):
-    """Run the hub until it switches back; what it brings. gevent's ``hub.switch()``, less a look-up that nearly always fails."""
+    """Run the hub until something switches back; returns the object that comes with the switch.
+
+    The same as gevent's ``hub.switch()``, without its look-up of switch_out(), which nearly always fails.
+    """
     if current is hub:
-        raise refusal()
+        raise in_hub_error()
     return switch_to(hub, None, current)
 
 
 cdef object switch_to(object greenlet, tuple args, object current):
-    """Go to the hub, or with *args* to *greenlet*, and come back with what somebody switches back with."""
+    """Switch to *greenlet*, the hub unless there are *args*; returns the object that comes with the switch back."""
     try:
         if args is not None:
             return coopos_switch(greenlet, <PyObject *>args, NULL)
@@ -64,8 +67,8 @@ cdef object wrong_switch(object came_back, str what):
 
 
 cdef object reachable_hub():
-    """The hub that the caller can give way to. None in the hub itself, where its callbacks run, and signal handlers while it
-    sleeps; None in a thread that has no hub, and so no other greenlet that could run meanwhile; and None at the interpreter's end.
+    """The hub that the caller can give way to, or None: in the hub itself (its callbacks, and signal handlers while it sleeps), in
+    a thread that has no hub and so no other greenlets, and at the interpreter's end.
     """
     cdef object hub = get_hub_if_exists()
     cdef object current = this_greenlet()
@@ -73,7 +76,7 @@ cdef object reachable_hub():
 
 
 def can_give_way():
-    """For Python: whether there is a hub to give way to. Where there is none, a plain wait keeps nobody from anything."""
+    """For Python: whether there is a hub to give way to. If not, a blocking call keeps no other greenlet from running."""
     return reachable_hub() is not None
 
 
@@ -81,14 +84,15 @@ def can_give_way():
 
 # {greenlet: the frames that have called outright(), the innermost last}
 cdef dict _outright = {}
-# Whose `except` clauses are for errors of their own calls.
+# Packages whose `except` clauses mean errors of their own calls, and never an exception that was thrown into the greenlet.
 cdef frozenset _own_packages = frozenset([
     "coopos", "contextlib", "io", "multiprocessing", "os", "selectors", "subprocess", "threading"])
 
 
 cdef bint is_called_outright(object current) except -1:
-    """Whether nothing but code of ours and of the stdlib stands between the innermost outright() and this wait. A program's own,
-    a method that overrides one or a signal's handler, catches what is thrown into it like any other.
+    """Whether all frames from the innermost outright() down to this wait belong to us or to the stdlib.
+
+    A program's own frame among them (an overriding method, a signal handler) may want to catch the exception itself.
     """
     cdef object caller = _outright[current][len(_outright[current]) - 1]
     cdef object frame = sys._getframe()
@@ -100,14 +104,14 @@ cdef bint is_called_outright(object current) except -1:
 
 
 class Thrown(BaseException):
-    """Carries an exception that was thrown into a waiting greenlet out of the innermost outright()."""
+    """Carries an exception, thrown into a waiting greenlet, past all ``except`` clauses to the innermost outright()."""
 
 
 def outright(function, *args, **kwargs):
-    """``function(*args, **kwargs)``, out of which comes whatever is thrown into the greenlet while it waits there.
+    """Call ``function(*args, **kwargs)``. An exception that is thrown into the greenlet while it waits there comes out unchanged.
 
-    A timeout may be of any class: an OSError, a ChildProcessError. An ``except`` that *function*, or the stdlib's code below it,
-    has for errors of its own calls must not take it for one of those. So on its way out it is a BaseException that nobody knows.
+    A timeout may be of any class, OSError and ChildProcessError too. *function* and the stdlib code below it have ``except``
+    clauses for such errors of their own calls, which must not catch the timeout. So it travels as a Thrown, and none catches it.
     """
     cdef object current = coopos_current_greenlet()
     cdef list frames = _outright.setdefault(current, [])
@@ -116,7 +120,7 @@ def outright(function, *args, **kwargs):
         return function(*args, **kwargs)
     except Thrown as ex:
         [thrown] = ex.args
-        for name, value in vars(ex).items():       # how much was read, or written, before it
+        for name, value in vars(ex).items():       # how much was read or written before it came
             setattr(thrown, name, value)
     finally:
         frames.pop()
@@ -127,12 +131,12 @@ def outright(function, *args, **kwargs):
 
 # ---- other threads' loops ----------------------------------------------------------------------------------------------------
 
-# Counts the forks since the module was loaded, in this line of descent: what is of an older generation was made by the parent.
+# How many forks lie between the process that loaded the module and this one. An object whose *born* is less is the parent's.
 cdef int generation = 0
 
 
 cdef void count_generation() noexcept nogil:
-    """Inside fork(2), in every child, also of C code that runs no at-fork hooks of the interpreter."""
+    """Runs inside fork(2), in every child, also if C code forks and doesn't run the interpreter's at-fork hooks."""
     global generation
     generation += 1
 
@@ -142,7 +146,7 @@ if pthread_atfork(NULL, NULL, count_generation):
 
 
 cdef bint is_alive(object loop) noexcept:
-    """Whether a loop was not destroyed with its thread."""
+    """Whether the loop still exists; gevent destroys it with its thread."""
     try:
         return bool(loop.ptr)
     except Exception:
@@ -150,9 +154,9 @@ cdef bint is_alive(object loop) noexcept:
 
 
 cdef bint post(object loop, object callback, tuple args=()) except -1:
-    """Have *callback* run in the thread of *loop*; False if the loop is destroyed."""
+    """Make *callback* run in the thread of *loop*. False: the loop is destroyed, or its thread is destroying it now."""
     try:
         loop.run_callback_threadsafe(callback, *args)
     except Exception:
-        return False           # also while its thread is still at destroying it
+        return False
     return True

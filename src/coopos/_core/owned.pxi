@@ -79,7 +79,7 @@ cdef class Owned:
         if self.fd < 0:
             raise closed_error()
         cdef Move move = move_of(self.fd, writes, -1, 0)
-        move.may_stand = True
+        move.may_block = True
         return move
 
     cdef int wait(self) except -1:
@@ -92,7 +92,7 @@ cdef class Owned:
                 park(self.fd, READ, "read")
             finally:
                 self.leave(current)
-            has_waited()
+            reset_fairness()
         if self.fd < 0:
             raise closed_error()
         return 0
@@ -200,7 +200,7 @@ cdef class Owned:
         if closes:
             close_fd(fd)
         else:
-            evict(fd, self.inside)
+            fail_waits_of(fd, self.inside)
 
 
 # ---- what a file does with it ------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
         if nread >= 0:
             return nread
     move = owned.move(False)
-    give_one(&move, iov)
+    set_one_buffer(&move, iov)
     current = owned.enter()
     try:
         return read_into(&move, "readinto")
@@ -287,7 +287,7 @@ cdef object read_all_from(Owned owned):
     except BaseException as ex:
         if data != NULL:
             resize_bytes(&data, total)
-            tell(ex, "partial", <object>data)
+            attach_progress(ex, "partial", <object>data)
         raise
     finally:
         Py_XDECREF(data)
@@ -344,13 +344,13 @@ class Moving:
         owned.late = 0
         try:
             move = owned.move(True)
-            give_one(&move, &iov)
+            set_one_buffer(&move, &iov)
             current = owned.enter()
             try:
                 be_fair(owned.fd, "write")
                 return write_once(&move, "write", True, &owned.late)
             except BaseException as ex:
-                tell(ex, "characters_written", owned.late or None)
+                attach_progress(ex, "characters_written", owned.late or None)
                 raise
             finally:
                 owned.leave(current)

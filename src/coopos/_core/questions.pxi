@@ -112,12 +112,12 @@ cdef class Listener(Wait):
     cdef int hold(self, bint ref) except -1:
         """Whether it keeps its loop alive."""
         if self.set is not None:
-            self.set.hold(self, ref)
+            self.set.keep_alive(self, ref)
         elif self.timer is not None and is_alive(self.loop):
             set_ref(self.timer, ref)
         return 0
 
-    cdef int tell(self) except -1:
+    cdef int on_ready(self) except -1:
         """In the hub: there is news."""
         cdef Question question = self.question
         callback, args = self.callback, self.args      # leave() lets go of them meanwhile

@@ -1,31 +1,31 @@
 # The registry of calls in flight, and closes that have to wait for them.
 #
-# A call owns its descriptor's number from its first look to its return. A call that may give way anywhere else than in park() is a
-# Call, and is in the registry from before its first system call until it returns. close() asks the registry and the table of waits
-# (the next chapter), and nothing else:
+# A call owns its descriptor's number from its first system call to its return. A wait in park() is in the table of waits (the next
+# chapter). A call that may give way anywhere else is a Call, in the registry from before its first system call until it returns.
+# close() asks these two, and nothing else:
 #
-# - a call that waits, or has not begun, is told EBADF;
-# - a call that a worker has begun keeps the number open: the close is put off until the worker has left it;
-# - a number whose close is put off is closed for everybody who comes later (check_open).
+# - a call that waits, or that no worker has begun, fails with EBADF;
+# - a call that a worker has begun keeps the number open: the close is put off until the worker is done;
+# - a number whose close is put off counts as closed: a later call gets EBADF (check_open).
 
 # ---- calls in flight ---------------------------------------------------------------------------------------------------------
 
-# {descriptor: the Calls that use it}. The parked are in the table above.
+# {descriptor: the Calls that use it}
 cdef dict _calls = {}
 
 
 cdef class Call:
-    """A call that uses a descriptor, or two, and may give way elsewhere than in park(): from before its first system call to its
-    end. If it has not begun, or only waits, when the number is closed, it has an *error* and goes on no more: the number may be
-    another file's. What a thread has begun keeps the number open until it is over.
+    """A call in flight on one descriptor or two.
+
+    If close() sets *error* the call must not touch the number again, which may belong to another file by then.
     """
     cdef int fd
-    cdef int other             # -1: there is none
-    cdef int error             # errno that it has to raise; 0
-    cdef object loop           # of the greenlet that calls
+    cdef int other             # the second descriptor, or -1
+    cdef int error             # the errno that the call has to raise, or 0
+    cdef object loop           # that of the calling greenlet
 
     cdef int enter(self, str name) except -1:
-        """Leave by leave(), in a `finally`."""
+        """Register the call. leave() must follow, in a `finally`."""
         check_open(self.fd, name)
         check_open(self.other, name)
         hub = get_hub_if_exists()
@@ -51,15 +51,15 @@ cdef class Call:
                 del _calls[fd]
         return 0
 
-    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
-        """The number is being closed, by any thread. A call that has to be over first enters *closing*."""
+    cdef int on_close(self, int fd, Closing *closing) except -1:
+        """In any thread: *fd* is being closed. A call that must end first becomes a party of *closing*."""
         self.error = EBADF
         return 0
 
 
 @cython.final
 cdef class InFlight(Call):
-    """For Python: a call of several steps, as a context. If a descriptor is closed OSError(EBADF) comes out of its waits."""
+    """For Python: a context manager for a call of several steps. If a descriptor is closed, its waits raise OSError(EBADF)."""
     cdef str name
     cdef object greenlet
     cdef list closed
@@ -85,31 +85,30 @@ cdef class InFlight(Call):
             raise os_error(self.error, self.name, self.fd)
 
     def is_closed(self, int fd):
-        """Whether that one was."""
         return fd in self.closed
 
-    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+    cdef int on_close(self, int fd, Closing *closing) except -1:
         self.error = EBADF
         self.closed.append(fd)
         if self.loop is not None:
-            post(self.loop, self.tell)
+            post(self.loop, self.throw_closed)
         return 0
 
-    def tell(self):
-        """In the hub: the greenlet may be waiting for the other descriptor."""
+    def throw_closed(self):
+        """In the hub: raise EBADF in the greenlet, which may be waiting for its other descriptor."""
         if self.greenlet is not None and self.greenlet is not this_greenlet():
             self.greenlet.throw(os_error(EBADF, self.name, self.fd))
 
 
-cdef int tell_calls(int fd, Closing *closing) except -1:
+cdef int notify_calls(int fd, Closing *closing) except -1:
     cdef Call call
     for call in list(_calls[fd]):
-        call.hear_of_close(fd, closing)
+        call.on_close(fd, closing)
     return 0
 
 
 cdef int forget_calls(bint all_of_them) except -1:
-    """In a forked child: other threads' calls, or all, whose greenlets aren't here."""
+    """In a forked child: remove the calls of greenlets that don't exist here, those of other threads or all."""
     cdef Call call
     hub = get_hub_if_exists()
     for calls in list(_calls.values()):
@@ -119,10 +118,8 @@ cdef int forget_calls(bint all_of_them) except -1:
     return 0
 
 
-cdef int take_turns(int fd=-1, str name="", double seconds=0) except -1:
-    """Let the other greenlets that are ready run once, or for so long, for a call that is going to use *fd*. Without a hub it does
-    nothing.
-    """
+cdef int let_others_run(int fd=-1, str name="", double seconds=0) except -1:
+    """Let the other ready greenlets run once, or for *seconds*. EBADF if *fd* is closed meanwhile. Without a hub: nothing."""
     cdef object hub = reachable_hub()
     cdef Call call
     if hub is None:
@@ -152,7 +149,7 @@ cdef int take_turns(int fd=-1, str name="", double seconds=0) except -1:
 
 def yield_turn():
     """For Python: let the other greenlets that are ready run once."""
-    take_turns()
+    let_others_run()
 
 
 # ---- close -------------------------------------------------------------------------------------------------------------------
@@ -160,16 +157,16 @@ def yield_turn():
 @cython.final
 @cython.internal
 cdef class PutOffClose:
-    """A close(2) that has to wait: until others' watchers on the number have been stopped, and workers are done with it."""
+    """A close(2) that waits until its parties are done: workers that use the number, loops with a watcher on it, close() itself."""
     cdef Closing *closing
-    cdef bint is_polled    # whether the loop of the thread that called close() is one of the parties
+    cdef bint waits_for_loop   # the loop of the thread that called close() is a party
 
     def __dealloc__(self):
         if self.closing != NULL:
             coopos_closing_drop(self.closing)
 
-    cdef int stopped(self) except -1:
-        """One party less."""
+    cdef int party_left(self) except -1:
+        """One party is done. The last one makes the system call."""
         cdef int fd = self.closing.fd
         coopos_closing_leave(self.closing)
         if self.closing.is_made and _put_off.get(fd) is self:
@@ -177,16 +174,16 @@ cdef class PutOffClose:
         return 0
 
     cdef int forget_other_threads(self) except -1:
-        """In a forked child."""
-        if self.closing.parties > self.is_polled:
-            self.closing.parties = 1 + self.is_polled
-            self.stopped()
+        """In a forked child: the parties of other threads don't exist here. One stands for them, and is done now."""
+        if self.closing.parties > self.waits_for_loop:
+            self.closing.parties = 1 + self.waits_for_loop
+            self.party_left()
         return 0
 
     cdef int wait_for_turn(self, object loop) except -1:
-        """Have the loop that is asked to be a party, until it has polled once more and called whoever had something to hear."""
-        self.is_polled = True
-        # Without something to do the loop would sleep before that, for as long as nothing happens.
+        """Make *loop* a party until it has polled once more and has run the callbacks of that poll."""
+        self.waits_for_loop = True
+        # An idle watcher keeps the loop from sleeping in that poll.
         idle = loop.idle()
         idle.start(bool)
         check = loop.check(priority=loop.MINPRI)
@@ -197,14 +194,14 @@ cdef class PutOffClose:
         for watcher in watchers:
             watcher.stop()
             watcher.close()
-        self.stopped()
+        self.party_left()
 
 
-# {descriptor: its PutOffClose, made or not}
+# {descriptor: its PutOffClose}. C code may have made the close already.
 cdef dict _put_off = {}
 
 
-cdef PutOffClose put_off(int fd):
+cdef PutOffClose put_off_close(int fd):
     cdef PutOffClose later = PutOffClose.__new__(PutOffClose)
     later.closing = coopos_closing_new(fd)
     if later.closing == NULL:
@@ -214,7 +211,7 @@ cdef PutOffClose put_off(int fd):
 
 
 cdef int check_open(int fd, str call) except -1:
-    """A number whose close is put off is closed for everybody from the moment close() has returned."""
+    """Raise EBADF if close() of the number was called, and only put off the system call."""
     cdef PutOffClose later
     if _put_off and (<object>fd) in _put_off:
         later = <PutOffClose>_put_off[fd]
@@ -225,7 +222,7 @@ cdef int check_open(int fd, str call) except -1:
 
 
 cdef int forget_other_threads() except -1:
-    """In a forked child, which has none."""
+    """In a forked child, which has no other threads."""
     cdef PutOffClose later
     for later in list(_put_off.values()):
         later.forget_other_threads()

@@ -1,44 +1,43 @@
-# One set per loop, in which lies everything that is waited for there.
+# One set per loop: it holds all descriptors that the loop's greenlets wait for.
 #
-# The set is an epoll(7) behind one io watcher of the loop. The loop never sees any other number of ours. Four rules:
+# The set is an epoll(7) instance behind one io watcher of the loop. The loop sees no other descriptor of ours. Four rules:
 #
-# 1. A greenlet is registered before the kernel is asked to tell of its descriptor, and leaves in a `finally`.
-# 2. An event is a hint and never an answer: whoever is woken asks the kernel again. So a late event does no harm. The greenlet may
-#    have been killed, the number may be another file's by now, another process may share the file. Nothing has to be disarmed.
-# 3. A descriptor is armed for one event (EPOLLONESHOT), each time somebody waits for it.
+# 1. A greenlet registers its Wait before the kernel can report an event for it, and leaves in a `finally`.
+# 2. An event is a hint: a greenlet that is woken asks the kernel again. So a late event is harmless (the greenlet was killed, the
+#    number belongs to another file by now, another process shares the file), and nothing has to be disarmed.
+# 3. A descriptor is armed for one event (EPOLLONESHOT), again for each wait.
 # 4. Only the loop's own thread touches its set. Other threads post a callback to the loop.
 #
-# A greenlet that has to wait looks into the set first. If another waiter is ready it switches to that one directly, without a turn of
-# the loop. MAX_DIRECT and MAX_DIRECT_US bound how often and for how long, so that the loop's timers and callbacks get their turn.
+# A greenlet that has to wait looks into the set first. If another waiter is ready it switches to that one directly, without a turn
+# of the loop. MAX_DIRECT and MAX_DIRECT_US bound how often and for how long, for the sake of the loop's timers and callbacks.
 #
 # Where there is no epoll (macOS), or under COOPOS_SETS=watchers, each wait has an io watcher of its own: start_watcher() and
 # stop_watcher() are all that differs.
 
 cdef bint is_always_ready(int fd) noexcept:
-    """Whether readiness means nothing for *fd*: regular files and block devices are always ready, and block all the same."""
+    """True for regular files and block devices: poll(2) always calls them ready, but reads and writes block all the same."""
     cdef stat_t st
     return fstat(fd, &st) == 0 and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode))
 
 
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
 
-# COOPOS_SETS=watchers: as where there is no epoll, of the loop's own watchers; see start_watcher().
 cdef bint _has_epoll = COOPOS_HAVE_EPOLL and os.environ.get("COOPOS_SETS") != "watchers"
 
-# By descriptor, the last Wait for it, or NULL (borrowed: whoever waits has it); close() reads it. The waits of every thread are
-# here, under the GIL.
+# By descriptor, the newest Wait for it, which links to the older ones. The waits of all threads are here, under the GIL, for
+# close(). Borrowed: the waiting call owns its Wait.
 cdef Table _parked
 
 
 cdef enum:
-    MAX_DIRECT = 64        # how many greenlets switch to the next one themselves, before the loop has a turn
-    MAX_DIRECT_US = 1000   # and how long that goes on
+    MAX_DIRECT = 64        # direct switches from one greenlet to the next, before the loop has a turn
+    MAX_DIRECT_US = 1000   # and for how long
 
 cdef enum:
-    UNKNOWN = -1       # whether a watcher is on: else 0 or 1
+    UNKNOWN = -1       # a watcher's state, if start() or stop() has raised in the middle
 
 cdef enum:
-    ARMED = 1          # what comes of asking the set to tell of a number
+    ARMED = 1          # results of Set.arm() and start_watcher()
     ALWAYS_READY = 2
     FULL = 3
 
@@ -47,29 +46,29 @@ cdef class Set
 
 
 cdef class Wait:
-    """One greenlet's wait for one descriptor; or, where a subclass has a tell() of its own, whatever else is to be told.
+    """One greenlet's wait for one descriptor; or another use of a descriptor in the set, by a subclass with its own on_ready().
 
-    A new one each time: it is also what the greenlet is switched to with, and proves who has woken it.
+    Each wait makes a new one. The greenlet must be switched to with this object; any other comes from foreign code.
     """
-    cdef Set set               # while it is there
-    cdef PyObject *next        # another one for the same descriptor, borrowed
+    cdef Set set               # the set that it is in, or None
+    cdef PyObject *next        # an older Wait for the same descriptor, borrowed
     cdef int fd
     cdef int events
-    cdef bint is_listed        # in the table
-    cdef int error             # errno that the waiter is to raise; 0
-    cdef bint is_held          # it wants the loop kept alive
-    cdef object greenlet       # that waits, or None
-    cdef object queued         # the loop callback that will wake it
-    cdef object watcher        # of its own, where there is no epoll
+    cdef bint is_listed        # it is in _parked
+    cdef int error             # the errno that the waiter has to raise, or 0
+    cdef bint keeps_alive      # the loop must not end while this waits
+    cdef object greenlet       # the waiter, or None
+    cdef object queued         # the loop callback that will wake the waiter, or None
+    cdef object watcher        # its own watcher, where there is no epoll
 
     def __dealloc__(self):
         if self.is_listed:
-            delist(self)           # its loop was destroyed, and what waited has gone without a word
+            delist(self)           # the loop was destroyed and the waiter was freed without leave()
 
-    cdef int tell(self) except -1:
+    cdef int on_ready(self) except -1:
         """In the hub: the descriptor may be ready."""
         cdef tuple args
-        greenlet = self.greenlet       # leave() lets go of it meanwhile
+        greenlet = self.greenlet       # leave() clears it during the switch
         if greenlet is not None:
             args = (self,)
             coopos_switch(greenlet, <PyObject *>args, NULL)
@@ -80,14 +79,14 @@ cdef class Wait:
         return 0
 
     def wake(self):
-        """In the hub, from its queue: the descriptor is closed, or there is something else to see."""
-        self.tell()
+        """A loop callback: the descriptor was closed, or the waiter has another reason to look again."""
+        self.on_ready()
 
-    def hear(self):
-        """In the hub: the watcher of its own has told."""
+    def on_watcher(self):
+        """The callback of its own watcher."""
         if self.watcher is not None:
             self.watcher.stop()
-            self.tell()
+            self.on_ready()
 
 
 cdef int enlist(Wait wait) except -1:
@@ -100,7 +99,7 @@ cdef int enlist(Wait wait) except -1:
 
 
 cdef bint delist(Wait wait) noexcept:
-    """Whether it was there: not, if a fork has left it behind."""
+    """Take *wait* out of the table. False: it wasn't there, because remake_sets_in_child() has dropped it."""
     cdef PyObject **link
     if wait.is_listed:
         wait.is_listed = False
@@ -114,45 +113,48 @@ cdef bint delist(Wait wait) noexcept:
 
 
 cdef int set_ref(watcher, bint ref) except -1:
-    """Say whether a watcher keeps its loop alive. libuv's io watchers are parts of one that does the counting."""
+    """Say whether a watcher keeps its loop alive. In gevent's libuv loop the io watchers of a descriptor share one handle, and only
+    that one counts: _watcher_ref in https://github.com/gevent/gevent/blob/master/src/gevent/libuv/watcher.py.
+    """
     getattr(watcher, "_watcher_ref", watcher).ref = ref
     return 0
 
 
-# Where there is no epoll each wait has an io watcher, from arm to leave. What is written here is all that differs: no other
-# function makes one, and a close of such a number waits for other threads to stop theirs.
+# Where there is no epoll each wait has an io watcher, from start_watcher() to leave(). A close of such a number waits until other
+# threads have stopped theirs.
 
-# Numbers that libuv may just be showing in non-blocking mode, though they aren't.
-cdef list _moments = []
+# Numbers that libuv is setting to non-blocking mode just now, and that start_watcher() will set back.
+cdef list _briefly_nonblocking = []
 
 
 cdef bint is_nonblocking(int fd) noexcept:
-    """Whether *fd* is in non-blocking mode, now. What is not open isn't; the call itself says so."""
+    """Whether *fd* is in non-blocking mode. False if it isn't open: the call itself then fails with EBADF."""
     cdef int flags = fcntl(fd, F_GETFL)
-    return flags >= 0 and flags & O_NONBLOCK and not (_moments and (<object>fd) in _moments)
+    return flags >= 0 and flags & O_NONBLOCK and not (_briefly_nonblocking and (<object>fd) in _briefly_nonblocking)
 
 
 cdef int start_watcher(Wait wait, str call) except -1:
-    """ARMED, or ALWAYS_READY."""
+    """Start the Wait's own watcher. Returns ARMED or ALWAYS_READY."""
     cdef object loop = wait.set.loop
     cdef int flags = fcntl(wait.fd, F_GETFL)
     if flags < 0:
         raise os_error(errno, call, wait.fd)
     if is_always_ready(wait.fd):
-        return ALWAYS_READY        # libev would say so; libuv refuses it
+        return ALWAYS_READY        # libev would call it ready at once, but libuv refuses it
     if flags & O_NONBLOCK or not hasattr(loop, "_io_watchers"):
         wait.watcher = loop.io(wait.fd, wait.events)
     else:
-        _moments.append(wait.fd)
+        _briefly_nonblocking.append(wait.fd)
         try:
             wait.watcher = loop.io(wait.fd, wait.events)
-            # libuv has made the file non-blocking, for everybody who shares it.
+            # uv_poll_init made the open file non-blocking, for all processes that share it:
+            # https://github.com/libuv/libuv/blob/v1.x/src/unix/poll.c
             fcntl(wait.fd, F_SETFL, flags)
         finally:
-            _moments.remove(wait.fd)
-    wait.watcher.start(wait.hear)
-    if not wait.is_held:
-        set_ref(wait.watcher, False)   # libuv shares it with others who wait for the number: only for numbers of our own
+            _briefly_nonblocking.remove(wait.fd)
+    wait.watcher.start(wait.on_watcher)
+    if not wait.keeps_alive:
+        set_ref(wait.watcher, False)   # on libuv for all waiters of the number; so only for numbers that only we use
     return ARMED
 
 
@@ -166,9 +168,9 @@ cdef int stop_watcher(Wait wait) except -1:
 
 @cython.final
 @cython.internal
-cdef class Ear:
-    """What the loop calls for a set. The watcher keeps this one alive, and not the set, which goes with its thread."""
-    cdef PyObject *set             # borrowed, or NULL
+cdef class SetCallback:
+    """The callback of a set's watcher. It borrows the set: the watcher must not keep alive a set whose thread has ended."""
+    cdef PyObject *set             # or NULL
 
     def __call__(self):
         cdef Set here
@@ -180,25 +182,25 @@ cdef class Ear:
 @cython.final
 @cython.no_gc_clear
 cdef class Set:
-    """What is waited for in one loop. Only that loop's thread uses it; other threads post."""
+    """The waits of one loop. Only that loop's thread uses it; other threads post."""
     cdef readonly object loop
-    cdef object hub            # that it was last used in, or None
-    cdef object watcher        # the loop's, for *fd*
-    cdef object ear            # what that calls
-    cdef int fd                # of the epoll; -1 before the first wait
-    cdef int members           # how many wait
-    cdef int holds             # how many of them want the loop kept alive
-    cdef int is_on             # the watcher is: 0, 1 or UNKNOWN
-    cdef int is_held           # and keeps the loop alive
-    cdef bint is_looking       # the hub is in look(), which sees to that at its end
-    cdef bint is_over
+    cdef object hub            # the hub that used it last, or None
+    cdef object watcher        # the loop's io watcher for *fd*
+    cdef object callback       # the watcher's SetCallback
+    cdef int fd                # the epoll descriptor; -1 before the first wait
+    cdef int members           # how many Waits are in it
+    cdef int n_keep_alive      # how many of them keep the loop alive
+    cdef int is_started        # of the watcher: 0, 1 or UNKNOWN
+    cdef int keeps_alive       # of the watcher: 0, 1 or UNKNOWN
+    cdef bint is_looking       # the hub is in look(), which updates the watcher at its end
+    cdef bint is_over          # the thread has ended or the loop was destroyed
     cdef int born              # generation
-    cdef Event *ready          # what look() has got, and how far it is
+    cdef Event *ready          # the *n* events that look() has got; it has handled those before *at*
     cdef int at
     cdef int n
-    cdef int n_direct          # switches since the loop had its turn
+    cdef int n_direct          # direct switches since the loop had its turn
     cdef long long direct_since_us
-    cdef list posted           # by other threads: [(Wait, PutOffClose or None), ...]
+    cdef list posted           # by other threads that have closed a descriptor: [(Wait, PutOffClose or None), ...]
 
     def __cinit__(self, loop):
         self.loop = loop
@@ -214,14 +216,14 @@ cdef class Set:
         free(self.ready)
 
     cdef int open(self) except -1:
-        """At the first wait: a program that never waits has no descriptor more, and a forked child none that it might close. 0, or
-        errno: there is no epoll, or no descriptor left for one.
+        """Make the epoll descriptor. Not before the first wait: most children that a program forks never wait, and many close all
+        descriptors. Returns 0, or the errno if there is no epoll or no descriptor left for one.
         """
         cdef int fd
-        cdef Ear ear
+        cdef SetCallback callback
         if not _has_epoll:
             return ENOSYS
-        ear = Ear()
+        callback = SetCallback()
         if self.ready == NULL:
             self.ready = <Event *>malloc(COOPOS_SET_BATCH * sizeof(Event))
             if self.ready == NULL:
@@ -235,13 +237,13 @@ cdef class Set:
         except:
             c_close(fd)
             raise
-        if self.fd >= 0:           # a signal's handler has waited meanwhile
+        if self.fd >= 0:           # meanwhile a signal handler has waited and made it
             watcher.close()
             c_close(fd)
             return 0
-        ear.set = <PyObject *>self
-        self.fd, self.watcher, self.ear = fd, watcher, ear
-        self.is_on = self.is_held = False
+        callback.set = <PyObject *>self
+        self.fd, self.watcher, self.callback = fd, watcher, callback
+        self.is_started = self.keeps_alive = False
         return 0
 
     cdef int shut(self) noexcept:
@@ -249,20 +251,20 @@ cdef class Set:
         watcher, self.watcher = self.watcher, None
         self.fd = -1
         self.at = self.n = 0
-        if self.ear is not None:
-            (<Ear>self.ear).set = NULL
+        if self.callback is not None:
+            (<SetCallback>self.callback).set = NULL
         try:
             if watcher is not None and self.born == generation and is_alive(self.loop):
                 watcher.stop()
                 watcher.close()
         except:
-            pass                   # the interpreter is being taken down
+            pass                   # the interpreter is finalizing
         if fd >= 0:
             c_close(fd)
         return 0
 
-    cdef bint is_there(self, loop) except -1:
-        """Whether it is this loop's, and the number is still the set's."""
+    cdef bint is_intact(self, loop) except -1:
+        """Whether this is the set of *loop* and *fd* is still its epoll. A program that closes all descriptors closes it too."""
         cdef Event event
         cdef int n
         if self.loop is not loop:
@@ -273,7 +275,7 @@ cdef class Set:
         return n >= 0
 
     cdef int end(self) noexcept:
-        """Its thread has ended, or its loop was destroyed: nobody who waits here will ever run."""
+        """The thread has ended or the loop was destroyed, so that no waiter here will ever run: drop the waits."""
         cdef PutOffClose later
         cdef PyObject **link
         cdef Wait wait
@@ -298,70 +300,70 @@ cdef class Set:
                 wait.lose_loop()
             for _, later in self.posted:
                 if later is not None:
-                    later.stopped()
+                    later.party_left()
         self.posted = []
         return 0
 
-    cdef int settle(self, int members, int holds) except -1:
-        """Have the watcher on exactly while there are members, and keep the loop alive exactly while some of them want that."""
-        cdef int is_on = members > 0
-        cdef int is_held = holds > 0
+    cdef int update_watcher(self, int members, int n_keep_alive) except -1:
+        """Start the watcher if there are *members*, else stop it; let it keep the loop alive if some of them do."""
+        cdef int is_started = members > 0
+        cdef int keeps_alive = n_keep_alive > 0
         if self.watcher is None or not is_alive(self.loop):
             return 0
         try:
-            if self.is_on != is_on:
-                self.is_on = UNKNOWN
-                if is_on:
-                    self.watcher.start(self.ear)
+            if self.is_started != is_started:
+                self.is_started = UNKNOWN
+                if is_started:
+                    self.watcher.start(self.callback)
                 else:
                     self.watcher.stop()
-                self.is_on = is_on
-            if is_on and self.is_held != is_held:
-                self.is_held = UNKNOWN
-                set_ref(self.watcher, is_held)
-                self.is_held = is_held
+                self.is_started = is_started
+            if is_started and self.keeps_alive != keeps_alive:
+                self.keeps_alive = UNKNOWN
+                set_ref(self.watcher, keeps_alive)
+                self.keeps_alive = keeps_alive
         except:
-            # libuv's watchers are Python, and a signal's handler has raised in the middle.
-            self.loop.run_callback(self.settle_again)
+            # gevent's libuv watchers are Python code: a signal handler may raise in the middle of it.
+            self.loop.run_callback(self.update_watcher_again)
             raise
         return 0
 
-    def settle_again(self):
-        self.settle(self.members, self.holds)
+    def update_watcher_again(self):
+        self.update_watcher(self.members, self.n_keep_alive)
 
-    cdef int hold(self, Wait wait, bint is_held) except -1:
-        """Whether *wait*, a member, wants the loop kept alive."""
-        if wait.is_held != is_held:
-            wait.is_held = is_held
-            self.holds += 1 if is_held else -1
+    cdef int keep_alive(self, Wait wait, bint keeps_alive) except -1:
+        """Say whether *wait*, a member, keeps the loop alive."""
+        if wait.keeps_alive != keeps_alive:
+            wait.keeps_alive = keeps_alive
+            self.n_keep_alive += 1 if keeps_alive else -1
             if wait.watcher is not None:
                 if is_alive(self.loop):
-                    set_ref(wait.watcher, is_held)
+                    set_ref(wait.watcher, keeps_alive)
             elif not self.is_looking:
-                self.settle(self.members, self.holds)
+                self.update_watcher(self.members, self.n_keep_alive)
         return 0
 
-    cdef bint enter(self, Wait wait, bint is_held, str call) except -1:
-        """Begin to wait. False: that can't be waited for, and is always ready. Whatever is raised, leave() comes after it."""
+    cdef bint enter(self, Wait wait, bint keeps_alive, str call) except -1:
+        """Add *wait* and arm its descriptor. False: that is always ready. leave() must follow, also if this raises."""
         check_open(wait.fd, call)
         if wait.fd < 0:
             raise os_error(EBADF, call, wait.fd)
         cdef bint has_set = self.fd >= 0 or self.open() == 0
-        if self.is_on != 1 or (is_held and self.is_held != 1):
-            # May run a signal's handler: before anybody could wake us.
-            self.settle(self.members + 1, self.holds + is_held)
+        if self.is_started != 1 or (keeps_alive and self.keeps_alive != 1):
+            # This may run a signal handler, so it comes before *wait* is registered.
+            self.update_watcher(self.members + 1, self.n_keep_alive + keeps_alive)
         wait.set = self
-        wait.is_held = is_held
+        wait.keeps_alive = keeps_alive
         enlist(wait)
         self.members += 1
-        self.holds += is_held
+        self.n_keep_alive += keeps_alive
         cdef int rc = self.arm(wait.fd, call) if has_set else FULL
         if rc == FULL:
             rc = start_watcher(wait, call)
         return rc != ALWAYS_READY
 
     cdef int leave(self, Wait wait) except -1:
-        """Wait no longer."""
+        """Remove *wait*, if it is here. Its descriptor stays armed: dispatch() finds no Wait for a late event."""
         if wait.set is not self:
             return 0
         self.drop(wait)
@@ -373,18 +375,18 @@ cdef class Set:
         return 0
 
     cdef int drop(self, Wait wait) except -1:
-        """Not disarmed: what the set still tells finds nobody."""
+        """Take *wait* out of the table and the counts."""
         if delist(wait):
             self.members -= 1
-            self.holds -= wait.is_held
-            if not self.holds and not self.is_looking:
-                self.settle(self.members, self.holds)
+            self.n_keep_alive -= wait.keeps_alive
+            if not self.n_keep_alive and not self.is_looking:
+                self.update_watcher(self.members, self.n_keep_alive)
         if wait.watcher is not None:
             stop_watcher(wait)
         return 0
 
     cdef int events_of(self, int fd) noexcept:
-        """What all who wait here for *fd* want."""
+        """The events that all Waits of this set for *fd* want."""
         cdef PyObject *link = at_fd(&_parked, fd)
         cdef int events = 0
         while link != NULL:
@@ -394,7 +396,7 @@ cdef class Set:
         return events
 
     cdef int arm(self, int fd, str call) except -1:
-        """Have the kernel tell once of *fd*."""
+        """Ask the kernel for one event of *fd*. Returns ARMED, ALWAYS_READY or FULL."""
         cdef int err
         if coopos_set_arm(self.fd, fd, self.events_of(fd)) == 0:
             return ARMED
@@ -405,18 +407,18 @@ cdef class Set:
             return FULL
         if err != EINVAL and (err != EBADF or fcntl(self.fd, F_GETFD) >= 0):
             raise os_error(err, call, fd)
-        # Somebody has closed all descriptors, the set's too, and its number may be another file's by now.
+        # The program has closed all descriptors, also the set's. The number may belong to another file by now: don't close it.
         self.fd = -1
         self.shut()
         self.renew()
         return ARMED
 
     cdef int renew(self) except -1:
-        """Have those who wait in a new set."""
+        """Make a new epoll descriptor and arm all members in it."""
         cdef int err = self.open()
         if err:
             raise os_error(err, "epoll_create1", "")
-        self.settle(self.members, self.holds)
+        self.update_watcher(self.members, self.n_keep_alive)
         self.arm_all()
         return 0
 
@@ -427,7 +429,7 @@ cdef class Set:
         return 0
 
     cdef int arm_again(self, int fd) except -1:
-        """Or, where that can't be, have those who wait ask the kernel, and hear why."""
+        """Arm *fd* for the Waits that are left. If that fails, wake their greenlets: their next system call raises the error."""
         cdef PyObject *link
         cdef Wait wait
         cdef int events = self.events_of(fd)
@@ -442,10 +444,10 @@ cdef class Set:
         return 0
 
     cdef int look(self) except -1:
-        """In the hub: there is something to tell."""
+        """In the hub, as the watcher's callback: get the events and wake the waiters."""
         cdef int at
         if self.born != generation:
-            take_over(True)        # in the child of C code that runs no at-fork hooks
+            remake_sets_in_child(True)     # C code has forked, and doesn't run the at-fork hooks
             return 0
         if self.at >= self.n:
             self.at = 0
@@ -455,20 +457,22 @@ cdef class Set:
             while self.at < self.n:
                 at = self.at
                 self.at += 1
-                self.tell(self.ready[at].fd, self.ready[at].events)
+                self.dispatch(self.ready[at].fd, self.ready[at].events)
         except:
-            # Of a greenlet that has died, or the hub's own end. Not to the loop: gevent stops an io watcher whose callback raises.
+            # A greenlet has died, or the hub ends. gevent would stop the watcher of a callback that raises (gevent_callback in
+            # https://github.com/gevent/gevent/blob/master/src/gevent/libev/callbacks.c), so report it here.
             self.loop.handle_error(self.watcher, *sys.exc_info())
         finally:
             self.is_looking = False
             self.n_direct = 0
-            while self.at < self.n:    # they are told in the next turn
+            while self.at < self.n:    # the rest comes again in the next turn
                 self.arm_again(self.ready[self.at].fd)
                 self.at += 1
-            self.settle(self.members, self.holds)
+            self.update_watcher(self.members, self.n_keep_alive)
         return 0
 
-    cdef int tell(self, int fd, int events) except -1:
+    cdef int dispatch(self, int fd, int events) except -1:
+        """Call on_ready() of the Waits for these events of *fd*, oldest first."""
         cdef PyObject *link = at_fd(&_parked, fd)
         cdef Wait wait
         cdef list woken
@@ -477,7 +481,7 @@ cdef class Set:
             return 0
         wait = <Wait>link
         if wait.next == NULL and wait.set is self and wait.events & events:
-            return wait.tell()
+            return wait.on_ready()
         woken = []
         while link != NULL:
             wait = <Wait>link
@@ -489,19 +493,19 @@ cdef class Set:
                     are_others = True
         try:
             while woken:
-                wait = <Wait>woken.pop()       # who has come first has waited longest
+                wait = <Wait>woken.pop()
                 if wait.set is self:
-                    wait.tell()
+                    wait.on_ready()
         finally:
             if woken or are_others:
                 self.arm_again(fd)
         return 0
 
     cdef Wait next_ready(self, object hub, object current):
-        """One who waits here, and can be switched to at once, without a turn of the loop; or None.
+        """A ready Wait that the caller can switch to directly, without a turn of the loop; or None.
 
-        So many in a row, and for so long, that the loop's timers and callbacks are not kept waiting; and none while there are
-        callbacks, of which one may be to kill it.
+        None after MAX_DIRECT switches or MAX_DIRECT_US: the loop's timers come first. None while callbacks are queued: one of them
+        may be about to kill that greenlet.
         """
         cdef Event event
         cdef PyObject *link
@@ -514,7 +518,7 @@ cdef class Set:
             self.direct_since_us = now
         elif now - self.direct_since_us > MAX_DIRECT_US:
             return None
-        if self.at < self.n:           # look() has got it, and is not there yet
+        if self.at < self.n:           # look() has more events than it has handled
             event = self.ready[self.at]
         elif coopos_set_ready(self.fd, &event, 1) != 1:
             return None
@@ -525,28 +529,28 @@ cdef class Set:
             if wait.next == NULL and wait.set is self and wait.greenlet is not None and wait.events & event.events:
                 self.at += self.at < self.n
                 return wait
-        # The hub's affair: several who wait for it, a child, news of a thread. Or it concerns nobody any more.
+        # Only the hub may handle it (several waiters, a child, a worker), or it is a late event.
         if self.at >= self.n:
             self.arm_again(event.fd)
         return None
 
     def run_posted(self):
-        """In the loop's thread: another thread has closed what is waited for here."""
+        """In the loop's thread: wake the greenlets whose descriptor another thread has closed."""
         cdef Wait wait
         cdef PutOffClose later
         while self.posted:
             wait, later = self.posted.pop(0)
-            evict_here(wait)
+            wake_with_error(wait)
             if later is not None:
-                later.stopped()
+                later.party_left()
 
 
 @cython.final
 @cython.internal
 @cython.no_gc_clear
 cdef class Sets:
-    """Those of one thread: {loop: Set}."""
-    cdef dict by_loop
+    """The sets of one thread. They end with it."""
+    cdef dict by_loop              # {loop: Set}
 
     def __cinit__(self):
         self.by_loop = {}
@@ -558,7 +562,7 @@ cdef class Sets:
 
 
 _here = _local()
-# The Set that was used last, or NULL (borrowed: its thread owns it): nearly always the one that is wanted.
+# The Set that was used last, a cache for set_of(); or NULL. Borrowed: its thread owns it.
 cdef PyObject *_latest_set = NULL
 
 
@@ -570,7 +574,7 @@ cdef dict sets_of_this_thread():
 
 
 cdef Set set_of_loop(object loop):
-    """In the loop's thread."""
+    """The set of *loop*. Only in the loop's thread."""
     cdef dict by_loop = sets_of_this_thread()
     cdef Set here = <Set>by_loop.get(loop)
     cdef Set other
@@ -581,7 +585,7 @@ cdef Set set_of_loop(object loop):
                 other.end()
         here = by_loop[loop] = Set(loop)
     if here.born != generation:
-        take_over(True)
+        remake_sets_in_child(True)
     return here
 
 
@@ -596,9 +600,9 @@ cdef Set set_of(object hub):
     return here
 
 
-cdef int take_over(bint keeps_greenlets) except -1:
-    """In a forked child, once its loop is its own: sets that are not the parent's. Of those who waited only the greenlets of this
-    thread still do, unless they are left behind.
+cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
+    """In a forked child, once its loop is its own: leave the parent's epolls and make new ones. Only greenlets of this thread go on
+    waiting, and only if *keeps_greenlets*.
     """
     cdef PyObject *link
     cdef PyObject *next
@@ -609,9 +613,9 @@ cdef int take_over(bint keeps_greenlets) except -1:
     for here in by_loop.values():
         here.born = generation
         here.shut()
-        here.members = here.holds = 0
+        here.members = here.n_keep_alive = 0
         here.posted = []
-    # What isn't kept is not written to: that would copy the page it is on.
+    # Waits that are dropped are not written to: the kernel would copy their pages.
     for fd in range(_parked.size):
         link, _parked.at[fd] = _parked.at[fd], NULL
         while link != NULL:
@@ -621,7 +625,7 @@ cdef int take_over(bint keeps_greenlets) except -1:
                 if keeps_greenlets and wait.greenlet is not None:
                     enlist(wait)
                     wait.set.members += 1
-                    wait.set.holds += wait.is_held
+                    wait.set.n_keep_alive += wait.keeps_alive
                 elif wait.watcher is not None:
                     stop_watcher(wait)
             link = next
@@ -631,8 +635,8 @@ cdef int take_over(bint keeps_greenlets) except -1:
     return 0
 
 
-cdef int evict_here(Wait wait) except -1:
-    """Tell a parked greenlet, in its loop's thread, that its descriptor is closed."""
+cdef int wake_with_error(Wait wait) except -1:
+    """In the loop's thread: end a wait whose *error* is set, and let the loop wake its greenlet."""
     if wait.greenlet is not None:
         wait.set.drop(wait)
         if wait.queued is None:

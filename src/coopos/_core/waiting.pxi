@@ -1,9 +1,9 @@
-# Waiting for a descriptor: park(), which nearly everything that waits goes through.
+# Waiting for a descriptor: park(), which nearly every wait goes through.
 #
-# A greenlet that is killed or timed out while it is parked leaves nothing behind, and has moved no byte.
+# A greenlet that is killed or timed out while it is parked has moved no byte and leaves nothing behind.
 
-cdef bint stand(int fd, int events, str call) except -1:
-    """Wait until *fd* is ready as a plain program does, where there is no hub to give way to. False: that says nothing of it."""
+cdef bint block_until_ready(int fd, int events, str call) except -1:
+    """Block in poll(2) until *fd* is ready: for where there is no hub to give way to. False, at once: *fd* is always ready."""
     cdef pollfd request
     cdef int rc, err
     if is_always_ready(fd):
@@ -21,36 +21,40 @@ cdef bint stand(int fd, int events, str call) except -1:
             raise os_error(err, call, fd)
 
 
-cdef object rest(Set here, Wait wait, object hub, object current, str call):
-    """Wait until somebody wakes us, who says as whom: as *wait*, it has to be. None: it is always ready."""
+cdef object switch_away(Set here, Wait wait, object hub, object current, str call):
+    """Register *wait* and let others run; returns the object that comes with the switch back: *wait*, unless foreign code switched.
+    None, at once: the descriptor is always ready.
+    """
     cdef Wait other
     if not here.enter(wait, True, call):
         return None
     other = here.next_ready(hub, current) if here.members > 1 else None
     if other is None:
         if not here.is_looking:
-            here.n_direct = 0      # the loop has a whole turn
+            here.n_direct = 0      # the loop now has its turn
         return give_way(hub, current)
     if other is wait:
         return wait
     return switch_to(other.greenlet, (other,), current)
 
 
-cdef bint has_hub_to_wait_in(bint may_stand) except -1:
-    """False: a plain wait keeps nobody from anything. BlockingSwitchOutError: it would keep the hub, and that may not be."""
+cdef bint has_hub_to_wait_in(bint may_block) except -1:
+    """False: the caller may block, because no other greenlet could run or because *may_block* allows it in the hub too. Otherwise
+    BlockingSwitchOutError in the hub.
+    """
     if reachable_hub() is not None:
         return True
-    if not may_stand and get_hub_if_exists() is not None:
-        raise refusal()
+    if not may_block and get_hub_if_exists() is not None:
+        raise in_hub_error()
     return False
 
 
-cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=NEVER) except -1:
-    """Let the others run until *fd* may be ready, or so much time is over; raise EBADF as soon as it is closed by this module's
-    close(). False, and at once: *fd* can't be waited for.
+cdef bint park(int fd, int events, str call, bint may_block=True, long long us=NEVER) except -1:
+    """Let other greenlets run until *fd* may be ready, or *us* microseconds are over. Raises EBADF if this module's close() closes
+    it. False, at once: *fd* is always ready.
 
-    Killed or timed out, the greenlet leaves nothing behind, and has moved no byte. In the hub it is a plain wait, as a signal
-    handler's is in any program, or BlockingSwitchOutError, for what only a program that knows of greenlets calls.
+    In the hub it blocks if *may_block*: a signal handler that calls an `os` function expects that. Otherwise it raises
+    BlockingSwitchOutError, for functions that only programs with greenlets call.
     """
     cdef object hub = reachable_hub()
     cdef object current
@@ -58,17 +62,18 @@ cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=N
     cdef Set here
     cdef Wait wait
     if hub is None:
-        has_hub_to_wait_in(may_stand)
-        return stand(fd, events, call)
+        has_hub_to_wait_in(may_block)
+        return block_until_ready(fd, events, call)
     here = set_of(hub)
     wait = Wait.__new__(Wait)
     wait.fd, wait.events = fd, events
     wait.greenlet = current = coopos_current_greenlet()
     try:
         if us != NEVER:
-            timer = hub.loop.timer(max(us, 1000) / 1e6)  # libuv warns of less
+            # libuv's watcher warns of less: https://github.com/gevent/gevent/blob/master/src/gevent/libuv/watcher.py
+            timer = hub.loop.timer(max(us, 1000) / 1e6)
             timer.start(wait.wake)
-        came_back = rest(here, wait, hub, current, call)
+        came_back = switch_away(here, wait, hub, current, call)
     finally:
         here.leave(wait)
         if timer is not None:
@@ -78,7 +83,7 @@ cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=N
         return False
     if came_back is not wait:
         raise wrong_switch(came_back, f"fd {fd} in {call}")
-    # Before anything is moved: what a signal's handler raises now costs no byte.
+    # Now, before a byte is moved: a signal handler that raises loses none.
     PyErr_CheckSignals()
     if wait.error:
         raise os_error(wait.error, call, fd)
@@ -86,7 +91,7 @@ cdef bint park(int fd, int events, str call, bint may_stand=True, long long us=N
 
 
 cdef int park_until_ready(int fd, int events, str call) except -1:
-    """Park until *fd* is ready, which poll(2) says. What can't be waited for is always ready to it."""
+    """Park until poll(2) says that *fd* is ready. It says so at once of what epoll refuses, such as regular files."""
     cdef pollfd request
     cdef int rc
     check_open(fd, call)
@@ -99,23 +104,24 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
             return 0
         if rc == 0:
             if not park(fd, events, call):
-                take_turns()
-        # Linux gives EINTR even to a poll(2) that is not to wait, while a signal is pending. It says nothing of the descriptor.
+                let_others_run()
+        # While a signal is pending, Linux gives EINTR even for a timeout of 0, if no descriptor is ready (do_poll in
+        # https://github.com/torvalds/linux/blob/master/fs/select.c).
         elif not is_interrupted(errno):
             raise os_error(errno, call, fd)
 
 
 def wait_until_ready(int fd, int events, str call):
-    """For Python: park until *fd* is ready for READ or WRITE, unless it is."""
+    """For Python: park until *fd* is ready for *events*, READ or WRITE."""
     park_until_ready(fd, events, call)
 
 
 def wait_for_any(list wanted, str call, list closed=None):
-    """For Python: park until something may have happened to one of the *wanted*, each (fd, READ or WRITE), which poll(2) then
-    tells: it is ready, or was closed. Not where there is no hub to give way to.
+    """For Python: park until one of *wanted*, a list of (fd, READ or WRITE), may be ready or was closed. The caller then asks
+    poll(2). Only where there is a hub to give way to.
 
     However the wait ends, it appends to *closed* the numbers that this module's close() closed meanwhile. poll(2) can't tell that:
-    the number may be another file's by now.
+    the number may belong to another file by now.
     """
     cdef object hub = get_hub()
     cdef object current = coopos_current_greenlet()
@@ -134,7 +140,7 @@ def wait_for_any(list wanted, str call, list closed=None):
             if came_back not in waits:
                 raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
         else:
-            take_turns()
+            let_others_run()
     finally:
         for wait in waits:
             if wait.error and closed is not None:
@@ -143,7 +149,7 @@ def wait_for_any(list wanted, str call, list closed=None):
 
 
 def awaited(int fd):
-    """For Python: what greenlets of this thread are parked for on *fd*: READ, WRITE, both or 0."""
+    """For Python: the events that greenlets of this thread wait for on *fd*: READ, WRITE, both or 0."""
     cdef object hub = reachable_hub()
     cdef PyObject *link = at_fd(&_parked, fd) if hub is not None else NULL
     cdef int events = 0

@@ -102,7 +102,7 @@ cdef class Mailbox(Wait):
             set_of_loop(self.loop).enter(self, True, "eventfd")
         return 0
 
-    cdef int rest(self) except -1:
+    cdef int stop_if_idle(self) except -1:
         """Nobody waits any more. What is left to its worker is looked at with the next job."""
         if self.waiting or self.box == NULL or self.born != generation or not is_alive(self.loop):
             return 0
@@ -112,7 +112,7 @@ cdef class Mailbox(Wait):
             self.set.leave(self)
         return 0
 
-    cdef int tell(self) except -1:
+    cdef int on_ready(self) except -1:
         """In the hub: some jobs are over."""
         cdef CJob *done
         cdef Job job
@@ -131,7 +131,7 @@ cdef class Mailbox(Wait):
                 self.loop.handle_error(self, *sys.exc_info())
         if self.waiting and self.box != NULL:
             self.listen()
-        return self.rest()
+        return self.stop_if_idle()
 
     cdef int lose_loop(self) except -1:
         return self.shut()
@@ -177,7 +177,7 @@ cdef Mailbox mailbox_of(loop):
     try:
         mailbox.listen()
     except:
-        mailbox.rest()
+        mailbox.stop_if_idle()
         raise
     return mailbox
 
@@ -247,7 +247,7 @@ cdef class Job(Call):
         self.is_late = True
         self.wake()
 
-    cdef int hear_of_close(self, int fd, Closing *closing) except -1:
+    cdef int on_close(self, int fd, Closing *closing) except -1:
         cdef bint is_useless = self.job.waits_for_peer and not moves_bytes(self)
         if coopos_job_take_back(self.job):
             (<Mailbox>self.mailbox).jobs.discard(self)
@@ -299,7 +299,7 @@ cdef int run(Job job) except -1:
     if hub is None:
         if get_hub_if_exists() is not None:
             # Before a worker is asked: what it would move then would be nobody's.
-            raise refusal()
+            raise in_hub_error()
         return make_here(job)
     _calls_made += 1
     job.enter(job.name)
@@ -325,7 +325,7 @@ cdef Mailbox submit(Job job, loop):
     cdef Mailbox mailbox = mailbox_of(loop)
     cdef int err = coopos_job_submit(job.job, mailbox.box)
     if err:
-        mailbox.rest()
+        mailbox.stop_if_idle()
         raise NoWorker(RuntimeError("can't start new thread"))
     return mailbox
 
@@ -378,7 +378,7 @@ cdef bint wait_for(Job job, object hub) except -1:
         job.waiter = None
         mailbox.waiting -= 1
         if not has_arrived:        # else look() goes on when this greenlet gives way
-            mailbox.rest()
+            mailbox.stop_if_idle()
     return True if job.born == generation else is_over_in_child(job)
 
 
@@ -387,7 +387,7 @@ cdef bint is_over_in_child(Job job) except -1:
     if job.found == COOPOS_DONE or job.error:
         return True
     if job.found == COOPOS_BEGUN and moves_bytes(job) and (job.job.writes or job.job.operation != COOPOS_MOVE):
-        raise said_error(ECANCELED, f"{job.name}({job.fd}): a thread of the parent process was at it")
+        raise error_with_message(ECANCELED, f"{job.name}({job.fd}): a thread of the parent process was at it")
     return False
 
 
@@ -440,7 +440,7 @@ cdef int give_back(Job job, ssize_t n) except -1:
     return 0
 
 
-cdef int tell(ex, str name, value) except -1:
+cdef int attach_progress(ex, str name, value) except -1:
     """Have an exception say what was moved before it came; None: nothing. One object may come more than once, as Timeouts do. Some
     classes refuse attributes, as a frozen dataclass does: what was thrown in comes out all the same.
     """

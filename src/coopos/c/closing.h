@@ -1,4 +1,4 @@
-/* A close(2) that is put off until all parties who use the number have left it. Any thread may be the last, also one of C. */
+/* A close(2) that is put off until all parties that use the number have left. The last one closes it; that may be a worker. */
 #ifndef COOPOS_CLOSING_H
 #define COOPOS_CLOSING_H
 
@@ -8,10 +8,10 @@
 
 struct coopos_closing {
     int fd;
-    int parties;               /* how many have still to leave it */
-    int refs;                  /* theirs, and its maker's */
+    int parties;               /* how many have not left yet */
+    int refs;                  /* one of each party and one of the maker */
     int is_made;
-    dev_t dev;
+    dev_t dev;                 /* of the file that the number belonged to */
     ino_t ino;
 };
 
@@ -40,7 +40,7 @@ static inline void coopos_closing_drop(struct coopos_closing *closing)
         free(closing);
 }
 
-/* Whether the close is still to be made. Somebody may have closed the number, and used it again, behind our back. */
+/* Whether the close has still to be made: not if the program has closed the number by other means and used it again. */
 static inline int coopos_closing_is_due(struct coopos_closing *closing)
 {
     struct stat st;
@@ -60,7 +60,7 @@ static inline void coopos_closing_leave(struct coopos_closing *closing)
     if (closing == NULL)
         return;
     if (__atomic_sub_fetch(&closing->parties, 1, __ATOMIC_ACQ_REL) == 0 && coopos_closing_is_due(closing)) {
-        /* Before, not after: then the number may be another file's. */
+        /* Before the close: after it, the number may belong to another file. */
         __atomic_store_n(&closing->is_made, 1, __ATOMIC_RELEASE);
         (void)close(closing->fd);
     }

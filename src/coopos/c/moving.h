@@ -1,8 +1,7 @@
-/* Moving bytes: one attempt in each of the ways that do not wait, and the guard, which ends a call that waits all the same.
+/* Moving bytes: one attempt in each of the ways that don't block, and the guard, which ends a call that blocks all the same.
  *
- * The guard's signal is one that nobody else sends, and it always goes to a single thread. So a program's own signals are neither
- * taken nor blocked nor let in. Our handler stays once it is installed: a signal that comes late does nothing. Workers that wait for
- * a peer are interrupted by the same signal.
+ * The guard uses a signal that no other code sends, and sends it to a single thread. The program's own signals are not touched. Our
+ * handler stays installed, so that a late signal does no harm. The same signal interrupts workers that wait for a peer.
  *
  * The state here is static, so only one compiled module may include this file. All functions need the GIL, except where they run in
  * a worker.
@@ -12,15 +11,15 @@
 
 #include "system.h"
 
-/* ---- one attempt at moving bytes, in the ways that don't wait ---- */
+/* ---- one attempt at moving bytes, in the ways that don't block ---- */
 
 enum {
-    COOPOS_REFUSED,            /* ENOSYS, as if the kernel had said so */
+    COOPOS_REFUSED,            /* no call: ENOSYS, because the kernel doesn't know RWF_NOWAIT */
     COOPOS_NOWAIT,             /* RWF_NOWAIT, whatever the descriptor's flags: Linux 4.14 (read), 4.16 (write) */
-    COOPOS_DONTWAIT,           /* MSG_DONTWAIT: sockets */
-    COOPOS_PLAIN,              /* as the descriptor's flags say */
-    COOPOS_GUARDED,            /* poll(2) first, and a signal should it block all the same: coopos_move_guarded() */
-    COOPOS_ASKED               /* the same without poll(2) */
+    COOPOS_DONTWAIT,           /* MSG_DONTWAIT, for sockets */
+    COOPOS_PLAIN,              /* a plain call, which blocks if the descriptor is in blocking mode */
+    COOPOS_GUARDED,            /* poll(2), then a plain call under the guard: coopos_move_guarded() */
+    COOPOS_GUARDED_UNPOLLED    /* the same without poll(2) */
 };
 
 struct coopos_move {
@@ -29,10 +28,10 @@ struct coopos_move {
     int writes;
     struct iovec *iov;
     int count;                 /* of iov */
-    off_t offset;              /* -1: the descriptor's own */
-    int flags;                 /* preadv2(2)'s */
-    int may_stand;             /* whether who has to wait for it may do so in the hub */
-    size_t most;               /* bytes that a guarded read may take; 0: as many as there is room for */
+    off_t offset;              /* -1: the file's own offset */
+    int flags;                 /* those of preadv2(2) */
+    int may_block;             /* a wait in the hub blocks, instead of raising BlockingSwitchOutError */
+    size_t max_bytes;          /* how much a guarded read may take; 0: as much as fits into the buffers */
 };
 
 static inline ssize_t coopos_move_plainly(const struct coopos_move *move)
@@ -67,19 +66,19 @@ static inline ssize_t coopos_move(const struct coopos_move *move)
     return coopos_move_plainly(move);
 }
 
-/* Copy *size* bytes from the caller's buffers to our own memory, or from there to the buffers, in the way a system call does it: a
- * buffer may be a mapping of a file that is shorter by now, which is EFAULT and not a SIGBUS. How many bytes; -1 with errno: none.
+/* Copy *size* bytes from the caller's buffers to our own memory (*to_ours*), or back. The kernel makes the copy: a buffer may be a
+ * mapping of a file that was truncated, which then is EFAULT, and not SIGBUS. Returns how many bytes, or -1 with errno for none.
  */
-static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
+static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count, char *ours, size_t size, int to_ours)
 {
     size_t done = 0, n;
     int i;
-    ssize_t copied = coopos_copy_by_kernel(buffers, count, ours, size, gathers);
+    ssize_t copied = coopos_copy_by_kernel(buffers, count, ours, size, to_ours);
     if (copied >= 0 || (errno != ENOSYS && errno != EPERM))
         return copied;
     for (i = 0; i < count && done < size; i++, done += n) {
         n = buffers[i].iov_len < size - done ? buffers[i].iov_len : size - done;
-        if (gathers)
+        if (to_ours)
             memcpy(ours + done, buffers[i].iov_base, n);
         else
             memcpy(buffers[i].iov_base, ours + done, n);
@@ -87,7 +86,7 @@ static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count
     return (ssize_t)done;
 }
 
-/* Whether a read or write of this descriptor, at this offset, could come to anything: 0, or -1 with errno. Moves no byte. */
+/* Whether a read or write of this descriptor at this offset is allowed: 0, or -1 with errno. Moves no byte. */
 static inline int coopos_may_move(int fd, int writes, off_t offset)
 {
     struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0};
@@ -102,9 +101,9 @@ static inline int coopos_may_move(int fd, int writes, off_t offset)
 
 /* ---- the guard ---- */
 
-/* How long a call may take before it is interrupted. A timer that is due later than the kernel's next tick is the cheapest, since
- * no hardware has to be told of it; but a terminal that poll(2) calls ready for writing often has less room than it is to take, and
- * then the hub stands still for that time.
+/* How long a call may take before the guard interrupts it. 4 ms, because a timer that is due after the kernel's next tick needs no
+ * programming of the hardware. Less for writes to a terminal: poll(2) often calls it ready when it has less room than we write, and
+ * the hub stands still for that time.
  */
 enum { COOPOS_GUARD_US = 4000, COOPOS_GUARD_TERMINAL_US = 200, COOPOS_GUARD_MAX_US = 1000000 };
 
@@ -117,8 +116,8 @@ struct coopos_guard {
     int has_timer, has_thread;
 };
 
-/* There is one guard at most, since it has the GIL. */
-static volatile sig_atomic_t coopos_guard_us;   /* until its next signal; 0: there is no timer */
+/* There is one guard at most, because it holds the GIL. */
+static volatile sig_atomic_t coopos_guard_us;   /* microseconds until its next signal; 0: there is no timer */
 static coopos_timer coopos_guard_timer;
 
 static inline int coopos_guard_later(int period)
@@ -126,8 +125,8 @@ static inline int coopos_guard_later(int period)
     return period < COOPOS_GUARD_MAX_US / 2 ? 2 * period : COOPOS_GUARD_MAX_US;
 }
 
-/* The signal may have come before the call has begun, so another follows. It follows later each time: under a debugger it may take
- * longer to deliver than the call was given, which then would never begin.
+/* Sets the timer again: this signal may have come before the call has begun. Each time it waits longer: under a debugger the
+ * delivery of a signal may take longer than the interval, and the call would never begin.
  */
 static inline void coopos_on_signal(int signal)
 {
@@ -140,9 +139,9 @@ static inline void coopos_on_signal(int signal)
     errno = err;
 }
 
-/* The number of our signal, with our handler in its place; 0: there is none to be had. SIGSTKFLT and SIGEMT are of hardware that is
- * no more. A program that handles it has it, and we take a real-time signal: only then, since those can't be sent when the user has
- * too many pending (RLIMIT_SIGPENDING).
+/* Returns the number of our signal, with our handler installed, or 0 if no signal is free. First choice: SIGSTKFLT or SIGEMT, which
+ * no kernel sends any more (signal(7)). If the program has a handler for it we use a real-time signal. Those are second choice:
+ * they can't be sent when the user has too many pending (RLIMIT_SIGPENDING, getrlimit(2)).
  */
 static inline int coopos_signal_take(void)
 {
@@ -150,7 +149,7 @@ static inline int coopos_signal_take(void)
     struct sigaction now, ours;
     memset(&ours, 0, sizeof ours);
     ours.sa_handler = coopos_on_signal;
-    ours.sa_flags = SA_ONSTACK;        /* without SA_RESTART the system call ends */
+    ours.sa_flags = SA_ONSTACK;        /* no SA_RESTART: the system call has to end */
     sigemptyset(&ours.sa_mask);
     if (number == 0)
 #if defined(SIGSTKFLT)
@@ -177,7 +176,7 @@ static inline int coopos_signal_take(void)
     }
 }
 
-/* For the thread itself: let our signal in. Its mask before goes to *before*. */
+/* Unblock our signal in the calling thread. *before* gets the thread's old mask. */
 static inline void coopos_signal_admit(int number, sigset_t *before)
 {
     sigset_t ours;
@@ -189,11 +188,11 @@ static inline void coopos_signal_admit(int number, sigset_t *before)
 static inline void *coopos_guard_run(void *arg)
 {
     struct coopos_guard *guard = arg;
-    struct pollfd rung;
+    struct pollfd bell;
     int period_us = 1000;
-    rung.fd = guard->bell[0];
-    rung.events = POLLIN;
-    while (poll(&rung, 1, period_us / 1000) <= 0) {    /* -1: it is a signal's EINTR */
+    bell.fd = guard->bell[0];
+    bell.events = POLLIN;
+    while (poll(&bell, 1, period_us / 1000) <= 0) {    /* -1: EINTR */
         (void)pthread_kill(guard->caller, guard->signal);
         period_us = coopos_guard_later(period_us);
     }
@@ -212,7 +211,7 @@ static inline int coopos_guard_start_timer(const struct coopos_guard *guard, int
     return 0;
 }
 
-/* A timer, or a thread where there is none such, or none to be had. -1: there is neither. */
+/* Start a guard: a timer, or a thread if no timer is available. -1: there is neither. */
 static inline int coopos_guard_begin(struct coopos_guard *guard, int period_us)
 {
     guard->signal = coopos_signal_take();
@@ -221,7 +220,7 @@ static inline int coopos_guard_begin(struct coopos_guard *guard, int period_us)
     guard->has_thread = 0;
     coopos_signal_admit(guard->signal, &guard->before);
     guard->has_timer = coopos_guard_start_timer(guard, period_us);
-    /* To ourselves first: a real-time signal needs room among those that are pending. */
+    /* Send one to ourselves first: a real-time signal fails if too many are pending. */
     if (!guard->has_timer && pthread_kill(pthread_self(), guard->signal) == 0 && coopos_bell_new(guard->bell) == 0) {
         guard->caller = pthread_self();
         guard->has_thread = coopos_thread_start(&guard->thread, coopos_guard_run, guard) == 0;
@@ -244,23 +243,23 @@ static inline void coopos_guard_end(struct coopos_guard *guard)
         (void)pthread_join(guard->thread, NULL);
         coopos_bell_close(guard->bell);
     }
-    /* By now the last signal has come: each of the calls above lets it in when it returns. */
+    /* The last signal has been delivered by now, at the return of one of the calls above. */
     (void)pthread_sigmask(SIG_SETMASK, &guard->before, NULL);
 }
 
-/* What poll(2) calls ready may block all the same: somebody else was quicker, or a terminal has less room than it is to take. Then
- * the guard ends it: with EINTR if nothing was moved, with what was moved otherwise. Never more is written than a pipe that is
- * ready takes at once. ENOSYS: there is no guard to be had, and nothing was moved.
+/* One plain call under a guard. It may block though poll(2) calls the descriptor ready: another reader or writer was faster, or a
+ * terminal has less room than we write. Then the guard ends it: with EINTR if it has moved nothing, else with the number of bytes.
+ * It writes at most PIPE_BUF bytes, which a ready pipe takes at once (pipe(7)). ENOSYS: no guard is available; nothing was moved.
  */
 #if defined(__GNUC__)
-__attribute__((noinline, cold, unused))    /* its large frame is not to be that of every call */
+__attribute__((noinline, cold, unused))    /* inlined, its large frame would be part of every caller's */
 #endif
 static ssize_t coopos_move_guarded(const struct coopos_move *move)
 {
     struct coopos_move part = *move;
     struct coopos_guard guard;
     struct pollfd ready;
-    size_t left = move->writes ? PIPE_BUF : move->most ? move->most : SIZE_MAX, cut = 0;
+    size_t left = move->writes ? PIPE_BUF : move->max_bytes ? move->max_bytes : SIZE_MAX, cut = 0;
     struct iovec *last;
     ssize_t moved = -1;
     int err, is_ready = 1;
@@ -274,8 +273,7 @@ static ssize_t coopos_move_guarded(const struct coopos_move *move)
     }
     ready.fd = move->fd;
     ready.events = move->writes ? POLLOUT : POLLIN;
-    if (move->how != COOPOS_ASKED)
-        /* A signal that is pending says nothing of readiness. */
+    if (move->how != COOPOS_GUARDED_UNPOLLED)
         while ((is_ready = poll(&ready, 1, 0)) < 0 && errno == EINTR)
             ;
     err = is_ready ? errno : EAGAIN;

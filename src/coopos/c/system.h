@@ -1,7 +1,7 @@
-/* What differs between operating systems, as C ints and functions that answer ENOSYS where the kernel has no such call.
+/* What differs between operating systems: ints, and functions that fail with ENOSYS where the system has no such call.
  *
- * Code branches on the HAVE_ ints and on errno, never on a platform's name. Linux calls go through syscall(2) and not through
- * the names of the C library, which old glibc and musl lack.
+ * Other code branches on the HAVE_ ints and on errno, never on a platform's name. New Linux calls go through syscall(2): old glibc
+ * and musl have no functions for them.
  */
 #ifndef COOPOS_SYSTEM_H
 #define COOPOS_SYSTEM_H
@@ -45,7 +45,8 @@ enum { HAVE_PIDFD = 1 };
 enum { HAVE_PIDFD = 0 };
 #endif
 
-/* The numbers that every Linux architecture shares (asm-generic/unistd.h), for C libraries older than the calls. */
+/* For C libraries older than the calls. Most architectures share the numbers; alpha and mips have others:
+ * https://github.com/torvalds/linux/blob/master/include/uapi/asm-generic/unistd.h */
 #if defined(__linux__) && !defined(SYS_pidfd_open)
 #  define SYS_pidfd_open 434
 #endif
@@ -60,16 +61,16 @@ enum { HAVE_PIDFD = 0 };
 #  define RWF_NOWAIT 0x00000008
 #endif
 
-/* wait(2)'s option bits that a caller may give; any other is EINVAL. */
+/* The option bits that wait4(2) accepts; any other is EINVAL. In hex: __WNOTHREAD, __WALL, __WCLONE. */
 #if defined(__linux__)
 #  define COOPOS_WAIT_OPTIONS ((int)(WNOHANG | WUNTRACED | WCONTINUED | 0x20000000u | 0x40000000u | 0x80000000u))
 #else
 #  define COOPOS_WAIT_OPTIONS (WNOHANG | WUNTRACED | WCONTINUED)
 #endif
-/* waitid(2)'s: the same, WUNTRACED being WSTOPPED there, and two more. */
+/* Those that waitid(2) accepts: WSTOPPED instead of WUNTRACED, and two more. */
 #define COOPOS_WAITID_OPTIONS ((COOPOS_WAIT_OPTIONS & ~WUNTRACED) | WSTOPPED | WEXITED | WNOWAIT)
 
-/* The one that leaves out other threads' children, and the one that leaves out those made with SIGCHLD. */
+/* __WNOTHREAD leaves out the children of other threads; __WCLONE those that end with SIGCHLD, the ordinary ones. */
 #if defined(__linux__)
 #  define COOPOS_WNOTHREAD 0x20000000
 #  define COOPOS_WCLONE ((int)0x80000000u)
@@ -78,7 +79,7 @@ enum { HAVE_PIDFD = 0 };
 #  define COOPOS_WCLONE 0
 #endif
 
-/* Whether such options ask for no ordinary child at all, but for those that Linux's clone(2) made without SIGCHLD. */
+/* Whether *options* ask for no ordinary child, only for those that clone(2) made without SIGCHLD. */
 static inline int coopos_wants_clones(int options)
 {
 #if defined(__linux__)
@@ -89,14 +90,15 @@ static inline int coopos_wants_clones(int options)
 #endif
 }
 
-/* waitid(2)'s idtype of a pidfd; where there are none, one that waitid refuses. */
+/* The idtype of a pidfd in waitid(2); without pidfds, one that waitid refuses. */
 #if defined(__linux__)
 #  define COOPOS_P_PIDFD ((idtype_t)3)
 #else
 #  define COOPOS_P_PIDFD ((idtype_t)-1)
 #endif
 
-/* The most bytes one read(2) or write(2) is asked for: macOS refuses more than INT_MAX. */
+/* The most bytes that we give to one read(2) or write(2). macOS refuses more than INT_MAX:
+ * https://github.com/apple-oss-distributions/xnu/blob/main/bsd/kern/sys_generic.c */
 #if defined(__APPLE__)
 #  define COOPOS_IO_MAX ((size_t)INT_MAX)
 #else
@@ -111,16 +113,16 @@ static inline int coopos_unsupported(void)
 
 /* ---- waiting for children ---- */
 
-/* What the kernel says of a child. */
+/* The answer of waitid(2) about a child. */
 struct coopos_report {
-    pid_t pid;             /* 0: nothing to say */
+    pid_t pid;             /* 0: no child has changed its state */
     uid_t uid;             /* the child's real user */
-    int code;              /* siginfo's: CLD_EXITED, CLD_KILLED, CLD_DUMPED, CLD_STOPPED, CLD_TRAPPED, CLD_CONTINUED */
-    int status;            /* wait(2)'s form */
+    int code;              /* si_code: CLD_EXITED, CLD_KILLED, CLD_DUMPED, CLD_STOPPED, CLD_TRAPPED, CLD_CONTINUED */
+    int status;            /* the raw wait status, as from wait(2) */
     struct rusage usage;
 };
 
-/* waitid(2) without waiting, and with the resource usage. 0, also where there is nothing to say, or -1. */
+/* waitid(2) without blocking, and with the resource usage. 0, also if no child has changed its state, or -1 with errno. */
 static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coopos_report *report)
 {
     siginfo_t info;
@@ -131,7 +133,7 @@ static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coop
         return -1;
     report->status = info.si_status;
 #else
-    /* Here waitid knows no usage: it finds out who, and wait4 collects that one. */
+    /* The portable waitid gives no usage. It only finds the child here; wait4 collects it. */
     for (;;) {
         if (waitid(idtype, id, &info, options | WNOHANG | WNOWAIT) < 0)
             return -1;
@@ -143,7 +145,7 @@ static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coop
             if (pid < 0 && errno != ECHILD)
                 return -1;
             if (pid <= 0)
-                continue;      /* somebody else was quicker */
+                continue;      /* another thread has collected it */
             report->pid = pid;
             report->uid = info.si_uid;
             report->code = info.si_code;
@@ -171,7 +173,7 @@ static inline int coopos_wait(idtype_t idtype, id_t id, int options, struct coop
     case CLD_CONTINUED:
         report->status = 0xffff;
         break;
-    default:                   /* stopped, and traced; there the signal may carry an event */
+    default:                   /* CLD_STOPPED, CLD_TRAPPED; a trap's status also has ptrace(2)'s event */
         report->status = report->status << 8 | 0x7f;
     }
     return 0;
@@ -189,7 +191,7 @@ static inline int coopos_pidfd_open(pid_t pid)
 #endif
 }
 
-/* kill(2) for the process behind a pidfd, which no other that has got its number can be. */
+/* kill(2) by pidfd: it can't hit another process that has got the same pid. */
 static inline int coopos_pidfd_signal(int pidfd, int signum)
 {
 #if defined(__linux__)
@@ -201,16 +203,17 @@ static inline int coopos_pidfd_signal(int pidfd, int signum)
 #endif
 }
 
-/* The first version of the kernel's struct pidfd_info (Linux 6.13; exit_code since 6.15). */
+/* The first version of the kernel's struct pidfd_info (Linux 6.13; exit_code since 6.15):
+ * https://github.com/torvalds/linux/blob/master/include/uapi/linux/pidfd.h */
 struct coopos_pidfd_info {
-    uint64_t mask;         /* asked for, and on return what was answered */
+    uint64_t mask;         /* in: the fields we want; out: the fields that are filled */
     uint64_t cgroupid;
     uint32_t pid, tgid, ppid;
     uint32_t ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
-    int32_t exit_code;     /* wait(2)'s raw status */
+    int32_t exit_code;     /* the raw wait status */
 };
 
-/* The pid of a pidfd's process, or -1 where the kernel doesn't tell. */
+/* The pid of a pidfd's process; -1 if the kernel doesn't tell it. */
 static inline pid_t coopos_pidfd_pid(int pidfd)
 {
 #if defined(__linux__)
@@ -226,8 +229,8 @@ static inline pid_t coopos_pidfd_pid(int pidfd)
 #endif
 }
 
-/* The status of a process that somebody else has reaped: 0, or -1 where the kernel does not tell. It tells no usage, and no user;
- * those are left as they are.
+/* Get the status of a child that other code has reaped. 0, or -1 if the kernel doesn't tell it. *report* keeps its usage and user:
+ * the kernel never tells those.
  */
 static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
 {
@@ -247,8 +250,8 @@ static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
         }
         if (errno == ENOTTY || errno == EINVAL)
             break;
-        /* Between the moment another thread takes the zombie and the moment the kernel lets go of it there is neither a child
-         * nor an exit record; POLLHUP marks the end of that moment. */
+        /* When another thread reaps the child there is a moment with neither a zombie nor an exit record. POLLHUP ends it:
+         * pidfd_poll in https://github.com/torvalds/linux/blob/master/fs/pidfs.c */
         if (attempt == 0)
             while (poll(&reaped, 1, 50) < 0 && errno == EINTR)
                 ;
@@ -261,20 +264,20 @@ static inline int coopos_pidfd_reaped(int pidfd, struct coopos_report *report)
 #endif
 }
 
-/* A number that pidfds of one process have in common, and of different ones not; 0 where there is none: before Linux 6.9 all pidfds
- * share an inode.
+/* The inode of a pidfd. All pidfds of a process have the same one, and no other process has it. 0 before Linux 6.9, where all
+ * pidfds share one inode.
  */
 static inline ino_t coopos_pidfd_inode(int pidfd)
 {
 #if defined(__linux__)
-    static dev_t pidfs;        /* once it is known */
+    static dev_t pidfs;        /* 0 until it is known */
     struct stat st;
     struct statfs fs;
     if (fstat(pidfd, &st) < 0)
         return 0;
     if (st.st_dev == pidfs)
         return st.st_ino;
-    if (fstatfs(pidfd, &fs) == 0 && fs.f_type == 0x50494446) {
+    if (fstatfs(pidfd, &fs) == 0 && fs.f_type == 0x50494446) {     /* PID_FS_MAGIC */
         pidfs = st.st_dev;
         return st.st_ino;
     }
@@ -294,10 +297,10 @@ enum { COOPOS_HAVE_EPOLL = 0 };
 
 enum { COOPOS_READ = 1, COOPOS_WRITE = 2, COOPOS_SET_BATCH = 256 };
 
-/* What a set has to tell: of one number, COOPOS_READ, COOPOS_WRITE or both. */
+/* One event of a set. */
 struct coopos_event {
     int fd;
-    int events;
+    int events;            /* COOPOS_READ, COOPOS_WRITE or both */
 };
 
 static inline long long coopos_now_us(void)
@@ -316,8 +319,9 @@ static inline int coopos_set_new(void)
 #endif
 }
 
-/* Have the set tell once that *fd* is ready for one of *events*, in place of what it was to tell of that file before. E2BIG: one open
- * file is in 500 sets already that lie in another (path_limits in https://github.com/torvalds/linux/blob/master/fs/eventpoll.c).
+/* Ask the set for one event of *fd*: that it is ready for one of *events*. This replaces what it was armed for before. E2BIG: the
+ * open file is in 500 sets already that are themselves in a set (path_limits in
+ * https://github.com/torvalds/linux/blob/master/fs/eventpoll.c).
  */
 static inline int coopos_set_arm(int set, int fd, int events)
 {
@@ -328,7 +332,7 @@ static inline int coopos_set_arm(int set, int fd, int events)
     event.data.fd = fd;
     if (epoll_ctl(set, EPOLL_CTL_MOD, fd, &event) == 0)
         return 0;
-    /* The kernel takes a file out of the set when it is closed: a number that was used again is one that the set never had. */
+    /* Most files are in the set already. Closing an open file takes it out (epoll(7)), so a reused number needs an ADD. */
     if (errno == ENOENT) {
         if (epoll_ctl(set, EPOLL_CTL_ADD, fd, &event) == 0)
             return 0;
@@ -342,9 +346,9 @@ static inline int coopos_set_arm(int set, int fd, int events)
 #endif
 }
 
-/* What the set has to tell, without waiting; at most *max*, and COOPOS_SET_BATCH. */
+/* Get the events of the set, without waiting: at most *max*, which is at most COOPOS_SET_BATCH. Returns how many. */
 #if defined(__GNUC__)
-__attribute__((noinline, unused))  /* its large frame is not to be that of a greenlet which switches */
+__attribute__((noinline, unused))  /* inlined, its large frame would be copied when a greenlet switches */
 #endif
 static int coopos_set_ready(int set, struct coopos_event *ready, int max)
 {
@@ -355,7 +359,7 @@ static int coopos_set_ready(int set, struct coopos_event *ready, int max)
         n = epoll_wait(set, events, max, 0);
     while (n < 0 && errno == EINTR);
     for (i = 0; i < n; i++) {
-        /* An error, or the other end's being gone, concerns all. */
+        /* An error or a hangup wakes readers and writers. */
         uint32_t all = events[i].events & (EPOLLERR | EPOLLHUP);
         ready[i].fd = events[i].data.fd;
         ready[i].events = (events[i].events & EPOLLIN || all ? COOPOS_READ : 0)
@@ -368,7 +372,7 @@ static int coopos_set_ready(int set, struct coopos_event *ready, int max)
 #endif
 }
 
-/* Whether *fd* is, or may be, in a set that somebody else has made. */
+/* Whether *fd* is, or may be, in the set *set*, which is the event loop's. */
 static inline int coopos_set_has(int set, int fd)
 {
 #if defined(__linux__)
@@ -378,7 +382,7 @@ static inline int coopos_set_has(int set, int fd)
         (void)epoll_ctl(set, EPOLL_CTL_DEL, fd, &nothing);
         return 0;
     }
-    return errno != EPERM;         /* a regular file, which can't be in one */
+    return errno != EPERM;         /* EPERM: a regular file, which can't be in a set */
 #else
     (void)set; (void)fd;
     return 1;
@@ -398,8 +402,8 @@ static inline void coopos_close_run(int first, int last)
 
 /* ---- a bell: a descriptor that any thread makes readable, for good ---- */
 
-/* bell[0] is to be waited for, bell[1] to be rung; on Linux they are one. Whether it rings from now on: not if the number was closed
- * behind our back. What is full (EAGAIN) rings already.
+/* Make bell[0] readable by a write to bell[1]; on Linux both are one eventfd. Returns whether it is readable: not if the program
+ * has closed the number. EAGAIN: it is full, so it is readable already.
  */
 static inline int coopos_bell_ring(const int *bell)
 {
@@ -411,7 +415,7 @@ static inline int coopos_bell_ring(const int *bell)
     return rc >= 0 || errno == EAGAIN;
 }
 
-/* Until the next ring it is not readable. */
+/* Make it not readable, until the next ring. */
 static inline void coopos_bell_hush(const int *bell)
 {
     uint64_t rings[8];
@@ -441,7 +445,7 @@ static inline int coopos_bell_new(int *bell)
         (void)fcntl(bell[i], F_SETFD, FD_CLOEXEC);
         (void)fcntl(bell[i], F_SETFL, O_NONBLOCK);
     }
-    /* macOS gives a pipe its buffer at the first write, and none if memory is short. Later there would be nobody to tell:
+    /* macOS allocates a pipe's buffer at the first write, which fails if memory is short. Here we can report that, later not:
      * https://github.com/apple-oss-distributions/xnu/blob/main/bsd/kern/sys_pipe.c */
     if (!coopos_bell_ring(bell)) {
         err = errno;
@@ -456,7 +460,7 @@ static inline int coopos_bell_new(int *bell)
 
 /* ---- threads ---- */
 
-/* Start a thread that takes no signal. */
+/* Start a thread that blocks all signals. Returns 0 or an errno. */
 static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
 {
     enum { STACK_BYTES = 512 * 1024 };
@@ -476,10 +480,11 @@ static inline int coopos_thread_start(pthread_t *thread, void *(*run)(void *), v
     return err;
 }
 
-/* A timer whose signal goes to the thread that has made it. */
+/* A timer that sends its signal to the thread that has made it. */
 #if defined(__linux__)
 typedef timer_t coopos_timer;
-/* The Linux name of a field that glibc before 2.38 has no other than a private one for. */
+/* The documented name of this field (timer_create(2)), which older glibc lacks:
+ * https://github.com/bminor/glibc/blob/master/sysdeps/unix/sysv/linux/bits/types/sigevent_t.h */
 #  if defined(__GLIBC__) && !defined(sigev_notify_thread_id)
 #    define sigev_notify_thread_id _sigev_un._tid
 #  endif
@@ -502,7 +507,7 @@ static inline int coopos_timer_new(coopos_timer *timer, int signal)
 #endif
 }
 
-/* Have it send its signal once. Async-signal-safe: signal-safety(7). */
+/* Make it send its signal once, after *us* microseconds. Async-signal-safe: signal-safety(7). */
 static inline int coopos_timer_set(const coopos_timer *timer, long us)
 {
 #if defined(__linux__)
@@ -526,7 +531,7 @@ static inline void coopos_timer_delete(const coopos_timer *timer)
 #endif
 }
 
-/* sem_getvalue(3), which macOS has by name only. */
+/* sem_getvalue(3). On macOS that always fails with ENOSYS. */
 static inline int coopos_sem_value(sem_t *semaphore, int *value)
 {
 #if defined(__APPLE__)
@@ -537,10 +542,10 @@ static inline int coopos_sem_value(sem_t *semaphore, int *value)
 #endif
 }
 
-/* ---- calls of Linux's that move bytes ---- */
+/* ---- Linux calls that move bytes ---- */
 
-/* preadv2(2) and pwritev2(2), with -1 for the descriptor's own offset. The kernel takes the offset in two halves, and on 64-bit
- * machines looks at the first alone.
+/* preadv2(2) and pwritev2(2); an offset of -1 is the file's own. The kernel takes the offset in two halves, and on 64-bit machines
+ * ignores the second (pos_from_hilo in https://github.com/torvalds/linux/blob/master/fs/read_write.c).
  */
 static inline ssize_t coopos_move_at(int fd, int writes, const struct iovec *iov, int count, off_t offset, int flags)
 {
@@ -553,28 +558,28 @@ static inline ssize_t coopos_move_at(int fd, int writes, const struct iovec *iov
 #endif
 }
 
-/* Whether a move of no buffers says what a move of some would be refused for. */
+/* Whether a move of 0 buffers fails with the same errno as one of some, for a wrong descriptor or offset. */
 #if defined(__linux__)
 enum { COOPOS_HAVE_EMPTY_MOVES = 1 };
 #else
 enum { COOPOS_HAVE_EMPTY_MOVES = 0 };
 #endif
 
-/* process_vm_readv(2) and process_vm_writev(2) within this process: a copy that fails with EFAULT where memcpy(3) would be a SIGBUS. */
-static inline ssize_t coopos_copy_by_kernel(const struct iovec *buffers, int count, char *ours, size_t size, int gathers)
+/* process_vm_readv(2) and process_vm_writev(2) on this process: a copy that fails with EFAULT where memcpy(3) gets a SIGBUS. */
+static inline ssize_t coopos_copy_by_kernel(const struct iovec *buffers, int count, char *ours, size_t size, int to_ours)
 {
 #if defined(__linux__) && defined(SYS_process_vm_readv) && defined(SYS_process_vm_writev)
     struct iovec local;
     local.iov_base = ours;
     local.iov_len = size;
-    return syscall(gathers ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
+    return syscall(to_ours ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), &local, 1ul, buffers, (unsigned long)count, 0ul);
 #else
-    (void)buffers; (void)count; (void)ours; (void)size; (void)gathers;
+    (void)buffers; (void)count; (void)ours; (void)size; (void)to_ours;
     return coopos_unsupported();
 #endif
 }
 
-/* ---- what only a thread can make ---- */
+/* ---- calls that only a worker makes ---- */
 
 static inline int coopos_fdatasync(int fd)
 {
@@ -596,7 +601,7 @@ static inline int coopos_fallocate(int fd, off_t offset, off_t length)
 #endif
 }
 
-/* Of these an offset of -1 is the descriptor's own. */
+/* In the next three an offset of -1 is the file's own. */
 static inline ssize_t coopos_copy(int source, off_t offset, int target, off_t target_offset, size_t size)
 {
 #if defined(__linux__) && defined(SYS_copy_file_range)
@@ -629,7 +634,6 @@ static inline ssize_t coopos_splice(int source, off_t offset, int target, off_t 
 #endif
 }
 
-/* getrandom(2). */
 static inline ssize_t coopos_random(char *buf, size_t size, unsigned flags)
 {
 #if defined(__linux__) && defined(SYS_getrandom)
@@ -640,14 +644,14 @@ static inline ssize_t coopos_random(char *buf, size_t size, unsigned flags)
 #endif
 }
 
-/* Whether poll(2) has something to say of a device; elsewhere than on Linux it isn't known. */
+/* Whether poll(2) supports a device: then epoll_ctl(2) accepts it. On other systems 0, since we can't know. */
 static inline int coopos_can_poll(int fd)
 {
 #if defined(__linux__)
     struct epoll_event event;
     int rc, set = epoll_create1(EPOLL_CLOEXEC);
     memset(&event, 0, sizeof event);
-    rc = epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);    /* EPERM: always ready, whatever it does */
+    rc = epoll_ctl(set, EPOLL_CTL_ADD, fd, &event);    /* EPERM: poll(2) always calls it ready */
     if (set >= 0)
         (void)close(set);
     return rc == 0;
@@ -659,12 +663,14 @@ static inline int coopos_can_poll(int fd)
 
 /* ---- terminals ---- */
 
-/* The master of a pseudoterminal: its termios(3) and its foreground group are the slave's, and do not govern it. */
+/* Whether *fd* is the master of a pseudoterminal. Its termios(3) and its foreground group are those of the slave: they don't govern
+ * reads and writes of the master.
+ */
 static inline int coopos_is_master(int fd)
 {
 #if defined(TIOCGPKT)
     int is_packet_mode;
-    return ioctl(fd, TIOCGPKT, &is_packet_mode) == 0;   /* tty_ioctl(4): of masters alone */
+    return ioctl(fd, TIOCGPKT, &is_packet_mode) == 0;   /* only for masters: ioctl_tty(2) */
 #elif defined(TIOCPTYGNAME)
     char name[128];
     return ioctl(fd, TIOCPTYGNAME, name) == 0;
@@ -674,9 +680,9 @@ static inline int coopos_is_master(int fd)
 #endif
 }
 
-/* Whether *fd* is our controlling terminal, and we are in the background: then a read, and with TOSTOP a write, stops our process
- * group, or fails, or (a write) goes through, all at once (__tty_check_change in
- * https://github.com/torvalds/linux/blob/master/drivers/tty/tty_jobctrl.c).
+/* Whether *fd* is our controlling terminal and we are in the background. Then a read, or with TOSTOP a write, doesn't wait for the
+ * terminal: it stops our process group, or it fails, or (a write) succeeds. See __tty_check_change in
+ * https://github.com/torvalds/linux/blob/master/drivers/tty/tty_jobctrl.c
  */
 static inline int coopos_is_in_background(int fd, int writes)
 {
@@ -687,10 +693,10 @@ static inline int coopos_is_in_background(int fd, int writes)
     return !writes || (tcgetattr(fd, &mode) == 0 && (mode.c_lflag & TOSTOP));
 }
 
-/* Whether a read of a terminal waits for something else than one line or one byte: for VMIN bytes, or no longer than VTIME tenths of
- * a second (termios(3)).
+/* Whether VMIN and VTIME decide how long a read of the terminal waits: non-canonical mode with a VMIN other than 1 (termios(3)).
+ * Else it waits for one line or one byte. *min* gets VMIN, *tenths* gets VTIME, in tenths of a second.
  */
-static inline int coopos_gathers(int fd, int *min, int *tenths)
+static inline int coopos_vmin_vtime(int fd, int *min, int *tenths)
 {
     struct termios mode;
     if (tcgetattr(fd, &mode) < 0 || (mode.c_lflag & ICANON) || mode.c_cc[VMIN] == 1 || coopos_is_master(fd))
@@ -700,12 +706,13 @@ static inline int coopos_gathers(int fd, int *min, int *tenths)
     return 1;
 }
 
-/* How many bytes there are to be read; -1: read(2) is to say what is the matter. */
-static inline int coopos_bytes_there(int fd)
+/* How many bytes a read of a terminal would find; -1: a hangup or an error, which read(2) reports. */
+static inline int coopos_bytes_available(int fd)
 {
     struct pollfd ready = {fd, POLLIN, 0};
     int n;
-    /* poll(2) also has the kernel hand over what has arrived. */
+    /* poll(2) also makes the kernel pass on the bytes that have arrived (n_tty_poll in
+     * https://github.com/torvalds/linux/blob/master/drivers/tty/n_tty.c). */
     if (poll(&ready, 1, 0) > 0 && (ready.revents & ~POLLIN))
         return -1;
     return ioctl(fd, FIONREAD, &n) < 0 ? -1 : n;
