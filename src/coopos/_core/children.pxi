@@ -63,7 +63,7 @@ cdef class Child(Record):
     @property
     def mechanism(self):
         """What tells that the child has ended: ``"pidfd"`` or ``"thread"``."""
-        return self.told_by
+        return self.watched_by
 
     @property
     def is_ours(self):
@@ -175,7 +175,7 @@ cdef class Child(Record):
             else:
                 found.wait(hub)
         finally:
-            found.end_unless_wanted()
+            found.close_if_unused()
         return True
 
     cdef ino_t pidfd_inode(self) except? 0:
@@ -192,7 +192,7 @@ cdef class Child(Record):
                 return watch.fd
         return -1
 
-    cdef int forget(self, watch) except -1:
+    cdef int remove_watch(self, watch) except -1:
         """A watch that nobody needs any more, and with the last one the record, unless somebody may still ask for the status."""
         if watch in self.watches:
             self.watches.remove(watch)
@@ -255,15 +255,15 @@ cdef class Child(Record):
                     self.inode = coopos_pidfd_inode(pidfd)
                 if children.get(self.pid) is self:
                     ended[self.pid] = self
-            self.tell_others()
+            self.announce_end()
         return False
 
-    cdef int collected(self, const Report *report) except -1:
+    cdef int claim_from_kernel(self, const Report *report) except -1:
         """The caller has asked the kernel itself, and keeps what it got."""
         self.report = report[0]
         return self.claim()
 
-    cdef int tell_others(self) except -1:
+    cdef int announce_end(self) except -1:
         """Those who must hear of the end without having watched for this child."""
         global _hook_is_due
         if self.is_watched:
@@ -275,16 +275,16 @@ cdef class Child(Record):
                 if question.is_wanted():
                     question.ring()
                 else:
-                    question.drop()
+                    question.cancel()
         return 0
 
     cdef int lose(self) except -1:
         self.state = LOST
-        self.drop()
-        self.settle()
+        self.remove_from_tables()
+        self.end_watches()
         return 0
 
-    cdef int drop(self) except -1:
+    cdef int remove_from_tables(self) except -1:
         """Out of the tables: nobody will be told this status again."""
         if children.get(self.pid) is self:
             del children[self.pid]
@@ -296,13 +296,13 @@ cdef class Child(Record):
         """The caller takes the status; everybody else who waits for this child has come too late."""
         cdef bint was_alive = self.state == ALIVE
         self.state = CLAIMED
-        self.drop()
+        self.remove_from_tables()
         if was_alive:
-            self.tell_others()
-        self.settle()
+            self.announce_end()
+        self.end_watches()
         return 0
 
-    cdef int settle(self) except -1:
+    cdef int end_watches(self) except -1:
         """End the watches that are still open, each in its own thread."""
         cdef Watch watch
         cdef list still_open = None
@@ -316,11 +316,11 @@ cdef class Child(Record):
         loop = this_loop()
         for watch in still_open:
             if watch.loop is None:
-                watch.shut()
+                watch.close()
             elif watch.loop is loop:
-                watch.finish()
-            elif not post(watch.loop, watch.finish):
-                watch.shut()       # its thread has ended, and its hub with it
+                watch.close_and_notify()
+            elif not post(watch.loop, watch.close_and_notify):
+                watch.close()       # its thread has ended, and its hub with it
         return 0
 
     cdef int add_callback(self, callback, loop, bint ref) except -1:
@@ -347,7 +347,7 @@ cdef class Child(Record):
                 if is_new:
                     found.start_plainly()
             else:
-                begin = found.start_there if is_new else found.tell_again
+                begin = found.start_in_loop if is_new else found.notify_again
                 if loop is this_loop():
                     begin(ref)
                 else:
@@ -369,7 +369,7 @@ cdef dict children = {}
 # {pid: Child}, oldest death first: watched children whose status nobody has asked for
 cdef dict ended = {}
 # The parent's tables, in a forked child: kept, because freeing thousands of records would copy the pages they are on.
-cdef list _parents = []
+cdef list _parent_tables = []
 
 
 cdef object lost_child(Child child):
@@ -416,7 +416,7 @@ cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub
         child.add_callback(callback, loop, ref)
     except:
         if is_new:
-            child.drop()
+            child.remove_from_tables()
         raise
     return child
 
@@ -441,7 +441,7 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict not
                     before.collect(False, NULL)
                 else:
                     before.lose()
-            before.drop()
+            before.remove_from_tables()
         return record(number, callback, loop, ref, note, needs_hub)
     except BaseException as ex:
         ex.pid = pid
@@ -457,13 +457,13 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
     cdef Child child
     cdef Report report
     cdef bint is_there
-    leave_parents()
+    ensure_own_tables()
     child = <Child>children.get(number)
     if child is not None:
         child.collect(False, NULL)     # if somebody else has collected it, the pid may be another child's
     is_there = ask_now(P_PID, number, WEXITED | WNOWAIT, &report) == 0
     if child is not None and child.state != ALIVE and is_there:
-        child.drop()       # the pid is used again, also where the kernel doesn't tell the status of the child that had it
+        child.remove_from_tables()       # the pid is used again, also where the kernel doesn't tell the status of the child that had it
         child = None
     if not is_there and (child is None or child.state != ENDED):
         raise os_error(errno, "watch", number)
@@ -472,7 +472,7 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------
 
-cdef int note_new(Child child, int pid) except -1:
+cdef int add_forked(Child child, int pid) except -1:
     """Record *child*, which was made before the fork, as child *pid* until the fork is over. Runs no Python code."""
     child.pid = pid
     if pid not in children:    # else a child had the pid before: nobody was quick enough to collect that one either
@@ -481,7 +481,7 @@ cdef int note_new(Child child, int pid) except -1:
     return 0
 
 
-cdef bint take_note(Child child) except -1:
+cdef bint remove_forked(Child child) except -1:
     """Its fork is over. True if at-fork hooks have let others do something to the child, as waitpid(-1) does."""
     if not child.is_watched:
         return False
@@ -497,17 +497,17 @@ cdef bint take_note(Child child) except -1:
 cdef int _born = 0
 
 
-cdef int leave_parents() except -1:
+cdef int ensure_own_tables() except -1:
     """In the child of C code that runs no at-fork hooks: its first question finds the parent's tables here."""
-    return forget_parent() if _born != generation else 0
+    return make_own_tables() if _born != generation else 0
 
 
-cdef int forget_parent() except -1:
+cdef int make_own_tables() except -1:
     """In a forked child: what was watched and asked is the parent's."""
     global children, ended, _exit_questions, _questions, _hook_loop, _hook_is_due, _born
     _hook_is_due = False
     _born = generation
     close_all_pidfds()
-    _parents.append((children, ended, _exit_questions, _questions, _hook_loop))
+    _parent_tables.append((children, ended, _exit_questions, _questions, _hook_loop))
     children, ended, _exit_questions, _questions, _hook_loop = {}, {}, {}, {}, None
     return 0

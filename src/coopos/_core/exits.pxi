@@ -57,7 +57,7 @@ cdef enum:
 cdef class Record:
     """What a Watch needs of the child that it watches. The next chapter has the rest: Child."""
     cdef readonly int pid
-    cdef str told_by               # "pidfd" or "thread"
+    cdef str watched_by            # "pidfd" or "thread"
     cdef int state
     cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
 
@@ -69,7 +69,7 @@ cdef class Record:
         """Somebody else has collected it."""
         raise NotImplementedError
 
-    cdef int forget(self, watch) except -1:
+    cdef int remove_watch(self, watch) except -1:
         """A watch that nobody needs any more."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ cdef class Watch(Wait):
     """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a Question where there is none."""
     cdef Record child
     cdef object loop
-    cdef Listener news             # while a thread asks for us
+    cdef Listener listener         # while a thread asks for us
     cdef list waiters              # of the greenlets parked here, their switch
     cdef list callbacks            # to be told: (callback, whether it wants the loop kept alive); or None
     cdef int holds
@@ -104,10 +104,10 @@ cdef class Watch(Wait):
             if not err:
                 try:
                     set_of_loop(self.loop).enter(self, False, "pidfd_open")
-                    self.child.told_by = "pidfd"
+                    self.child.watched_by = "pidfd"
                     return True
                 except BaseException as ex:
-                    self.drop_pidfd()
+                    self.close_pidfd()
                     if not isinstance(ex, OSError):
                         raise
                     # Out of descriptors for the set: a thread needs none.
@@ -115,8 +115,8 @@ cdef class Watch(Wait):
             if err == ESRCH:
                 return False
             _refusals[err] = _refusals.get(err, 0) + 1
-        self.ask_thread()
-        self.child.told_by = "thread"
+        self.ask_worker()
+        self.child.watched_by = "thread"
         return True
 
     cdef int start_plainly(self) except -1:
@@ -139,17 +139,17 @@ cdef class Watch(Wait):
         _watch_of.at[pidfd] = <PyObject *>self
         return 0
 
-    def start_there(self, bint ref):
+    def start_in_loop(self, bint ref):
         """In the loop's thread."""
         if self.child.state == ALIVE:
             self.start_or_lose(ref)
         else:
-            self.finish()
+            self.close_and_notify()
 
-    def tell_again(self, bint ref):
+    def notify_again(self, bint ref):
         """In the loop's thread, when a callback was added to a watch that is there already."""
         if self.child.state != ALIVE:
-            self.tell_all_soon()
+            self.notify_soon()
         elif ref:
             self.hold(1)
 
@@ -163,7 +163,7 @@ cdef class Watch(Wait):
             self.hold(1)
         return 0
 
-    cdef int drop_pidfd(self) except -1:
+    cdef int close_pidfd(self) except -1:
         cdef int pidfd = self.fd
         if pidfd >= 0 and self.born == generation:
             if self.set is not None:
@@ -181,87 +181,88 @@ cdef class Watch(Wait):
         if before != (self.holds > 0) and self.born == generation:
             if self.set is not None:
                 self.set.hold(self, self.holds > 0)
-            elif self.news is not None:
-                self.news.hold(self.holds > 0)
+            elif self.listener is not None:
+                self.listener.hold(self.holds > 0)
         return 0
 
     def release(self):
         """In the loop's thread: one that wanted the loop kept alive was unlinked."""
         self.hold(-1)
 
-    cdef int shut(self) except -1:
+    cdef int close(self) except -1:
         """Watch no longer. In the loop's thread, unless the loop is gone."""
         if not self.is_closed:
             self.is_closed = True
-            self.drop_pidfd()
-            self.leave_thread()
+            self.close_pidfd()
+            self.leave_question()
         return 0
 
-    cdef int ask_thread(self) except -1:
+    cdef int ask_worker(self) except -1:
         """Have a thread look for us."""
-        self.news = listen(self.loop, P_PID, self.child.pid, WEXITED, self.set is None and self.holds > 0, self.fire_from_thread)
+        self.listener = listen(
+            self.loop, P_PID, self.child.pid, WEXITED, self.set is None and self.holds > 0, self.check_child_on_answer)
         return 0
 
-    cdef int leave_thread(self) except -1:
-        cdef Listener news = self.news
-        self.news = None
-        if news is not None and self.born == generation:
-            news.leave()
+    cdef int leave_question(self) except -1:
+        cdef Listener listener = self.listener
+        self.listener = None
+        if listener is not None and self.born == generation:
+            listener.leave()
         return 0
 
     cdef int tell(self) except -1:
         """In the hub: the pidfd is readable."""
         if self.set is not None:
-            self.fire(True)
+            self.check_child(True)
             # Once for all that this turn brings, as one SIGCHLD stands for several.
             call_hook_soon(self.loop)
         return 0
 
-    def fire_from_thread(self):
-        self.fire(False)
+    def check_child_on_answer(self):
+        self.check_child(False)
         call_hook(self.loop)
 
-    cdef int fire(self, bint is_dead) except -1:
+    cdef int check_child(self, bint is_dead) except -1:
         """In the hub: the child has ended, or is said to have. One of several: what it raises the hub reports."""
         if self.born != generation:
             return 0
         try:
             # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
             if (self.child.is_watched or self.waiters) and self.child.collect(self.waiters and not self.callbacks, NULL, is_dead):
-                self.leave_thread()
+                self.leave_question()
                 self.wake_waiters()    # a traced child has stopped: a matter for them
             elif self.child.state != ALIVE:
-                self.shut()
-                self.tell_all()
+                self.close()
+                self.notify()
             else:
                 # The thread's look has come to nothing; or a tracer holds the end back: then the pidfd stays readable, and only
                 # a thread that waits as the parent does is told when the tracer lets go.
-                self.leave_thread()
-                self.ask_thread()
+                self.leave_question()
+                self.ask_worker()
         except:
             self.loop.handle_error(self.child, *sys.exc_info())
-            self.shut()
+            self.close()
             self.wake_waiters()        # they begin anew, and meet the same, or not
         return 0
 
-    def finish(self):
+    def close_and_notify(self):
         """In the loop's thread: the status became known without the loop. End the watch; the hub tells whom it concerns."""
         if not self.is_closed:
-            self.shut()
-            self.tell_all_soon()
+            self.close()
+            self.notify_soon()
 
-    cdef int tell_all_soon(self) except -1:
+    cdef int notify_soon(self) except -1:
         if self.waiters or self.callbacks:
-            self.loop.run_callback(self.tell_all_from_queue)
+            self.loop.run_callback(self.notify_from_queue)
         elif self.is_lasting:
             call_hook_soon(self.loop)
         return 0
 
-    def tell_all_from_queue(self):
-        self.tell_all()
+    def notify_from_queue(self):
+        self.notify()
         call_hook(self.loop)
 
-    cdef int tell_all(self) except -1:
+    cdef int notify(self) except -1:
         """In the hub: run the callbacks, once, and keep nothing alive that they refer to; then wake those who wait."""
         callbacks, self.callbacks = self.callbacks, None
         if callbacks:
@@ -300,10 +301,10 @@ cdef class Watch(Wait):
                 self.waiters.remove(switch)
         return 0
 
-    cdef int end_unless_wanted(self) except -1:
+    cdef int close_if_unused(self) except -1:
         if not self.waiters and not self.is_lasting:
-            self.shut()
-            self.child.forget(self)
+            self.close()
+            self.child.remove_watch(self)
         return 0
 
 

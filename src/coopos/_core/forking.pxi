@@ -1,7 +1,7 @@
 # fork(2) and forkpty(3), and the hooks of every fork, whoever makes it.
 #
 #     parent      the at-fork hooks, which may wait; prepare(), the last of them
-#     fork(2)     in the child coopos_in_child(), in the parent coopos_in_parent(), both by pthread_atfork(3)
+#     fork(2)     in the child coopos_atfork_child(), in the parent coopos_atfork_parent(), both by pthread_atfork(3)
 #     child       the interpreter's own repairs; revive(), the first of the hooks; everybody else's hooks
 #     parent      resume(), the first of the hooks; everybody else's hooks
 #
@@ -96,7 +96,7 @@ def prepare():
             leaving = Leaving()
             Py_INCREF(leaving)
             coopos_pending.leaving = <PyObject *>leaving
-            coopos_pending.finds = &leaving.finds
+            coopos_pending.search = &leaving.search
     except BaseException as ex:
         if call is None:
             # Nobody can hold this fork up: the interpreter prints what has failed. No greenlet runs that mustn't.
@@ -114,7 +114,7 @@ cdef int end_pending() except -1:
     cdef PyObject *leaving = coopos_pending.leaving
     coopos_pending.is_prepared = False
     coopos_pending.leaving = NULL
-    coopos_pending.finds = NULL
+    coopos_pending.search = NULL
     coopos_unblock_signals()
     Py_XDECREF(leaving)
     return 0
@@ -136,7 +136,7 @@ cdef int revive_child() except -1:
     cdef int mode
     try:
         forget_other_threads()
-        forget_parent()
+        make_own_tables()
         if coopos_pending.is_prepared:
             mode = coopos_pending.mode
             if coopos_pending.leaving != NULL:
@@ -146,7 +146,7 @@ cdef int revive_child() except -1:
             mode = mode_of(call)
             if mode == LEAVE:
                 leaving = Leaving()
-                coopos_leave(&leaving.finds)
+                coopos_leave_greenlets(&leaving.search)
         if mode == EXEC:
             take_new_hub()
         else:
@@ -155,7 +155,7 @@ cdef int revive_child() except -1:
             ask_again()
         if leaving is not None:
             forget_calls(True)
-            leaving.empty_loops()
+            leaving.clear_loops()
             leaving.replace_main()
             for hook in _left_hooks:
                 hook()
@@ -200,8 +200,8 @@ os.register_at_fork(before=prepare, after_in_child=revive, after_in_parent=resum
 try:
     put_first(prepare, revive, resume)
 except NotImplementedError as ex:
-    _disorder = str(ex)
-if coopos_hear_of_forks():
+    _leaving_error = str(ex)
+if coopos_add_fork_handlers():
     raise MemoryError
 
 
@@ -286,7 +286,7 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
             _forks[current] = call
             fork_now(call, has_pty, NULL if size is None else &window, &pid, &master)
         finally:
-            put_back(_forks, current, before)
+            restore_entry(_forks, current, before)
             turn.owner = owner
             if owner is None:
                 turn.is_free.set()
@@ -299,7 +299,7 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
         raise
 
 
-cdef int put_back(dict table, current, before) except -1:
+cdef int restore_entry(dict table, current, before) except -1:
     if before is None:
         if current in table:
             del table[current]
@@ -333,7 +333,7 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
     if pid[0] > 0:
         # A hook that waits lets others collect any child that has ended.
         try:
-            note_new(child, pid[0])
+            add_forked(child, pid[0])
         except BaseException as ex:
             call.failure = ex
     PyOS_AfterFork_Parent()
@@ -344,7 +344,7 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
         raise MemoryError
     if pid[0] < 0:
         raise os_error(err, "forkpty" if has_pty else "fork", "")
-    if take_note(child):
+    if remove_forked(child):
         watching = <Watching>_watching.get(getcurrent())
         if watching is not None:
             watching.notes[pid[0]] = child
@@ -365,4 +365,4 @@ def fork_to_watch(fork, dict notes, keep_greenlets=None, **kwargs):
         _watching[current] = watching
         return fork(**kwargs)
     finally:
-        put_back(_watching, current, before)
+        restore_entry(_watching, current, before)

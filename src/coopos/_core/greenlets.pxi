@@ -11,7 +11,7 @@
 
 cdef bint _knows_greenlet = False
 # Why no greenlet can be left behind, or None.
-cdef object _disorder = None
+cdef object _leaving_error = None
 
 
 def check_greenlet(kind):
@@ -48,7 +48,7 @@ def put_first(*hooks):
     cdef list lists
     referrers = [referrer for referrer in gc.get_referrers(*hooks) if type(referrer) is list]
     for hook in hooks:
-        lists = [listed for listed in referrers if has(listed, hook)]
+        lists = [listed for listed in referrers if contains(listed, hook)]
         if len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook:
             found.append(lists[0])
     if len(found) < len(hooks):
@@ -58,7 +58,7 @@ def put_first(*hooks):
         listed.insert(0, listed.pop())
 
 
-cdef bint has(list listed, hook) noexcept:
+cdef bint contains(list listed, hook) noexcept:
     for each in listed:
         if each is hook:
             return True
@@ -68,8 +68,8 @@ cdef bint has(list listed, hook) noexcept:
 cdef int check_leaving() except -1:
     """Refuse what can't be done: a child without the parent's greenlets."""
     global _knows_greenlet
-    if _disorder is not None:
-        raise NotImplementedError(_disorder)
+    if _leaving_error is not None:
+        raise NotImplementedError(_leaving_error)
     if not _knows_greenlet:
         check_greenlet(greenlet)
         _knows_greenlet = True
@@ -151,7 +151,7 @@ cdef class Leaving:
     cdef object dead           # a greenlet that has ended
     cdef list objects          # that were found. Where the collector sees who refers to them: greenlet asks it when a thread ends
     cdef bint was_frozen
-    cdef coopos_finds finds
+    cdef coopos_search search
 
     def __cinit__(self):
         """In the parent, when the at-fork hooks have run: the thread may have had no hub before, or another."""
@@ -168,35 +168,35 @@ cdef class Leaving:
             self.loop = self.hub.loop
         else:
             self.loop = get_loop()         # of a hub that was destroyed; the next one has it again
-        self.finds.greenlet = <PyTypeObject *>greenlet
-        self.finds.waiter = <PyTypeObject *>Waiter
-        self.finds.hub_type = <PyTypeObject *>Hub
-        self.finds.current = <PyGreenlet *>self.current
-        self.finds.hub = <PyGreenlet *>self.hub if self.hub is not None else NULL
-        self.finds.dead = <PyGreenlet *>self.dead
+        self.search.greenlet = <PyTypeObject *>greenlet
+        self.search.waiter = <PyTypeObject *>Waiter
+        self.search.hub_type = <PyTypeObject *>Hub
+        self.search.current = <PyGreenlet *>self.current
+        self.search.hub = <PyGreenlet *>self.hub if self.hub is not None else NULL
+        self.search.dead = <PyGreenlet *>self.dead
         if self.main is not self.current:
-            self.finds.main = <PyObject *>self.main
+            self.search.main = <PyObject *>self.main
         kind = config.loop if self.loop is None else type(self.loop)
-        self.finds.loop = <PyTypeObject *>kind
+        self.search.loop = <PyTypeObject *>kind
         if self.loop is not None and not hasattr(self.loop, "_keepaliveset"):
             kind = self.loop.WatcherType
-            self.finds.watcher = <PyTypeObject *>kind
+            self.search.watcher = <PyTypeObject *>kind
         # What gc.freeze() has set aside the collector doesn't tell of: https://docs.python.org/3/library/gc.html#gc.freeze
         self.was_frozen = gc.get_freeze_count() > 0
         if self.was_frozen:
             gc.unfreeze()
         self.objects = []
-        self.finds.objects = <PyObject *>self.objects
-        coopos_find(&self.finds)
+        self.search.objects = <PyObject *>self.objects
+        coopos_run_search(&self.search)
 
-    cdef int empty_loops(self) except -1:
+    cdef int clear_loops(self) except -1:
         """In the child, whose hub was re-initialised: nothing that the parent has asked a loop for happens here."""
         for each in self.objects:
             if isinstance(each, greenlet):
                 continue
-            if self.finds.watcher != NULL and PyObject_TypeCheck(each, self.finds.watcher):
+            if self.search.watcher != NULL and PyObject_TypeCheck(each, self.search.watcher):
                 self.stop(each)
-            elif self.finds.loop != NULL and PyObject_TypeCheck(each, self.finds.loop):
+            elif self.search.loop != NULL and PyObject_TypeCheck(each, self.search.loop):
                 if each is not self.loop:
                     close_loop(each)
             elif isinstance(each, Waiter):
@@ -253,7 +253,7 @@ cdef int close_loop(loop) except -1:
     if not loop.ptr:
         return 0
     fd = loop.fileno()
-    coopos_keep_for_good(<PyObject *>loop)
+    coopos_keep_forever(<PyObject *>loop)
     if hasattr(loop, "_keepaliveset"):
         loop._ptr = None
     if fd is not None and fd >= 0:

@@ -61,8 +61,8 @@ cdef class Owned:
     cdef bint is_stream            # read by what stands here, as far as is known
     cdef bint is_drained           # there was nothing more to read a moment ago
     cdef readonly Py_ssize_t late  # bytes that the last write has written although it raised something
-    cdef list inside               # the greenlets, of any thread, that may have given way in a read or write
-    cdef list outside              # (hub, Wait) of greenlets that are in wait_for_others()
+    cdef list in_calls             # the greenlets, of any thread, that may have given way in a read or write
+    cdef list waiters              # (hub, Wait) of greenlets that are in wait_for_others()
 
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
@@ -71,7 +71,7 @@ cdef class Owned:
             err = errno
             raise OSError(err, os.strerror(err))
         self.fd = fd
-        self.inside, self.outside = [], []
+        self.in_calls, self.waiters = [], []
         self.may_read, self.may_write = may_read, may_write
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
 
@@ -141,19 +141,19 @@ cdef class Owned:
     cdef object enter(self):
         """The calling greenlet, before what may give way in a read or write; after it, however it ends, comes leave()."""
         cdef object current = this_greenlet()
-        self.inside.append(current)
+        self.in_calls.append(current)
         return current
 
     cdef int leave(self, current) except -1:
         cdef Wait wait
-        cdef Py_ssize_t last = len(self.inside) - 1
-        if self.inside[last] is current:
-            self.inside.pop()
+        cdef Py_ssize_t last = len(self.in_calls) - 1
+        if self.in_calls[last] is current:
+            self.in_calls.pop()
         else:
-            self.inside.remove(current)
-        if self.outside:
+            self.in_calls.remove(current)
+        if self.waiters:
             hub = reachable_hub()
-            for home, wait in list(self.outside):      # other threads change it
+            for home, wait in list(self.waiters):      # other threads change it
                 # Whoever waited in the parent of a fork is dead in the child.
                 if home is hub and wait.queued is None and not wait.greenlet.dead:
                     wait.queued = hub.loop.run_callback(wait.wake)
@@ -171,7 +171,7 @@ cdef class Owned:
         if hub is None:
             return False
         root = root_of(current)
-        for each in list(self.inside):
+        for each in list(self.in_calls):
             if each is not current and not each.dead and root_of(each) is root:
                 break
         else:
@@ -179,13 +179,13 @@ cdef class Owned:
         wait = Wait.__new__(Wait)
         wait.greenlet = current
         member = (hub, wait)
-        self.outside.append(member)
+        self.waiters.append(member)
         try:
             came_back = give_way(hub, current)
             if came_back is not wait:
                 raise wrong_switch(came_back, "another greenlet's read or write")
         finally:
-            self.outside.remove(member)
+            self.waiters.remove(member)
             wait.greenlet = None
             if wait.queued is not None:
                 wait.queued.stop()
@@ -200,7 +200,7 @@ cdef class Owned:
         if closes:
             close_fd(fd)
         else:
-            evict(fd, self.inside)
+            evict(fd, self.in_calls)
 
 
 # ---- what a file does with it ------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ cdef class Question(Inquiry):
     cdef dict table                # _questions or _exit_questions
     cdef list listeners            # the Listener of each who asked
 
-    cdef int close_to_others(self) noexcept:
+    cdef int remove_from_table(self) noexcept:
         """Who asks from now on asks anew."""
         if self.table.get(self.key) is self:
             del self.table[self.key]
@@ -66,7 +66,7 @@ cdef class Question(Inquiry):
 
     cdef int ring(self) noexcept:
         """Wake all who asked, from any thread."""
-        self.close_to_others()
+        self.remove_from_table()
         if self.box != NULL:
             coopos_bell_ring(self.box.bell)
         return 0
@@ -79,10 +79,10 @@ cdef class Question(Inquiry):
                 return True
         return False
 
-    cdef int drop(self) noexcept:
+    cdef int cancel(self) noexcept:
         """Nobody waits."""
         if self.born == generation:
-            self.close_to_others()
+            self.remove_from_table()
             self.end()
         return 0
 
@@ -126,11 +126,11 @@ cdef class Listener(Wait):
         if question.born != generation:
             question.end()         # it is the parent's
             return 0
-        question.close_to_others()
+        question.remove_from_table()
         callback(*args)
         return 0
 
-    cdef int stand(self) except -1:
+    cdef int wait_without_hub(self) except -1:
         """Stand still, with the GIL released, until there is news."""
         cdef Question question = self.question
         cdef pollfd rung
@@ -145,7 +145,7 @@ cdef class Listener(Wait):
             return 0
         if err:
             raise os_error(err, "poll", question.key)
-        question.close_to_others()
+        question.remove_from_table()
         return 0
 
     cdef int leave(self) except -1:
@@ -164,7 +164,7 @@ cdef class Listener(Wait):
             timer.stop()
             timer.close()
         if not question.is_wanted():
-            question.drop()
+            question.cancel()
         return 0
 
 
@@ -202,28 +202,28 @@ cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False
 
 # ---- waiting for the kernel's news -------------------------------------------------------------------------------------------
 
-cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
+cdef int wait_for_change(idtype_t idtype, id_t id, int options) except -1:
     """Wait until the kernel may have an answer to this waitid(2)."""
     cdef object hub = reachable_hub()
     cdef object loop = None if hub is None else hub.loop
     cdef object current = None if hub is None else getcurrent()
     cdef object switch = None if hub is None else current.switch
     cdef Report report
-    cdef Listener news
+    cdef Listener listener
     if options & COOPOS_WNOTHREAD and ask_now(idtype, id, options & ~COOPOS_WNOTHREAD | WNOWAIT, &report) == 0 and report.pid > 0:
         # It is another thread's, and no other thread can ask for this one's alone.
         return wait_plainly(idtype, id, options)
     if hub is None and idtype == P_PID:
         return wait_plainly(idtype, id, options)
     # For any child also where nothing can be switched to: the hub of another thread may collect it and ring.
-    news = listen(loop, idtype, id, options, True, switch, (switch,))
+    listener = listen(loop, idtype, id, options, True, switch, (switch,))
     try:
         if hub is None:
-            news.stand()
+            listener.wait_without_hub()
         else:
             came_back = give_way(hub, current)
             if came_back is not switch:
                 raise wrong_switch(came_back, "children")
     finally:
-        news.leave()
+        listener.leave()
     return 0

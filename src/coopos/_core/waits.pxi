@@ -26,7 +26,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
         if child.is_watched and asks_records and child.collect(takes, report if takes else NULL) and takes:
             return 0
         if (child.state == ENDED or child.is_stolen) and is_used_again(pid):
-            child.drop()
+            child.remove_from_tables()
             child = None
     while True:
         if child is None:
@@ -36,7 +36,7 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
             if (child.is_watched or takes) and child.collect(takes, report if takes else NULL) and takes:
                 return 0
             if child.is_stolen and not has_waited and is_used_again(pid):
-                child.drop()   # an older child's, for which somebody else still waits
+                child.remove_from_tables()   # an older child's, for which somebody else still waits
                 child = None
                 continue
             if child.state == ENDED:
@@ -50,12 +50,12 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
                 raise os_error(errno, call, pid)
             if report.pid > 0:
                 if child is not None and has_ended(report) and takes:
-                    child.collected(report)
+                    child.claim_from_kernel(report)
                 return 0
         if options & WNOHANG:
             return 0
         if is_special or is_traced(pid):
-            wait_for_news(P_PID, pid, options)
+            wait_for_change(P_PID, pid, options)
             continue
         if child is None:
             child = Child(pid)
@@ -107,7 +107,7 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
                 break
             if not is_used_again(child.pid):
                 return take(child, options, report)
-            child.drop()
+            child.remove_from_tables()
         looks = bool(children) and asks_records and not options & WNOWAIT
         if ask_now(idtype, id, options | WNOWAIT if looks else options, report) < 0:
             err = errno
@@ -128,7 +128,7 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
             continue
         if options & WNOHANG:
             return 0
-        wait_for_news(idtype, id, options)
+        wait_for_change(idtype, id, options)
 
 
 cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
@@ -176,7 +176,7 @@ cdef int wait_by_pid(str call, int pid, int flags, Report *report) except -1:
     """wait4(2)."""
     cdef int options
     memset(report, 0, sizeof(Report))
-    leave_parents()
+    ensure_own_tables()
     if flags & ~COOPOS_WAIT_OPTIONS:
         raise os_error(EINVAL, call, pid)
     options = WEXITED | (WSTOPPED if flags & WUNTRACED else 0) | flags & ~WUNTRACED
@@ -348,7 +348,7 @@ def waitid(idtype, Py_ssize_t id, options):
     cdef int number = as_int(id)
     cdef int flags = as_int(options)
     memset(&report, 0, sizeof(Report))
-    leave_parents()
+    ensure_own_tables()
     if flags & ~COOPOS_WAITID_OPTIONS or not flags & (WEXITED | WSTOPPED | WCONTINUED):
         raise os_error(EINVAL, "waitid", id)
     if kind == P_PID and number > 0:

@@ -29,7 +29,7 @@ static inline PyObject *coopos_switch(PyObject *greenlet, PyObject *args, PyObje
     return PyGreenlet_Switch((PyGreenlet *)greenlet, args, kwargs);
 }
 
-struct coopos_finds {
+struct coopos_search {
     PyTypeObject *greenlet;
     PyTypeObject *watcher;     /* or NULL: the loop has a list of its own */
     PyTypeObject *loop;        /* or NULL: there is none */
@@ -43,31 +43,31 @@ struct coopos_finds {
 };
 
 /* Take *op* if it is a greenlet or may resume one. 1: go on. */
-static inline int coopos_look_at(PyObject *op, void *arg)
+static inline int coopos_visit_object(PyObject *op, void *arg)
 {
-    struct coopos_finds *finds = arg;
+    struct coopos_search *search = arg;
     /* Nearly everything is one of these. */
     unsigned long plain = Py_TPFLAGS_LIST_SUBCLASS | Py_TPFLAGS_TUPLE_SUBCLASS | Py_TPFLAGS_DICT_SUBCLASS | Py_TPFLAGS_TYPE_SUBCLASS;
     if (Py_TYPE(op)->tp_flags & plain || PyFunction_Check(op))
         return 1;
-    if (!PyObject_TypeCheck(op, finds->greenlet)
-            && !(finds->watcher != NULL && PyObject_TypeCheck(op, finds->watcher))
-            && !(finds->loop != NULL && PyObject_TypeCheck(op, finds->loop))
-            && !(finds->main != NULL && (PyObject_TypeCheck(op, finds->waiter)
-                                         || (PyCFunction_Check(op) && PyCFunction_GET_SELF(op) == finds->main))))
+    if (!PyObject_TypeCheck(op, search->greenlet)
+            && !(search->watcher != NULL && PyObject_TypeCheck(op, search->watcher))
+            && !(search->loop != NULL && PyObject_TypeCheck(op, search->loop))
+            && !(search->main != NULL && (PyObject_TypeCheck(op, search->waiter)
+                                         || (PyCFunction_Check(op) && PyCFunction_GET_SELF(op) == search->main))))
         return 1;
-    return PyList_Append(finds->objects, op) == 0;
+    return PyList_Append(search->objects, op) == 0;
 }
 
 /* Look at every object that the garbage collector knows. -1 with an exception set.
  *
  * In the parent: to visit an object counts a reference to it, and in a child that would copy every page that has one.
  */
-static inline int coopos_find(struct coopos_finds *finds)
+static inline int coopos_run_search(struct coopos_search *search)
 {
 #if PY_VERSION_HEX >= 0x030C0000
     /* https://docs.python.org/3/c-api/gcsupport.html#c.PyUnstable_GC_VisitObjects */
-    PyUnstable_GC_VisitObjects(coopos_look_at, finds);
+    PyUnstable_GC_VisitObjects(coopos_visit_object, search);
 #else
     Py_ssize_t i;
     PyObject *all = NULL;
@@ -78,7 +78,7 @@ static inline int coopos_find(struct coopos_finds *finds)
         all = PyObject_CallMethod(gc, "get_objects", NULL);
     Py_XDECREF(gc);
     if (all != NULL) {
-        for (i = 0; i < PyList_GET_SIZE(all) && coopos_look_at(PyList_GET_ITEM(all, i), finds); i++)
+        for (i = 0; i < PyList_GET_SIZE(all) && coopos_visit_object(PyList_GET_ITEM(all, i), search); i++)
             ;
         Py_DECREF(all);
     }
@@ -89,7 +89,7 @@ static inline int coopos_find(struct coopos_finds *finds)
 }
 
 /* Nobody frees it, and the garbage collector doesn't go through it. */
-static inline void coopos_keep_for_good(PyObject *op)
+static inline void coopos_keep_forever(PyObject *op)
 {
     Py_INCREF(op);
     PyObject_GC_UnTrack(op);
@@ -101,21 +101,21 @@ static inline void coopos_keep_for_good(PyObject *op)
  * had, its parked frames above all, belongs to nobody and is never freed. The garbage collector must not count what the shared
  * state refers to several times.
  */
-static inline void coopos_leave(const struct coopos_finds *finds)
+static inline void coopos_leave_greenlets(const struct coopos_search *search)
 {
     Py_ssize_t i;
-    coopos_keep_for_good((PyObject *)finds->dead);
-    for (i = 0; i < PyList_GET_SIZE(finds->objects); i++) {
-        PyObject *found = PyList_GET_ITEM(finds->objects, i);
+    coopos_keep_forever((PyObject *)search->dead);
+    for (i = 0; i < PyList_GET_SIZE(search->objects); i++) {
+        PyObject *found = PyList_GET_ITEM(search->objects, i);
         PyGreenlet *each = (PyGreenlet *)found;
-        if (!PyObject_TypeCheck(found, finds->greenlet) || each == finds->current || each == finds->hub)
+        if (!PyObject_TypeCheck(found, search->greenlet) || each == search->current || each == search->hub)
             continue;
         if (PyGreenlet_ACTIVE(each)) {
-            coopos_keep_for_good((PyObject *)each);
+            coopos_keep_forever((PyObject *)each);
             /* Another thread's hub is not made to look finished: gevent destroys those of its pool's threads, by throwing into them,
              * and what is thrown into a dead greenlet comes out in our hub. */
-            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(found, finds->hub_type))
-                each->pimpl = finds->dead->pimpl;
+            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(found, search->hub_type))
+                each->pimpl = search->dead->pimpl;
         } else if (!PyGreenlet_STARTED(each)) {
             Py_INCREF(each);       /* known to the collector: whoever starts it here has it left behind in a fork */
         }
@@ -142,7 +142,7 @@ struct coopos_pending {
     int is_blocking;           /* signals; *signals* is the mask to go back to */
     sigset_t signals;
     PyObject *leaving;         /* owned, or NULL */
-    const struct coopos_finds *finds;
+    const struct coopos_search *search;
 };
 
 static __thread struct coopos_pending coopos_pending;
@@ -155,22 +155,22 @@ static inline void coopos_unblock_signals(void)
 }
 
 /* Inside fork(2), in the child. The interpreter's own repairs, which come next, free what other threads had. */
-static inline void coopos_in_child(void)
+static inline void coopos_atfork_child(void)
 {
-    if (coopos_pending.is_prepared && coopos_pending.finds != NULL)
-        coopos_leave(coopos_pending.finds);
+    if (coopos_pending.is_prepared && coopos_pending.search != NULL)
+        coopos_leave_greenlets(coopos_pending.search);
 }
 
 /* Inside fork(2), in the parent, also if it has failed. */
-static inline void coopos_in_parent(void)
+static inline void coopos_atfork_parent(void)
 {
     coopos_pending.is_prepared = 0;
     coopos_unblock_signals();
 }
 
-static inline int coopos_hear_of_forks(void)
+static inline int coopos_add_fork_handlers(void)
 {
-    return pthread_atfork(NULL, coopos_in_parent, coopos_in_child);
+    return pthread_atfork(NULL, coopos_atfork_parent, coopos_atfork_child);
 }
 
 #endif
