@@ -1,5 +1,5 @@
-/* greenlet's C API, and how a forked child leaves its parent's greenlets behind: the parent finds them before the fork, and the child
- * makes them look finished. The child's part is C alone, because it runs inside fork(2), as a handler of pthread_atfork(3).
+/* greenlet's C API, and how a forked child leaves its parent's greenlets behind: the parent finds them before the fork, and the
+ * child makes them look finished. The child's part is C alone, because it runs inside fork(2), as a handler of pthread_atfork(3).
  */
 #ifndef COOPOS_GREENLETS_H
 #define COOPOS_GREENLETS_H
@@ -133,9 +133,9 @@ static inline void coopos_bind_to(PyObject *method, PyObject *other)
 
 /* A fork of this thread: from prepare(), the last at-fork hook, until revive() in the child or the end of fork(2) in the parent.
  *
- * Per thread, since the interpreter waits for the import lock in between, and other threads may run and end meanwhile. *is_prepared*
- * is false if prepare() didn't run: without memory to copy the list of hooks the interpreter skips them. See run_at_forkers() in
- * https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c
+ * Per thread, since the interpreter waits for the import lock in between, and other threads may run and end meanwhile.
+ * *is_prepared* is false if prepare() didn't run: without memory to copy the list of hooks the interpreter skips them, in
+ * run_at_forkers() of https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c
  */
 struct coopos_pending {
     int is_prepared;
