@@ -250,7 +250,7 @@ cdef extern from "c/greenlets.h":
     int coopos_import_greenlet() except -1
     object coopos_current_greenlet()
     object coopos_switch(object greenlet, PyObject *args, PyObject *kwargs)
-    ctypedef struct coopos_finds "struct coopos_finds":
+    ctypedef struct coopos_search "struct coopos_search":
         PyTypeObject *greenlet
         PyTypeObject *watcher
         PyTypeObject *loop
@@ -261,9 +261,9 @@ cdef extern from "c/greenlets.h":
         PyGreenlet *hub
         PyGreenlet *dead
         PyObject *objects
-    int coopos_find(coopos_finds *finds) except -1
-    void coopos_leave(const coopos_finds *finds)
-    void coopos_keep_for_good(PyObject *op)
+    int coopos_run_search(coopos_search *search) except -1
+    void coopos_leave_greenlets(const coopos_search *search)
+    void coopos_keep_forever(PyObject *op)
     void coopos_bind_to(PyObject *method, PyObject *other)
     ctypedef struct coopos_pending_t "struct coopos_pending":
         bint is_prepared
@@ -271,7 +271,7 @@ cdef extern from "c/greenlets.h":
         bint is_blocking
         sigset_t signals
         PyObject *leaving
-        const coopos_finds *finds
+        const coopos_search *search
     coopos_pending_t coopos_pending
     void coopos_unblock_signals()
-    int coopos_hear_of_forks()
+    int coopos_add_fork_handlers()

@@ -1,34 +1,31 @@
 # The records of children that somebody watches or waits for.
 #
-# A Child has a Watch in each loop that waits for it. Whoever is first collects it; exactly one caller gets the status. Its states, and
-# the method on each edge:
+# A Child has a Watch in each loop that waits for it. To collect a child means to reap its zombie and keep the status in the record.
+# One loop or caller collects the child, and one caller claims the status. The states, and the method on each edge:
 #
-#                  collect()              claim()
-#         ALIVE ------------> ENDED ----------------> CLAIMED
-#           |                 (only if it is watched,    ^
-#           |                  else nobody keeps it)     |
-#           |                                            |
-#           +---------------- claim(), collected() ------+
-#           |
-#           +-- lose() -----> LOST     somebody else collected it, and the kernel doesn't tell the status
+#            collect()           claim()
+#     ALIVE -----------> ENDED ----------> CLAIMED
+#       |                                     ^
+#       +--- claim_from_kernel() -------------+     a caller's own waitid(2) reaped it
+#       |
+#       +--- lose() ---> LOST                       other code reaped it, and the kernel doesn't tell the status
 #
-# In a forked child every record that was made before the fork belongs to the parent: `generation` tells, and its descriptors and
-# workers are left alone.
+# collect() calls lose() if other code was first. The record of a child that nobody watches is ENDED only until a waiter claims it.
+# In a forked child the parent's records, whose `born` is not `generation`, become LOST by is_parents().
 
 # ---- the records ------------------------------------------------------------------------------------------------------------
 
 @cython.final
 cdef class Child(Record):
-    """A child process that somebody here watches or waits for; what a ``fork_and_watch`` callback is given.
+    """A child process that somebody here watches or waits for. A ``fork_and_watch`` callback gets it as its argument.
 
-    Has the attributes of gevent's child watchers: pid, rpid, rstatus, loop, ref, callback, and stop() and close(), which have
-    nothing left to do once the callback is called.
+    It has the attributes of gevent's child watchers: pid, rpid, rstatus, loop, ref, callback, stop() and close().
     """
     cdef Report report             # once it has ended
-    cdef int group                 # the process group it died in
-    cdef bint is_stolen            # by somebody else in this process, who has collected it
-    cdef ino_t inode               # of its pidfd, where that is its own; 0
-    cdef object home               # the Watch in the loop where it was watched first
+    cdef int group                 # its process group when it ended
+    cdef bint is_stolen            # other code in this process collected it
+    cdef ino_t inode               # of its pidfds, if no other process's pidfd has the same; else 0
+    cdef object home               # the Watch of the loop that watched it first
     cdef list watches              # a Watch in each loop that waits for it
     cdef int born                  # generation
 
@@ -62,12 +59,12 @@ cdef class Child(Record):
 
     @property
     def mechanism(self):
-        """What tells that the child has ended: ``"pidfd"`` or ``"thread"``."""
-        return self.told_by
+        """How the end of the child is noticed: by ``"pidfd"`` or by ``"thread"``."""
+        return self.watched_by
 
     @property
     def is_ours(self):
-        """Whether this process has made it, and not its parent."""
+        """Whether it is a child of this process, and not of its parent."""
         return not self.is_parents()
 
     @property
@@ -85,18 +82,18 @@ cdef class Child(Record):
         """Do nothing: see :meth:`stop`."""
 
     def look(self):
-        """Ask the kernel, without waiting, whether it has ended; so :attr:`rpid` tells it before the hub has seen it."""
+        """Ask the kernel, without waiting, whether it has ended. :attr:`rpid` is up to date then, even if the hub has not run."""
         self.collect(False, NULL)
 
     def join(self):
-        """Park in this thread's hub until it has ended. Nobody's status is taken: any number of greenlets and threads may wait."""
+        """Park in this thread's hub until it has ended. Claims nothing, so any number of greenlets and threads may wait."""
         self.collect(False, NULL)
         while self.state == ALIVE:
             self.wait()
             self.collect(False, NULL)
 
     def send_signal(self, signum):
-        """kill(2), never to another process that has got its pid. Nothing is sent, and nothing raised, once it has ended."""
+        """kill(2), but never of a new process with the same pid. Does nothing once the child has ended."""
         cdef int number = as_int(signum)
         cdef int pidfd, rc
         self.collect(False, NULL)
@@ -104,18 +101,18 @@ cdef class Child(Record):
             return
         pidfd = self.pidfd()
         rc = coopos_pidfd_signal(pidfd, number) if pidfd >= 0 else -1
-        # A child that was not collected keeps its pid. Sandboxes refuse the newer call.
+        # A child that was not reaped keeps its pid. Sandboxes refuse pidfd_send_signal(2), which is newer.
         if pidfd < 0 or (rc < 0 and (errno == ENOSYS or errno == EPERM)):
             rc = kill(self.pid, number)
         if rc < 0 and errno != ESRCH:
             raise os_error(errno, "kill", self.pid)
 
     def link(self, callback, bint ref):
-        """Have ``callback(child)`` called in this thread's hub when it has ended; soon, if it has."""
+        """Have ``callback(child)`` called in this thread's hub when the child has ended; soon, if it has ended already."""
         self.add_callback(callback, get_hub().loop, ref)
 
     def unlink(self, callback):
-        """Undo :meth:`link`, and keep *callback* no longer."""
+        """Undo :meth:`link`."""
         cdef Watch watch
         cdef Py_ssize_t index
         for watch in self.watches:
@@ -128,13 +125,13 @@ cdef class Child(Record):
                     return
 
     def collect_for_nobody(self):
-        """Whether it has ended; then nobody will ask for the status."""
+        """Collect it if it has ended, and throw the status away. Whether it has ended."""
         self.collect(False, NULL)
         self.claim_status()
         return self.state != ALIVE
 
     def claim_status(self):
-        """Take the status, if it is there and nobody has: who waits for the child from now on gets ChildProcessError."""
+        """Claim the status if nobody has yet. Later waits for the child raise ChildProcessError."""
         if self.state == ENDED:
             self.claim()
 
@@ -143,7 +140,7 @@ cdef class Child(Record):
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
     cdef bint is_parents(self) except -1:
-        """Whether this is a forked child, and the record its parent's: nobody's here, whoever has the pid, and nobody is told."""
+        """Whether the record is from before a fork, so that the child is the parent's. If so it becomes LOST, and notifies nobody."""
         if self.born == generation:
             return False
         if self.state == ALIVE:
@@ -152,9 +149,7 @@ cdef class Child(Record):
         return True
 
     cdef bint wait(self) except -1:
-        """Wait, in this thread's hub if there is one that can run, until the child may have ended. False, at once, if there is no
-        such process any more.
-        """
+        """Wait until the child may have ended, in this thread's hub if it has one. False, at once: the process doesn't exist."""
         cdef Watch watch
         cdef Watch found = None
         hub = reachable_hub()
@@ -175,25 +170,25 @@ cdef class Child(Record):
             else:
                 found.wait(hub)
         finally:
-            found.end_unless_wanted()
+            found.close_if_unused()
         return True
 
     cdef ino_t pidfd_inode(self) except? 0:
-        """What its pidfds have in common with nobody else's, as far as that is known; 0."""
+        """The inode number of its pidfds, which identifies the child. 0: unknown, or the kernel doesn't number them."""
         if not self.inode:
             self.inode = coopos_pidfd_inode(self.pidfd())
         return self.inode
 
     cdef int pidfd(self) except -2:
-        """A pidfd of it, in any loop's watch, or -1."""
+        """A pidfd of it, from any loop's Watch, or -1."""
         cdef Watch watch
         for watch in self.watches:
             if watch.fd >= 0 and watch.born == generation:
                 return watch.fd
         return -1
 
-    cdef int forget(self, watch) except -1:
-        """A watch that nobody needs any more, and with the last one the record, unless somebody may still ask for the status."""
+    cdef int remove_watch(self, watch) except -1:
+        """Forget a Watch. After the last one, forget the record too, unless a caller may still ask for the status."""
         if watch in self.watches:
             self.watches.remove(watch)
         if not self.watches and not self.is_watched and children.get(self.pid) is self:
@@ -201,13 +196,13 @@ cdef class Child(Record):
         return 0
 
     cdef int ask(self, int options, Report *report) except -2:
-        """waitid(2) of this child, without waiting: 0, also where there is nothing to say, or -1 if somebody else collected it."""
+        """waitid(2) of this child with WNOHANG. 0, also if nothing has happened; -1 if other code collected the child."""
         cdef int pidfd = self.pidfd()
         cdef int rc = -1
         if pidfd >= 0:
-            # By pidfd, since the pid may be another process by now.
+            # By pidfd, since the pid may have been used again.
             rc = ask_now(COOPOS_P_PIDFD, pidfd, options, report)
-        # Linux before 5.4 doesn't know P_PIDFD, and sandboxes refuse it.
+        # P_PIDFD is new in Linux 5.4, and sandboxes refuse it: https://man7.org/linux/man-pages/man2/waitid.2.html
         if pidfd < 0 or (rc < 0 and errno != ECHILD):
             rc = ask_now(P_PID, self.pid, options, report)
         if rc < 0 and errno != ECHILD:
@@ -215,16 +210,16 @@ cdef class Child(Record):
         return rc
 
     cdef bint collect(self, bint claims, Report *stop, bint is_dead=False) except -1:
-        """Ask the kernel for the status, without waiting. Whether somebody *claims* it before anybody else can ask.
+        """Ask the kernel for the status, without waiting. *claims*: the caller will claim it before any other code can run.
 
-        True if it is a child that we trace, and has stopped, which every wait tells: it is taken into *stop*, or, if that is NULL,
-        left there. What *is_dead* needn't be looked at first.
+        True: the child has not ended, but this process traces it, and it has stopped. The stop is taken into *stop*, or left in the
+        kernel if *stop* is NULL. *is_dead*: a pidfd said that the child has ended, so it can't be such a stop.
         """
         cdef Report report
         cdef int pidfd, rc
         if self.state != ALIVE or self.is_parents():
             return False
-        # A zombie still has its group, a collected child hasn't: ask before.
+        # A zombie still has its process group. Once it is reaped the group can't be asked for.
         if not claims:
             self.group = getpgid(self.pid)
         rc = 0
@@ -255,37 +250,38 @@ cdef class Child(Record):
                     self.inode = coopos_pidfd_inode(pidfd)
                 if children.get(self.pid) is self:
                     ended[self.pid] = self
-            self.tell_others()
+            self.announce_end()
         return False
 
-    cdef int collected(self, const Report *report) except -1:
-        """The caller has asked the kernel itself, and keeps what it got."""
+    cdef int claim_from_kernel(self, const Report *report) except -1:
+        """The caller's own waitid(2) reaped the child. The caller keeps the status."""
         self.report = report[0]
         return self.claim()
 
-    cdef int tell_others(self) except -1:
-        """Those who must hear of the end without having watched for this child."""
+    cdef int announce_end(self) except -1:
+        """Have the child hook called, and wake the waiters for any child, which have no Watch of this one."""
         global _hook_is_due
         if self.is_watched:
             _hook_is_due = True
         cdef Question question
         if _questions:
-            # A thread that asks for any child would miss this one; a stop that is waited for will not come.
+            # The child is reaped, so the workers' waitid(2) can't report it any more, nor a stop of it.
             for question in list(_questions.values()):
                 if question.is_wanted():
                     question.ring()
                 else:
-                    question.drop()
+                    question.cancel()
         return 0
 
     cdef int lose(self) except -1:
+        """Other code reaped the child, and the kernel doesn't tell the status."""
         self.state = LOST
-        self.drop()
-        self.settle()
+        self.remove_from_tables()
+        self.end_watches()
         return 0
 
-    cdef int drop(self) except -1:
-        """Out of the tables: nobody will be told this status again."""
+    cdef int remove_from_tables(self) except -1:
+        """No later call finds this record by its pid."""
         if children.get(self.pid) is self:
             del children[self.pid]
         if ended and ended.get(self.pid) is self:
@@ -293,17 +289,17 @@ cdef class Child(Record):
         return 0
 
     cdef int claim(self) except -1:
-        """The caller takes the status; everybody else who waits for this child has come too late."""
+        """The caller takes the status. All other waiters for the child wake, and get ChildProcessError."""
         cdef bint was_alive = self.state == ALIVE
         self.state = CLAIMED
-        self.drop()
+        self.remove_from_tables()
         if was_alive:
-            self.tell_others()
-        self.settle()
+            self.announce_end()
+        self.end_watches()
         return 0
 
-    cdef int settle(self) except -1:
-        """End the watches that are still open, each in its own thread."""
+    cdef int end_watches(self) except -1:
+        """Close every open Watch in its own thread, and wake its waiters."""
         cdef Watch watch
         cdef list still_open = None
         for watch in self.watches:
@@ -316,16 +312,16 @@ cdef class Child(Record):
         loop = this_loop()
         for watch in still_open:
             if watch.loop is None:
-                watch.shut()
+                watch.close()
             elif watch.loop is loop:
-                watch.finish()
-            elif not post(watch.loop, watch.finish):
-                watch.shut()       # its thread has ended, and its hub with it
+                watch.close_and_notify()
+            elif not post(watch.loop, watch.close_and_notify):
+                watch.close()      # its thread has ended, and its hub with it
         return 0
 
     cdef int add_callback(self, callback, loop, bint ref) except -1:
-        """Watch in *loop* from now on; where the child has ended already, the callback is called in the loop's next turn. Without
-        a loop, only know it.
+        """Watch in *loop*. If the child has ended already, the callback is called in the loop's next turn. If *loop* is None, only
+        keep a pidfd, and call nothing.
         """
         cdef Watch watch
         cdef Watch found = None
@@ -347,7 +343,7 @@ cdef class Child(Record):
                 if is_new:
                     found.start_plainly()
             else:
-                begin = found.start_there if is_new else found.tell_again
+                begin = found.start_in_loop if is_new else found.notify_again
                 if loop is this_loop():
                     begin(ref)
                 else:
@@ -364,12 +360,12 @@ cdef class Child(Record):
         return 0
 
 
-# {pid: its Child}, while somebody watches it, waits for it, or may still ask for its status
+# {pid: its Child}, while it is watched or waited for, or its status can still be claimed
 cdef dict children = {}
-# {pid: Child}, oldest death first: watched children whose status nobody has asked for
+# {pid: Child}: the watched children that are ENDED, in the order in which they were collected
 cdef dict ended = {}
-# The parent's tables, in a forked child: kept, because freeing thousands of records would copy the pages they are on.
-cdef list _parents = []
+# In a forked child, the parent's tables. They are never freed: freeing thousands of records would copy the pages they are on.
+cdef list _parent_tables = []
 
 
 cdef object lost_child(Child child):
@@ -382,13 +378,13 @@ cdef object lost_child(Child child):
 
 
 cdef bint is_used_again(int pid) except -1:
-    """Whether the pid of a child that was collected belongs to another child of ours by now."""
+    """Whether the pid of a child that was collected belongs to a newer child of ours."""
     cdef Report report
     return ask_now(P_PID, pid, WEXITED | WNOWAIT, &report) == 0
 
 
 def check_loop(loop):
-    """Refuse what is no event loop of gevent, or was destroyed."""
+    """Raise unless *loop* is an event loop of gevent that was not destroyed."""
     if not hasattr(loop, "run_callback_threadsafe"):
         raise TypeError(f"loop must be an event loop of gevent or None, not {loop!r}")
     if not is_alive(loop):
@@ -396,10 +392,10 @@ def check_loop(loop):
 
 
 cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub=True):
-    """Watch *child*, or *pid* as a child that there is no record of.
+    """Watch *child*, or if that is None make a record for child *pid*.
 
-    Of threads without a hub, the main one gets one, and others if the callback needs it: nobody would destroy it, nor run it. There
-    the child is only known, and a callback that needs no hub is not called.
+    A thread without a hub gets one if it is the main thread, or if the callback needs it. Any other thread gets none, since nothing
+    would run or destroy it: the child has only a record then, and the callback is not called.
     """
     cdef bint is_new = child is None
     if loop is None:
@@ -417,17 +413,16 @@ cdef Child record(int pid, callback, loop, bint ref, Child child, bint needs_hub
         child.add_callback(callback, loop, ref)
     except:
         if is_new:
-            child.drop()
+            child.remove_from_tables()
         raise
     return child
 
 
 def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict notes=None, bint needs_hub=True):
-    """Watch child *pid*, which was forked this moment: collect it when it ends, keep its status, call the callback.
+    """Watch child *pid*, which was just forked: collect it when it ends, keep its status, call the callback. Returns the Child.
 
-    *notes*: what has happened to children in the meantime, as _forking tells it. Never switches greenlets. Returns the
-    :class:`Child`. Where *needs_hub* is False, the callback is not called in a thread that has no hub. What is raised has the pid:
-    else nobody would know whom to wait for.
+    *notes*: from fork_to_watch(). *needs_hub*: if False, a thread without a hub gets none, and the callback is not called there.
+    Exceptions have the pid as an attribute, so that the caller can wait for the child. Never switches greenlets.
     """
     cdef int number = as_int(pid)
     cdef Child before
@@ -436,13 +431,13 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict not
         before = <Child>children.get(number)
         note = <Child>notes.get(number) if notes else None
         if note is None and before is not None:
-            # The pid is used again. Only a pidfd still knows the child that had it before.
+            # The pid is used again. Only a pidfd can still ask for the older child.
             if before.state == ALIVE:
                 if before.pidfd() >= 0:
                     before.collect(False, NULL)
                 else:
                     before.lose()
-            before.drop()
+            before.remove_from_tables()
         return record(number, callback, loop, ref, note, needs_hub)
     except BaseException as ex:
         ex.pid = pid
@@ -450,21 +445,21 @@ def watch_new(Py_ssize_t pid, callback=None, loop=None, bint ref=False, dict not
 
 
 def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
-    """Watch child *pid*, whoever has forked it and whoever waits for it or watches it already.
+    """Watch child *pid*, however it was forked, and even if others wait for it or watch it. Returns the Child.
 
-    Never switches greenlets. Returns the :class:`Child`. ECHILD if it isn't a child of this process, or was waited for.
+    Raises ECHILD if it isn't a child of this process, or was waited for. Never switches greenlets.
     """
     cdef int number = as_int(pid)
     cdef Child child
     cdef Report report
     cdef bint is_there
-    leave_parents()
+    ensure_own_tables()
     child = <Child>children.get(number)
     if child is not None:
-        child.collect(False, NULL)     # if somebody else has collected it, the pid may be another child's
+        child.collect(False, NULL)     # if other code collected it, the pid may be a newer child's
     is_there = ask_now(P_PID, number, WEXITED | WNOWAIT, &report) == 0
     if child is not None and child.state != ALIVE and is_there:
-        child.drop()       # the pid is used again, also where the kernel doesn't tell the status of the child that had it
+        child.remove_from_tables()     # the record is of an older child with this pid
         child = None
     if not is_there and (child is None or child.state != ENDED):
         raise os_error(errno, "watch", number)
@@ -473,17 +468,17 @@ def watch_any(Py_ssize_t pid, callback=None, loop=None, bint ref=False):
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------
 
-cdef int note_new(Child child, int pid) except -1:
-    """Record *child*, which was made before the fork, as child *pid* until the fork is over. Runs no Python code."""
+cdef int add_forked(Child child, int pid) except -1:
+    """Keep *child*, a record made before the fork, as child *pid* until the at-fork hooks are over. Runs no Python code."""
     child.pid = pid
-    if pid not in children:    # else a child had the pid before: nobody was quick enough to collect that one either
+    if pid not in children:    # else the record is of an older child with this pid, and no code has asked for it since
         child.is_watched = True
         children[pid] = child
     return 0
 
 
-cdef bint take_note(Child child) except -1:
-    """Its fork is over. True if at-fork hooks have let others do something to the child, as waitpid(-1) does."""
+cdef bint remove_forked(Child child) except -1:
+    """The at-fork hooks are over: remove *child* again. True if other greenlets collected or watched it during the hooks."""
     if not child.is_watched:
         return False
     child.is_watched = False
@@ -494,21 +489,20 @@ cdef bint take_note(Child child) except -1:
     return False
 
 
-# The generation that the tables are of.
-cdef int _born = 0
+cdef int _born = 0                 # the generation that the tables are of
 
 
-cdef int leave_parents() except -1:
-    """In the child of C code that runs no at-fork hooks: its first question finds the parent's tables here."""
-    return forget_parent() if _born != generation else 0
+cdef int ensure_own_tables() except -1:
+    """For children forked by C code that runs no at-fork hooks: they still have the parent's tables when they first ask."""
+    return make_own_tables() if _born != generation else 0
 
 
-cdef int forget_parent() except -1:
-    """In a forked child: what was watched and asked is the parent's."""
+cdef int make_own_tables() except -1:
+    """In a forked child: start with empty tables. What was watched and asked before belongs to the parent."""
     global children, ended, _exit_questions, _questions, _hook_loop, _hook_is_due, _born
     _hook_is_due = False
     _born = generation
     close_all_pidfds()
-    _parents.append((children, ended, _exit_questions, _questions, _hook_loop))
+    _parent_tables.append((children, ended, _exit_questions, _questions, _hook_loop))
     children, ended, _exit_questions, _questions, _hook_loop = {}, {}, {}, {}, None
     return 0

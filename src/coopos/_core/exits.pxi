@@ -1,12 +1,12 @@
-# How one loop learns that a child has ended: by its pidfd in the loop's set, or by a Question where there is no pidfd.
+# How one loop learns that a child has ended: by a pidfd in the loop's set, or by a Question where there is no pidfd.
 #
-# 1. Whoever waits is registered before anything that could wake it is started, and leaves in a `finally`.
-# 2. To tell anybody anything can let other threads run (libuv's watchers release the GIL). So a record is first brought to its new
-#    state, and then others are told.
+# 1. A waiter is registered before anything starts that could wake it, and is removed in a `finally`.
+# 2. A notification can let other threads run: gevent's libuv watchers call C by cffi, which releases the GIL. So a record gets its
+#    new state first, and then notifies others. https://cffi.readthedocs.io/en/latest/ref.html#conversions
 
 # ---- pidfds in a loop --------------------------------------------------------------------------------------------------------
 
-# By descriptor, the Watch whose pidfd it is. The reference is counted.
+# {pidfd: its Watch}. The reference is counted.
 cdef Table _watch_of
 
 # {errno: how often the kernel has refused a pidfd}
@@ -26,7 +26,7 @@ cdef int open_pidfd(int pid) except -2:
 
 
 cdef int close_all_pidfds() noexcept:
-    """In a forked child. Run by run: thousands of close(2) take milliseconds."""
+    """In a forked child. Closes each run of adjacent numbers by one call: thousands of close(2) take milliseconds."""
     cdef int first
     cdef int fd = 0
     while fd < _watch_of.size:
@@ -41,96 +41,98 @@ cdef int close_all_pidfds() noexcept:
 
 
 def count_refusals():
-    """How often a child could not be watched by pidfd, in this process: {errno: int}. A thread has watched it."""
+    """How often the kernel refused a pidfd in this process, so that a thread watched the child: {errno: int}."""
     return dict(_refusals)
 
 
 # ---- watching in a loop ------------------------------------------------------------------------------------------------------
 
 cdef enum:
-    ALIVE = 0      # as far as anybody has asked
-    ENDED = 1      # collected here; the status waits for someone to claim it
-    CLAIMED = 2    # somebody has got it
-    LOST = 3       # somebody else has collected it, and the kernel doesn't tell
+    ALIVE = 0      # when it was last asked for
+    ENDED = 1      # collected here; nobody has claimed the status yet
+    CLAIMED = 2    # one caller has got the status
+    LOST = 3       # other code collected it, and the kernel doesn't tell the status
 
 
 cdef class Record:
-    """What a Watch needs of the child that it watches. The next chapter has the rest: Child."""
+    """What a Watch needs to know of its child. The next chapter has the rest: Child."""
     cdef readonly int pid
-    cdef str told_by               # "pidfd" or "thread"
+    cdef str watched_by            # "pidfd" or "thread"
     cdef int state
-    cdef bint is_watched           # collected as soon as it ends, and the status kept until claimed
+    cdef bint is_watched           # collect it as soon as it ends, and keep the status until somebody claims it
 
     cdef bint collect(self, bint claims, Report *stop, bint is_dead=False) except -1:
         """Ask the kernel for the status, without waiting."""
         raise NotImplementedError
 
     cdef int lose(self) except -1:
-        """Somebody else has collected it."""
+        """Other code collected it, and the kernel doesn't tell the status."""
         raise NotImplementedError
 
-    cdef int forget(self, watch) except -1:
-        """A watch that nobody needs any more."""
+    cdef int remove_watch(self, watch) except -1:
+        """Forget a Watch that is not needed any more."""
         raise NotImplementedError
 
 
 @cython.final
 @cython.internal
 cdef class Watch(Wait):
-    """A child's exit, as one loop waits for it: a pidfd in the loop's set, or a Question where there is none."""
+    """One loop's wait for the exit of one child: a pidfd in the loop's set, or a Question."""
     cdef Record child
     cdef object loop
-    cdef Listener news             # while a thread asks for us
-    cdef list waiters              # of the greenlets parked here, their switch
-    cdef list callbacks            # to be told: (callback, whether it wants the loop kept alive); or None
-    cdef int holds
+    cdef Listener listener         # of the Question, while a worker asks it for us
+    cdef list waiters              # the bound `switch` of each greenlet parked here
+    cdef list callbacks            # (callback, whether it keeps the loop alive), until they are called; or None
+    cdef int holds                 # how many waiters and callbacks keep the loop alive
     cdef int born                  # generation
-    cdef bint is_lasting           # somebody watches in this loop, whether or not anybody waits
+    cdef bint is_lasting           # add_callback() made it: it stays when no greenlet waits
     cdef bint is_closed
 
     def __cinit__(self, Record child, loop):
         self.child = child
-        self.loop = loop           # None: of a thread without a hub
+        self.loop = loop           # None: for threads without a hub
         self.waiters = []
         self.fd = -1               # a pidfd
         self.events = READ
         self.born = generation
 
     cdef bint start(self) except -1:
-        """Begin to watch. False if there is no such process any more."""
+        """Begin to watch. False if the process does not exist any more."""
         cdef int err
         if _use_pidfds:
             err = self.open_pidfd()
             if not err:
                 try:
                     set_of_loop(self.loop).enter(self, False, "pidfd_open")
-                    self.child.told_by = "pidfd"
+                    self.child.watched_by = "pidfd"
                     return True
                 except BaseException as ex:
-                    self.drop_pidfd()
+                    self.close_pidfd()
                     if not isinstance(ex, OSError):
                         raise
-                    # Out of descriptors for the set: a thread needs none.
+                    # No descriptor is left for the set. A worker needs none.
                     err = ex.errno
             if err == ESRCH:
                 return False
             _refusals[err] = _refusals.get(err, 0) + 1
-        self.ask_thread()
-        self.child.told_by = "thread"
+        self.ask_worker()
+        self.child.watched_by = "thread"
         return True
 
     cdef int start_plainly(self) except -1:
-        """Begin to watch in a thread without a hub: keep a pidfd, by which the child is known whatever becomes of its pid."""
+        """Begin to watch in a thread without a hub: keep a pidfd, which still means this child if its pid is used again."""
         cdef sigaction_t action
         if sigaction(SIGCHLD, NULL, &action) == 0 and action.sa_handler == SIG_IGN:
-            return 0           # the kernel collects it, so nobody will ask, and nobody would close the pidfd
+            # The kernel collects the child, so no caller will claim it, and nothing would close the pidfd.
+            # https://man7.org/linux/man-pages/man2/waitpid.2.html
+            return 0
         if _use_pidfds:
             if self.open_pidfd() == ESRCH:
                 self.child.lose()
         return 0
 
     cdef int open_pidfd(self) except -1:
-        """0, or errno."""
+        """Open and register our pidfd. 0, or errno."""
         cdef int pidfd = open_pidfd(self.child.pid)
         if pidfd < 0:
             return errno
@@ -139,31 +141,29 @@ cdef class Watch(Wait):
         _watch_of.at[pidfd] = <PyObject *>self
         return 0
 
-    def start_there(self, bint ref):
-        """In the loop's thread."""
+    def start_in_loop(self, bint ref):
+        """In the loop's thread: begin to watch there."""
         if self.child.state == ALIVE:
             self.start_or_lose(ref)
         else:
-            self.finish()
+            self.close_and_notify()
 
-    def tell_again(self, bint ref):
-        """In the loop's thread, when a callback was added to a watch that is there already."""
+    def notify_again(self, bint ref):
+        """In the loop's thread: a callback was added to a Watch that had begun before."""
         if self.child.state != ALIVE:
-            self.tell_all_soon()
+            self.notify_soon()
         elif ref:
             self.hold(1)
 
     cdef int start_or_lose(self, bint ref) except -1:
-        """Begin to watch our own child. If it is there no more, somebody else has collected it, or, because SIGCHLD is ignored, the
-        kernel.
-        """
+        """Begin to watch a child. If it is gone, other code collected it, or the kernel, because the program ignores SIGCHLD."""
         if not self.start():
             self.child.lose()
         elif ref:
             self.hold(1)
         return 0
 
-    cdef int drop_pidfd(self) except -1:
+    cdef int close_pidfd(self) except -1:
         cdef int pidfd = self.fd
         if pidfd >= 0 and self.born == generation:
             if self.set is not None:
@@ -175,94 +175,96 @@ cdef class Watch(Wait):
         return 0
 
     cdef int hold(self, int change) except -1:
-        """Count who wants the loop kept alive until the child has ended."""
+        """Count one more, or one less, that keeps the loop alive until the child has ended."""
         cdef bint before = self.holds > 0
         self.holds += change
         if before != (self.holds > 0) and self.born == generation:
             if self.set is not None:
                 self.set.keep_alive(self, self.holds > 0)
-            elif self.news is not None:
-                self.news.hold(self.holds > 0)
+            elif self.listener is not None:
+                self.listener.hold(self.holds > 0)
         return 0
 
     def release(self):
-        """In the loop's thread: one that wanted the loop kept alive was unlinked."""
+        """In the loop's thread: a callback that kept the loop alive was unlinked."""
         self.hold(-1)
 
-    cdef int shut(self) except -1:
-        """Watch no longer. In the loop's thread, unless the loop is gone."""
+    cdef int close(self) except -1:
+        """Stop watching. In the loop's thread, unless the loop is destroyed."""
         if not self.is_closed:
             self.is_closed = True
-            self.drop_pidfd()
-            self.leave_thread()
+            self.close_pidfd()
+            self.leave_question()
         return 0
 
-    cdef int ask_thread(self) except -1:
-        """Have a thread look for us."""
-        self.news = listen(self.loop, P_PID, self.child.pid, WEXITED, self.set is None and self.holds > 0, self.fire_from_thread)
+    cdef int ask_worker(self) except -1:
+        """Have a worker wait for the child's exit."""
+        self.listener = listen(
+            self.loop, P_PID, self.child.pid, WEXITED, self.set is None and self.holds > 0, self.check_child_on_answer)
         return 0
 
-    cdef int leave_thread(self) except -1:
-        cdef Listener news = self.news
-        self.news = None
-        if news is not None and self.born == generation:
-            news.leave()
+    cdef int leave_question(self) except -1:
+        cdef Listener listener = self.listener
+        self.listener = None
+        if listener is not None and self.born == generation:
+            listener.leave()
         return 0
 
     cdef int on_ready(self) except -1:
         """In the hub: the pidfd is readable."""
         if self.set is not None:
-            self.fire(True)
-            # Once for all that this turn brings, as one SIGCHLD stands for several.
+            self.check_child(True)
+            # One call for all children of this turn, as one SIGCHLD may stand for several children.
+            # https://man7.org/linux/man-pages/man7/signal.7.html
             call_hook_soon(self.loop)
         return 0
 
-    def fire_from_thread(self):
-        self.fire(False)
+    def check_child_on_answer(self):
+        self.check_child(False)
         call_hook(self.loop)
 
-    cdef int fire(self, bint is_dead) except -1:
-        """In the hub: the child has ended, or is said to have. One of several: what it raises the hub reports."""
+    cdef int check_child(self, bint is_dead) except -1:
+        """In the hub: the child has probably ended. Exceptions go to the hub's handle_error(), since other children come next."""
         if self.born != generation:
             return 0
         try:
-            # Whoever waits here claims the status within this call; without them it is not ours unless we were told to watch.
+            # A waiter claims the status within this call. Without waiters we may collect the child only if it is watched.
             if (self.child.is_watched or self.waiters) and self.child.collect(self.waiters and not self.callbacks, NULL, is_dead):
-                self.leave_thread()
-                self.wake_waiters()    # a traced child has stopped: a matter for them
+                self.leave_question()
+                self.wake_waiters()    # a traced child has stopped, which the waiters have to report
             elif self.child.state != ALIVE:
-                self.shut()
-                self.tell_all()
+                self.close()
+                self.notify()
             else:
-                # The thread's look has come to nothing; or a tracer holds the end back: then the pidfd stays readable, and only
-                # a thread that waits as the parent does is told when the tracer lets go.
-                self.leave_thread()
-                self.ask_thread()
+                # The worker's waitid(2) gave no answer, or the zombie is visible to its tracer only, until the tracer detaches. The
+                # pidfd is readable all that time, so let a worker wait. https://github.com/torvalds/linux/blob/master/kernel/exit.c
+                self.leave_question()
+                self.ask_worker()
         except:
             self.loop.handle_error(self.child, *sys.exc_info())
-            self.shut()
-            self.wake_waiters()        # they begin anew, and meet the same, or not
+            self.close()
+            self.wake_waiters()        # they try again, and raise the error if it lasts
         return 0
 
-    def finish(self):
-        """In the loop's thread: the status became known without the loop. End the watch; the hub tells whom it concerns."""
+    def close_and_notify(self):
+        """In the loop's thread: the child ended, and other code learned it first. Stop watching, and notify from the hub."""
         if not self.is_closed:
-            self.shut()
-            self.tell_all_soon()
+            self.close()
+            self.notify_soon()
 
-    cdef int tell_all_soon(self) except -1:
+    cdef int notify_soon(self) except -1:
         if self.waiters or self.callbacks:
-            self.loop.run_callback(self.tell_all_from_queue)
+            self.loop.run_callback(self.notify_from_queue)
         elif self.is_lasting:
             call_hook_soon(self.loop)
         return 0
 
-    def tell_all_from_queue(self):
-        self.tell_all()
+    def notify_from_queue(self):
+        self.notify()
         call_hook(self.loop)
 
-    cdef int tell_all(self) except -1:
-        """In the hub: run the callbacks, once, and keep nothing alive that they refer to; then wake those who wait."""
+    cdef int notify(self) except -1:
+        """In the hub: call each callback once, drop the references to them, then wake the waiters."""
         callbacks, self.callbacks = self.callbacks, None
         if callbacks:
             for callback, _ in callbacks:
@@ -271,7 +273,7 @@ cdef class Watch(Wait):
                 except:
                     self.loop.handle_error(self.child, *sys.exc_info())
         if self.waiters:
-            call_hook(self.loop)       # a signal would come before them
+            call_hook(self.loop)       # a SIGCHLD handler would run before the waiters do
             self.wake_waiters()
         return 0
 
@@ -287,7 +289,7 @@ cdef class Watch(Wait):
     cdef int wait(self, hub) except -1:
         """Park until the child may have ended."""
         cdef object current = getcurrent()
-        cdef object switch = current.switch      # a new object each time: it also proves who has woken us
+        cdef object switch = current.switch      # a new object each time: if it comes back, wake_waiters() woke us
         self.waiters.append(switch)
         self.hold(1)
         try:
@@ -300,10 +302,10 @@ cdef class Watch(Wait):
                 self.waiters.remove(switch)
         return 0
 
-    cdef int end_unless_wanted(self) except -1:
+    cdef int close_if_unused(self) except -1:
         if not self.waiters and not self.is_lasting:
-            self.shut()
-            self.child.forget(self)
+            self.close()
+            self.child.remove_watch(self)
         return 0
 
 
@@ -313,12 +315,12 @@ cdef object _child_hook = None
 
 
 def set_child_hook(hook):
-    """Have *hook* called, in the hub and without arguments, when watched children have ended: once for all that one look found."""
+    """Have ``hook()`` called in the hub when watched children have ended: once for all that ended in one turn."""
     global _child_hook
     _child_hook = hook
 
 
-# Whether a watched child has ended since the hook was called, and the loop callback that will call it.
+# Whether a watched child has ended since the last call of the hook; the queued call of it, and its loop.
 cdef bint _hook_is_due = False
 cdef object _hook_queued = None
 cdef object _hook_loop = None

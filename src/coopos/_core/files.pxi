@@ -1,4 +1,8 @@
-# The functions of os that read and write: nb_read, nb_write, read, write, readv ... and read_exactly, write_all.
+# The functions of os that read and write: nb_read, nb_write, read, write, readv ... And read_exactly and write_all, which go on
+# until all bytes are moved.
+#
+# Each makes a Move, which says what to move and where, and hands it to the chapter `moving`, which waits if it has to. A caller's
+# buffers stay locked until the call is over, so that no other code resizes them.
 
 # ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
 
@@ -431,7 +435,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
     return write_from(&move, "pwritev")
 
 
-# ---- all of it ---------------------------------------------------------------------------------------------------------------
+# ---- all bytes ---------------------------------------------------------------------------------------------------------------
 
 def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
     """Read *n* bytes from any descriptor, letting other greenlets run until they are there.
@@ -460,8 +464,8 @@ def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
     return read_telling(fd, n, None)
 
 
-def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
-    """read_exactly, which also appends to *told* what was read if anything is raised: an exception may refuse attributes."""
+def read_telling(Py_ssize_t fd, Py_ssize_t n, list partial, /):
+    """read_exactly(). If it raises, it also appends what was read to *partial*: not every exception can have attributes."""
     cdef int number = as_int(fd)
     cdef Move move
     cdef Py_ssize_t nread
@@ -482,12 +486,12 @@ def read_telling(Py_ssize_t fd, Py_ssize_t n, list told, /):
                 return data
             if not nread:
                 end = EOFError(f"end of file after {done} of {n} bytes: read_exactly({number})")
-                end.is_at_end = True       # an EOFError that is thrown in isn't
+                end.is_at_end = True       # unlike an EOFError that other code throws into the greenlet
                 raise end
     except BaseException as ex:
         attach_progress(ex, "partial", data[:done])
-        if told is not None:
-            told.append(data[:done])
+        if partial is not None:
+            partial.append(data[:done])
         raise
 
 
@@ -518,9 +522,9 @@ def write_all(Py_ssize_t fd, data, /):
     write_telling(fd, data, None)
 
 
-def write_telling(Py_ssize_t fd, data, list told, bint is_all=True, str call="write_all"):
-    """write_all, or write, for *call*, which also appends to *told* how much was written if anything is raised: an exception may
-    refuse attributes.
+def write_telling(Py_ssize_t fd, data, list written, bint is_all=True, str call="write_all"):
+    """write_all(), or write() if *is_all* is false; its errors name *call*. If it raises, it also appends how many bytes were written
+    to *written*: not every exception can have attributes.
     """
     cdef int number = as_int(fd)
     cdef Move move
@@ -540,8 +544,8 @@ def write_telling(Py_ssize_t fd, data, list told, bint is_all=True, str call="wr
                 return done
     except BaseException as ex:
         attach_progress(ex, "characters_written", (done + late) or None)
-        if told is not None:
-            told.append(done + late)
+        if written is not None:
+            written.append(done + late)
         raise
     finally:
         PyBuffer_Release(&view)

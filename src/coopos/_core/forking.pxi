@@ -1,23 +1,23 @@
-# fork(2) and forkpty(3), and the hooks of every fork, whoever makes it.
+# fork(2) and forkpty(3), and the at-fork hooks of this module, which run in every fork of the process. The order:
 #
-#     parent      the at-fork hooks, which may wait; prepare(), the last of them
-#     fork(2)     in the child coopos_in_child(), in the parent coopos_in_parent(), both by pthread_atfork(3)
-#     child       the interpreter's own repairs; revive(), the first of the hooks; everybody else's hooks
-#     parent      resume(), the first of the hooks; everybody else's hooks
+#     parent      all other hooks, which may wait; prepare() last
+#     fork(2)     in the child coopos_atfork_child(), in the parent coopos_atfork_parent(), both by pthread_atfork(3)
+#     child       PyOS_AfterFork_Child(): the interpreter's own repairs; revive() first; all other hooks
+#     parent      PyOS_AfterFork_Parent(): resume() first; all other hooks
 #
 # 1. One fork at a time in a thread: a hook that waits lets other greenlets run, and their forks wait for this one.
-# 2. No Python code runs between the last hook before the fork and the interpreter's own repairs in the child. Another thread may have
-#    asked for the GIL, and that thread is not in the child.
-# 3. What may fail comes before the fork, or is raised after its hooks are over: then the interpreter is whole, and the exception has
-#    the pid.
-# 4. A child that is going to exec runs no greenlet but its own, in a new hub with a loop of its own.
+# 2. No Python code runs between prepare() and the interpreter's repairs in the child: another thread may have asked for the GIL,
+#    and that thread does not exist in the child.
+# 3. An error before the fork prevents it. A later error is raised after all hooks, when the interpreter is consistent again. The
+#    exception has the pid as an attribute then.
+# 4. A child that is going to exec runs only the greenlet that forked, in a new hub with a new loop.
 
 # ---- hooks of every fork -----------------------------------------------------------------------------------------------------
 
 @cython.final
 @cython.internal
 cdef class Fork:
-    """One call of this module: how it forks, and what has failed while it did."""
+    """One fork by a function of this module: its mode, and the exception that it has to raise when the hooks are over."""
     cdef int mode
     cdef object failure
 
@@ -25,27 +25,27 @@ cdef class Fork:
 @cython.final
 @cython.internal
 cdef class Watching:
-    """A call of something that forks, whose child is to be watched."""
-    cdef object keeps          # the greenlets; or None, by the policy
-    cdef dict notes            # {pid: Child}, the children to which something has happened before their fork was over
+    """One call of fork_to_watch(): how its child is to be forked and watched."""
+    cdef object keeps          # whether the child keeps the greenlets; None: by the policy
+    cdef dict notes            # {pid: Child}, children that others collected or watched while at-fork hooks ran
 
 
-# {greenlet: the call of this module that it is in}
+# {greenlet: the Fork that it is in}
 cdef dict _forks = {}
-# {greenlet: how it watches what it forks}
+# {greenlet: the Watching that it is in}
 cdef dict _watching = {}
-#: What :func:`coopos.fork_policy` says in this context, if anything: whether children keep the parent's greenlets.
+#: Whether children keep the parent's greenlets, as :func:`coopos.fork_policy` says in this context. It may be unset.
 policy = ContextVar("coopos.keep_greenlets")
 cdef bint _default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
-# What is to run last of all before a fork, and in a child that has left the greenlets behind.
+# The hooks of call_last() and of call_when_left().
 cdef list _last_hooks = []
 cdef list _left_hooks = []
 
 
 class _Turn(_local):
-    """Whose fork of this thread is under way: a hook that waits lets other greenlets run, whose forks wait for that one.
+    """Which greenlet of this thread is forking. Forks of the thread's other greenlets wait for it.
 
-    No lock of gevent's: a signal's handler that raises while Python code lets go of one would leave it locked for good.
+    Not a lock of gevent's: if a signal handler raised inside its release(), which is Python code, it would stay locked forever.
     """
 
     def __init__(self):
@@ -57,7 +57,7 @@ _turn = _Turn()
 
 
 def set_default(bint keep_greenlets):
-    """What a fork does that isn't told, where no policy holds."""
+    """Set whether children keep the greenlets if neither the call nor a policy says so."""
     global _default_keeps
     _default_keeps = keep_greenlets
 
@@ -70,20 +70,20 @@ cdef int mode_by_policy() except -1:
 
 
 cdef int mode_of(Fork call) except -1:
-    """How to fork, for the hooks: told by our own call, or by the policy."""
+    """How to fork: as *call*, a fork of this module, says. None: other code forks, and the policy decides."""
     if call is not None:
         return call.mode
     try:
         caller = sys._getframe().f_code.co_name
     except ValueError:
-        caller = None              # C code that forks, with no Python around it
-    # Who calls _posixsubprocess.fork_exec(preexec_fn=...):
+        caller = None              # C code forks, and no Python code has called it
+    # subprocess calls _posixsubprocess.fork_exec(preexec_fn=...) there:
     # https://github.com/python/cpython/blob/3.13/Lib/subprocess.py
     return EXEC if caller == "_execute_child" else mode_by_policy()
 
 
 def prepare():
-    """Before a fork, whoever forks: the last of the at-fork hooks. What the others have done is to be left behind, too."""
+    """Before every fork. The last of the at-fork hooks, so that greenlets which the other hooks start are left behind too."""
     cdef Fork call = <Fork>_forks.get(getcurrent())
     cdef Leaving leaving
     cdef sigset_t all_signals
@@ -96,16 +96,17 @@ def prepare():
             leaving = Leaving()
             Py_INCREF(leaving)
             coopos_pending.leaving = <PyObject *>leaving
-            coopos_pending.finds = &leaving.finds
+            coopos_pending.search = &leaving.search
     except BaseException as ex:
         if call is None:
-            # Nobody can hold this fork up: the interpreter prints what has failed. No greenlet runs that mustn't.
+            # Other code forks, and a hook can't prevent that: the interpreter only prints the exception. With a new hub, as for
+            # EXEC, the child at least runs none of the parent's greenlets. The hub itself can't be replaced while it forks.
             coopos_pending.mode = KEEP if get_hub_if_exists() is getcurrent() else EXEC
             raise
         call.failure = ex
     finally:
         coopos_pending.is_prepared = True
-        # A signal to a child whose loop is not re-initialised would be told to the parent's.
+        # Until the child has its own loop, a signal in the child would be written to the descriptors of the parent's loop.
         sigfillset(&all_signals)
         coopos_pending.is_blocking = pthread_sigmask(SIG_BLOCK, &all_signals, &coopos_pending.signals) == 0
 
@@ -114,19 +115,19 @@ cdef int end_pending() except -1:
     cdef PyObject *leaving = coopos_pending.leaving
     coopos_pending.is_prepared = False
     coopos_pending.leaving = NULL
-    coopos_pending.finds = NULL
+    coopos_pending.search = NULL
     coopos_unblock_signals()
     Py_XDECREF(leaving)
     return 0
 
 
 def resume():
-    """In the parent, after a fork: the first of the at-fork hooks. What a child was to leave behind is not ours any more."""
+    """In the parent, after every fork: the first of the at-fork hooks. Frees what prepare() made."""
     end_pending()
 
 
 def revive():
-    """In a forked child, whoever forked it: the first of the at-fork hooks."""
+    """In every forked child: the first of the at-fork hooks."""
     revive_child()
 
 
@@ -136,17 +137,18 @@ cdef int revive_child() except -1:
     cdef int mode
     try:
         forget_other_threads()
-        forget_parent()
+        make_own_tables()
         if coopos_pending.is_prepared:
             mode = coopos_pending.mode
             if coopos_pending.leaving != NULL:
                 leaving = <Leaving>coopos_pending.leaving
         else:
-            # C code that calls PyOS_AfterFork_Child() alone, as uWSGI does.
+            # C code that calls PyOS_AfterFork_Child() but not PyOS_BeforeFork(), as uWSGI does:
+            # https://github.com/unbit/uwsgi/blob/master/plugins/python/python_plugin.c
             mode = mode_of(call)
             if mode == LEAVE:
                 leaving = Leaving()
-                coopos_leave(&leaving.finds)
+                coopos_leave_greenlets(&leaving.search)
         if mode == EXEC:
             take_new_hub()
         else:
@@ -155,20 +157,20 @@ cdef int revive_child() except -1:
             ask_again()
         if leaving is not None:
             forget_calls(True)
-            leaving.empty_loops()
+            leaving.clear_loops()
             leaving.replace_main()
             for hook in _left_hooks:
                 hook()
             if leaving.was_frozen:
                 gc.freeze()
         if call is None:
-            _turn.owner = None         # whoever that is, is in the parent
+            _turn.owner = None         # the owner was forking in the parent
     except BaseException as ex:
         if call is None:
-            raise                      # the interpreter prints it
+            raise                      # the interpreter prints the exception
         call.failure = ex
     finally:
-        end_pending()                  # the hooks start threads and programs, and set masks of their own
+        end_pending()                  # unblocks signals: the other hooks may start threads and programs, which inherit the mask
     return 0
 
 
@@ -179,17 +181,17 @@ cdef int reinit_loop() except -1:
     if loop is None or not loop.ptr:
         return 0
     if hub is None:
-        loop.reinit()              # of a hub that was destroyed
+        loop.reinit()              # the loop that a destroyed hub left
     if not hasattr(loop, "_keepaliveset"):
-        # Where a thread of the parent had just told libev of something, libev still takes its loop for told, and hears of no thread
-        # until something else ends its first wait: `async_pending` in http://cvs.schmorp.de/libev/ev.c
+        # If a thread of the parent had just sent an async event, libev's `async_pending` is still set in the child, and libev drops
+        # all async events until something else ends its first wait. The timer does. http://cvs.schmorp.de/libev/ev.c
         timer = loop.timer(0.0)
         timer.start(timer.close)
     return 0
 
 
 cdef int take_new_hub() except -1:
-    """In a child that is going to exec. What its parent's loop would do isn't done here, in no hook that waits."""
+    """In a child that is going to exec: the hooks that wait run in a new hub, so that nothing of the parent's loop runs."""
     if get_hub_if_exists() is not None or get_loop() is not None:
         set_loop(None)
         set_hub(get_hub_class()(default=False))
@@ -200,23 +202,23 @@ os.register_at_fork(before=prepare, after_in_child=revive, after_in_parent=resum
 try:
     put_first(prepare, revive, resume)
 except NotImplementedError as ex:
-    _disorder = str(ex)
-if coopos_hear_of_forks():
+    _leaving_error = str(ex)
+if coopos_add_fork_handlers():
     raise MemoryError
 
 
 def call_when_left(hook):
-    """Have *hook* called in every child that leaves its parent's greenlets behind."""
+    """Have ``hook()`` called in every child that has left its parent's greenlets behind."""
     _left_hooks.append(hook)
 
 
 def call_last(hook):
-    """Have *hook* called last of all before a fork, before its child's greenlets are looked for. It may wait."""
+    """Have ``hook()`` called before every fork, after all at-fork hooks and before the greenlets are searched for. It may wait."""
     _last_hooks.append(hook)
 
 
 def keeping_sigchld(function, *args, **kwargs):
-    """``function(*args)``. Afterwards SIGCHLD has the disposition that it had before; none is delivered in between."""
+    """``function(*args, **kwargs)``, and restore the disposition of SIGCHLD. SIGCHLD is blocked meanwhile."""
     cdef sigset_t only, mask
     cdef sigaction_t action
     sigemptyset(&only)
@@ -234,24 +236,24 @@ def keeping_sigchld(function, *args, **kwargs):
 
 # ---- fork --------------------------------------------------------------------------------------------------------------------
 
-_hooks = []                    # to run in a child whose hub works
+_hooks = []                    # of register_hook()
 
 
 def register_hook(hook):
-    """Have *hook* called in every child that this module forks, once its hub works."""
+    """Have ``hook()`` called in every child that this module forks, except those that are going to exec, once the hub works."""
     _hooks.append(hook)
 
 
 def fork_process(keep_greenlets=None, bint is_exec=False):
-    """fork(2) with the interpreter's at-fork hooks; the pid in the parent, 0 in the child.
+    """fork(2) with the interpreter's at-fork hooks. Returns the pid in the parent, 0 in the child.
 
-    *keep_greenlets*: by default as the policy says. *is_exec*: the child is going to exec, and has a hub of its own until then.
+    *keep_greenlets*: None: as the policy says. *is_exec*: the child is going to exec, and has a new hub until then.
     """
     return fork_any(b"os.fork", keep_greenlets, is_exec, False, None)[0]
 
 
 def forkpty_process(keep_greenlets=None, size=None):
-    """forkpty(3) likewise, with a window of (rows, columns); (pid, the master's descriptor), in the child (0, -1)."""
+    """forkpty(3) likewise. *size*: (rows, columns) of the terminal. Returns (pid, master descriptor), in the child (0, -1)."""
     return fork_any(b"os.forkpty", keep_greenlets, False, True, size)
 
 
@@ -286,7 +288,7 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
             _forks[current] = call
             fork_now(call, has_pty, NULL if size is None else &window, &pid, &master)
         finally:
-            put_back(_forks, current, before)
+            restore_entry(_forks, current, before)
             turn.owner = owner
             if owner is None:
                 turn.is_free.set()
@@ -295,11 +297,11 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
         if master >= 0:
             c_close(master)
         if pid > 0:
-            ex.pid = pid               # or nobody would know whom to wait for
+            ex.pid = pid               # so that the caller can wait for the child
         raise
 
 
-cdef int put_back(dict table, current, before) except -1:
+cdef int restore_entry(dict table, current, before) except -1:
     if before is None:
         if current in table:
             del table[current]
@@ -314,8 +316,8 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
     cdef bint was_prepared
     cdef int err = 0
     PyOS_BeforeFork()
-    # From here to AfterFork there is no way back into the interpreter's main loop: a starting thread that got the GIL in between
-    # would wait for the forker's locks, and the forker for the GIL.
+    # From here to PyOS_AfterFork_*() no Python code may run. A starting thread could get the GIL: it would wait for the locks that
+    # PyOS_BeforeFork() took, and we for the GIL.
     was_prepared = coopos_pending.is_prepared
     if call.failure is None and was_prepared:
         pid[0] = c_forkpty(master, NULL, NULL, window) if has_pty else c_fork()
@@ -331,9 +333,9 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
                 hook()
         return 0
     if pid[0] > 0:
-        # A hook that waits lets others collect any child that has ended.
+        # Before the hooks: one that waits lets other greenlets run, and a waitpid(-1) of theirs may collect this child.
         try:
-            note_new(child, pid[0])
+            add_forked(child, pid[0])
         except BaseException as ex:
             call.failure = ex
     PyOS_AfterFork_Parent()
@@ -344,7 +346,7 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
         raise MemoryError
     if pid[0] < 0:
         raise os_error(err, "forkpty" if has_pty else "fork", "")
-    if take_note(child):
+    if remove_forked(child):
         watching = <Watching>_watching.get(getcurrent())
         if watching is not None:
             watching.notes[pid[0]] = child
@@ -352,9 +354,10 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
 
 
 def fork_to_watch(fork, dict notes, keep_greenlets=None, **kwargs):
-    """``fork(**kwargs)``. Into *notes* comes what watch_new() has to know, if anything: {pid: its Child}.
+    """``fork(**kwargs)``, before watch_new() of the same child.
 
-    *keep_greenlets*: the policy meanwhile, unless it is None.
+    *notes*: a dict, in which watch_new() will find the Child if other greenlets collected or watched it while at-fork hooks ran.
+    *keep_greenlets*: the policy for this fork, unless it is None.
     """
     cdef Watching watching = Watching()
     watching.keeps = keep_greenlets
@@ -365,4 +368,4 @@ def fork_to_watch(fork, dict notes, keep_greenlets=None, **kwargs):
         _watching[current] = watching
         return fork(**kwargs)
     finally:
-        put_back(_watching, current, before)
+        restore_entry(_watching, current, before)

@@ -1,24 +1,24 @@
-# How a forked child leaves its parent's greenlets behind.
+# How a forked child leaves its parent's greenlets behind (``keep_greenlets=False``).
 #
-# The child keeps the greenlet that forked and the hub. Every other greenlet is made to look finished, without being resumed or freed:
-# a parked greenlet that is freed runs its `finally` blocks. Their frames, and what those refer to, stay as the fork found them.
+# The child keeps the greenlet that forked, and the hub. To leave the others behind means: in the child they look finished, but are
+# neither resumed nor freed, since a parked greenlet that is freed runs its `finally` blocks. Their frames are never freed either.
 #
-# Two facts here are private to other projects: where a greenlet has its state (check_greenlet), and that the interpreter's lists of
-# at-fork hooks are Python lists (put_first). Each is checked before it is relied on. If one is not as we think,
-# ``keep_greenlets=False`` raises NotImplementedError, and everything else works.
+# Two facts here are private to other projects: where a greenlet has its state (check_greenlet), and that CPython keeps at-fork
+# hooks in Python lists (put_first). Both are checked before use. If a check fails, only ``keep_greenlets=False`` doesn't work: it
+# raises NotImplementedError.
 
 # ---- what is private to others -----------------------------------------------------------------------------------------------
 
 cdef bint _knows_greenlet = False
-# Why no greenlet can be left behind, or None.
-cdef object _disorder = None
+# The message of the NotImplementedError if put_first() has failed; else None.
+cdef object _leaving_error = None
 
 
 def check_greenlet(kind):
-    """Refuse keep_greenlets=False unless *kind*, greenlet's type, has the object structure of the greenlet.h we were compiled with.
+    """Raise NotImplementedError unless *kind*, greenlet's type, has the object structure of the greenlet.h we were compiled with.
 
-    The type tells the offsets of all parts but one, a pointer. Whether that pointer makes a greenlet dead is tried on two new
-    greenlets. https://github.com/python-greenlet/greenlet/blob/master/src/greenlet/greenlet.h
+    The type has the offsets of all fields but one, the pointer to the state. So we swap that pointer of two new greenlets, and look
+    which of them is dead. https://github.com/python-greenlet/greenlet/blob/master/src/greenlet/greenlet.h
     """
     cdef PyGreenlet *a
     cdef PyGreenlet *b
@@ -37,18 +37,18 @@ def check_greenlet(kind):
 
 
 def put_first(*hooks):
-    """Have the at-fork *hooks*, registered this moment, be the first in the interpreter's lists.
+    """Move the at-fork *hooks*, which were just registered, to the front of the interpreter's lists.
 
-    In a child the first runs before all those that were registered earlier, which may use the hub; before a fork it runs last.
-    There is no call for it, but the lists are objects like others: `before_forkers` and its like in
-    https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c. NotImplementedError, and nothing changed, if not each of the
-    hooks is the last in exactly one list.
+    In a child our hook then runs before all others, which may use the hub. Before a fork it runs last. No API does that, but the
+    lists are Python lists, which the garbage collector can find: `before_forkers`, `after_forkers_child` and
+    `after_forkers_parent` in https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c. If one of the hooks is not the last
+    in exactly one list, NotImplementedError is raised and nothing has changed.
     """
     cdef list found = []
     cdef list lists
     referrers = [referrer for referrer in gc.get_referrers(*hooks) if type(referrer) is list]
     for hook in hooks:
-        lists = [listed for listed in referrers if has(listed, hook)]
+        lists = [listed for listed in referrers if contains(listed, hook)]
         if len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook:
             found.append(lists[0])
     if len(found) < len(hooks):
@@ -58,7 +58,7 @@ def put_first(*hooks):
         listed.insert(0, listed.pop())
 
 
-cdef bint has(list listed, hook) noexcept:
+cdef bint contains(list listed, hook) noexcept:
     for each in listed:
         if each is hook:
             return True
@@ -66,10 +66,10 @@ cdef bint has(list listed, hook) noexcept:
 
 
 cdef int check_leaving() except -1:
-    """Refuse what can't be done: a child without the parent's greenlets."""
+    """Raise if a child can't leave the parent's greenlets behind."""
     global _knows_greenlet
-    if _disorder is not None:
-        raise NotImplementedError(_disorder)
+    if _leaving_error is not None:
+        raise NotImplementedError(_leaving_error)
     if not _knows_greenlet:
         check_greenlet(greenlet)
         _knows_greenlet = True
@@ -81,10 +81,10 @@ cdef int check_leaving() except -1:
 # ---- leaving the parent's greenlets behind -----------------------------------------------------------------------------------
 
 def run_as_main(main):
-    """What a greenlet of the child does that stands between the one that forked, *main*, and the parent's main greenlet.
+    """Run in the child as the hub's parent, in place of the parent process's main greenlet, which is left behind.
 
-    Where the hub reports to the program's main greenlet it reports to us: that the loop has nothing left to wait for, SystemExit.
-    We tell *main*; with its end the process ends, as it does with that of a main greenlet.
+    *main* is the greenlet that forked. The hub reports to its parent: LoopExit, SystemExit. We pass these on to *main*. When *main*
+    ends the process ends, as with any main greenlet.
     """
     go_on = main.switch
     args = ()
@@ -98,16 +98,16 @@ def run_as_main(main):
             break
         go_on, args = (main.switch, ()) if error is None else (main.throw, (error,))
     if isinstance(main, Greenlet):
-        main.unlink_all()      # or it tells us once more, while the threads of the program are waited for
-        was_told = error is None
-        error = main.exception     # *error* is what came of telling it, if the child has destroyed its hub
-        if was_told and error is not None and not isinstance(error, SystemExit):
+        main.unlink_all()      # else its link would switch to us again, while Py_Exit() joins the threads
+        is_reported = error is None
+        error = main.exception     # *error* may be another one, if the child has destroyed its hub
+        if is_reported and error is not None and not isinstance(error, SystemExit):
             exit_process(1)
     exit_with(error)
 
 
 cdef int exit_with(error) except -1:
-    """End the process with what the main program has ended with."""
+    """End the process as the main program would if it ended with *error*, or with None."""
     if error is None:
         exit_process(0)
     if not isinstance(error, SystemExit):
@@ -121,10 +121,10 @@ cdef int exit_with(error) except -1:
 
 
 cdef int exit_process(int status) except -1:
-    """End the process as after the main program, without going back to a frame of the parent's."""
+    """End the process as after the main program, without returning to a frame of the parent."""
     if get_ident() == _MAIN_THREAD_IDENT:
         Py_Exit(status)
-    # The interpreter can't be taken down in a child that another thread has forked: CPython crashes.
+    # CPython crashes in Py_Exit() in a child that a non-main thread forked. So do the most important steps of it here.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -136,25 +136,27 @@ cdef int exit_process(int status) except -1:
 
 cdef enum:
     KEEP = 0       # the child goes on with the parent's greenlets
-    LEAVE = 1      # with the one that forks alone
-    EXEC = 2       # it is going to execute a program
+    LEAVE = 1      # it goes on with the greenlet that forks, and leaves the others behind
+    EXEC = 2       # it is going to exec a program
 
 
 @cython.final
 @cython.internal
 cdef class Leaving:
-    """The parent's greenlets, from before the fork until the child's hub works without them."""
+    """The greenlets and watchers to leave behind: found before the fork, kept until the child's hub works without them."""
     cdef object current
     cdef object hub
-    cdef object loop           # the thread's
-    cdef object main           # the thread's
+    cdef object loop           # of this thread
+    cdef object main           # the main greenlet of this thread
     cdef object dead           # a greenlet that has ended
-    cdef list objects          # that were found. Where the collector sees who refers to them: greenlet asks it when a thread ends
-    cdef bint was_frozen
-    cdef coopos_finds finds
+    # The objects found. In a list, so that gc.get_referrers() finds their references. greenlet counts these when a thread ends:
+    # https://github.com/python-greenlet/greenlet/blob/master/src/greenlet/TThreadState.hpp
+    cdef list objects
+    cdef bint was_frozen       # gc.freeze() was in effect
+    cdef coopos_search search
 
     def __cinit__(self):
-        """In the parent, when the at-fork hooks have run: the thread may have had no hub before, or another."""
+        """In the parent, after all other at-fork hooks, which may give the thread a hub or another one."""
         check_leaving()
         self.current = getcurrent()
         self.main = self.current
@@ -167,36 +169,36 @@ cdef class Leaving:
             self.dead.parent = self.hub
             self.loop = self.hub.loop
         else:
-            self.loop = get_loop()         # of a hub that was destroyed; the next one has it again
-        self.finds.greenlet = <PyTypeObject *>greenlet
-        self.finds.waiter = <PyTypeObject *>Waiter
-        self.finds.hub_type = <PyTypeObject *>Hub
-        self.finds.current = <PyGreenlet *>self.current
-        self.finds.hub = <PyGreenlet *>self.hub if self.hub is not None else NULL
-        self.finds.dead = <PyGreenlet *>self.dead
+            self.loop = get_loop()         # a destroyed hub left it; the thread's next hub will use it again
+        self.search.greenlet = <PyTypeObject *>greenlet
+        self.search.waiter = <PyTypeObject *>Waiter
+        self.search.hub_type = <PyTypeObject *>Hub
+        self.search.current = <PyGreenlet *>self.current
+        self.search.hub = <PyGreenlet *>self.hub if self.hub is not None else NULL
+        self.search.dead = <PyGreenlet *>self.dead
         if self.main is not self.current:
-            self.finds.main = <PyObject *>self.main
+            self.search.main = <PyObject *>self.main
         kind = config.loop if self.loop is None else type(self.loop)
-        self.finds.loop = <PyTypeObject *>kind
+        self.search.loop = <PyTypeObject *>kind
         if self.loop is not None and not hasattr(self.loop, "_keepaliveset"):
             kind = self.loop.WatcherType
-            self.finds.watcher = <PyTypeObject *>kind
-        # What gc.freeze() has set aside the collector doesn't tell of: https://docs.python.org/3/library/gc.html#gc.freeze
+            self.search.watcher = <PyTypeObject *>kind
+        # The garbage collector doesn't visit frozen objects: https://docs.python.org/3/library/gc.html#gc.freeze
         self.was_frozen = gc.get_freeze_count() > 0
         if self.was_frozen:
             gc.unfreeze()
         self.objects = []
-        self.finds.objects = <PyObject *>self.objects
-        coopos_find(&self.finds)
+        self.search.objects = <PyObject *>self.objects
+        coopos_run_search(&self.search)
 
-    cdef int empty_loops(self) except -1:
-        """In the child, whose hub was re-initialised: nothing that the parent has asked a loop for happens here."""
+    cdef int clear_loops(self) except -1:
+        """In the child, after reinit(): stop the watchers and callbacks of the parent, and close the loops of other threads."""
         for each in self.objects:
             if isinstance(each, greenlet):
                 continue
-            if self.finds.watcher != NULL and PyObject_TypeCheck(each, self.finds.watcher):
+            if self.search.watcher != NULL and PyObject_TypeCheck(each, self.search.watcher):
                 self.stop(each)
-            elif self.finds.loop != NULL and PyObject_TypeCheck(each, self.finds.loop):
+            elif self.search.loop != NULL and PyObject_TypeCheck(each, self.search.loop):
                 if each is not self.loop:
                     close_loop(each)
             elif isinstance(each, Waiter):
@@ -223,13 +225,13 @@ cdef class Leaving:
         for part in list(getattr(watcher, "_multiplex_watchers", ())):
             part.stop()
         if type(watcher).__name__ == "async_" and hasattr(loop, "_keepaliveset"):
-            watcher.close()        # libuv's goes on telling of itself when it is stopped
+            watcher.close()        # to stop a uv_async_t is not enough: libuv has no call for that
         elif watcher.active or watcher.pending:
             watcher.stop()
         return 0
 
     cdef int replace_main(self) except -1:
-        """In the child of a greenlet that is not its thread's main one: it takes that one's place."""
+        """In the child: if a greenlet other than the main one forked, make it the one that the process ends with."""
         if self.main is self.current:
             return 0
         stand_in = greenlet(run_as_main, self.main)
@@ -237,23 +239,23 @@ cdef class Leaving:
         if self.hub is not None:
             self.hub.parent = stand_in
         if isinstance(self.current, Greenlet):
-            self.current.unlink_all()      # who wanted to know of its end is in the parent
-            self.current.rawlink(lambda ended: stand_in.switch())      # its parent has to be the hub
+            self.current.unlink_all()      # its links belong to the parent process
+            self.current.rawlink(lambda ended: stand_in.switch())      # by a link, since a Greenlet's parent must be the hub
         else:
             self.current.parent = stand_in
         return 0
 
 
 cdef int close_loop(loop) except -1:
-    """The loop of a thread that is not there: close its epoll descriptor, which holds others' files open.
+    """In the child: close the epoll descriptor of another thread's loop, since an epoll set keeps the files in it open.
 
-    Not more. The thread may have been anywhere in its loop's code when it was forked away, and what it has left there isn't to be
-    walked through. Once: a fork of the child doesn't find the loop again, whose number may be another file's by then.
+    Nothing else is safe: that thread may have been in the middle of changing its loop when the fork came. The loop is untracked, so
+    that a fork of the child doesn't find it and close the number again, which may be another file by then.
     """
     if not loop.ptr:
         return 0
     fd = loop.fileno()
-    coopos_keep_for_good(<PyObject *>loop)
+    coopos_keep_forever(<PyObject *>loop)
     if hasattr(loop, "_keepaliveset"):
         loop._ptr = None
     if fd is not None and fd >= 0:

@@ -1,10 +1,10 @@
-# Reads and writes on a descriptor that one object owns: what FileIO is made of.
+# Reads and writes on a descriptor that one object owns. coopos.io.FileIO is made of them.
 #
-# Owned is the descriptor, and knows nothing of the file. The file keeps it in a slot, and inherits from Moving the methods that move
-# bytes. So a bound method that somebody keeps also keeps the file open, and a file that nobody refers to is collected at once.
+# Owned is the descriptor, and knows nothing of the file. The file keeps its Owned in a slot, and inherits from Moving the methods
+# that move bytes. So there is no reference cycle: a bound method keeps the file open, and an unused file is freed at once.
 #
-# A read that came back short means that the next one will probably have to wait, so it waits first. That is only a hint: if there is
-# something to read after all, the wait ends at once.
+# After a short read, the next read will probably have to wait. So it waits first, without trying. That is only a hint: if there are
+# bytes after all, the wait ends at once.
 
 cdef enum:
     CHUNK = 65536
@@ -17,15 +17,16 @@ cdef extern from "Python.h":
 
 
 def warn_unclosed(source, Py_ssize_t level=2):
-    """Say that the file *source* is collected without having been closed, on behalf of its caller's caller, or one further up.
-    Never raises: where the filters make an error of it, it is reported as one that nobody can catch.
+    """Give the ResourceWarning that the file *source* was freed without having been closed. *level* is the warning's stack level.
+
+    Never raises. If a warnings filter turns the warning into an error, sys.unraisablehook reports it.
     """
     if PyErr_ResourceWarning(source, level, "unclosed file %R", <PyObject *>source) < 0:
         PyErr_WriteUnraisable(source)
 
 
 cdef extern from "Python.h":
-    # A reference that is ours alone, as _PyBytes_Resize wants it.
+    # As pointers: _PyBytes_Resize needs the only reference. https://docs.python.org/3/c-api/bytes.html#c._PyBytes_Resize
     PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL
     int resize_bytes "_PyBytes_Resize"(PyObject **data, Py_ssize_t size) except -1
     void Py_XDECREF(PyObject *object)
@@ -46,7 +47,7 @@ cdef object closed_error():
 
 
 cdef object root_of(greenlet):
-    """The main greenlet of its thread."""
+    """The main greenlet of the thread of *greenlet*."""
     while greenlet.parent is not None:
         greenlet = greenlet.parent
     return greenlet
@@ -54,15 +55,15 @@ cdef object root_of(greenlet):
 
 @cython.final
 cdef class Owned:
-    """The descriptor."""
+    """A descriptor that one object reads, writes and closes."""
     cdef readonly int fd           # -1 once it is closed
-    cdef bint may_read             # what it was opened for
+    cdef bint may_read             # opened for reading
     cdef bint may_write
-    cdef bint is_stream            # read by what stands here, as far as is known
-    cdef bint is_drained           # there was nothing more to read a moment ago
-    cdef readonly Py_ssize_t late  # bytes that the last write has written although it raised something
-    cdef list inside               # the greenlets, of any thread, that may have given way in a read or write
-    cdef list outside              # (hub, Wait) of greenlets that are in wait_for_others()
+    cdef bint is_stream            # read_stream() can read it; not true of regular files, and cleared when it can't tell
+    cdef bint is_drained           # the last read took all there was
+    cdef readonly Py_ssize_t late  # bytes that the last write wrote before it raised an exception
+    cdef list in_calls             # greenlets, of any thread, in a read or write that may switch
+    cdef list waiters              # (hub, Wait) of the greenlets in wait_for_others()
 
     def __init__(self, int fd, bint may_read, bint may_write):
         cdef stat_t st
@@ -71,7 +72,7 @@ cdef class Owned:
             err = errno
             raise OSError(err, os.strerror(err))
         self.fd = fd
-        self.inside, self.outside = [], []
+        self.in_calls, self.waiters = [], []
         self.may_read, self.may_write = may_read, may_write
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
 
@@ -83,7 +84,7 @@ cdef class Owned:
         return move
 
     cdef int wait(self) except -1:
-        """Until there is something to read, if there was nothing a moment ago."""
+        """Wait until there are bytes to read, if the last read took all there was."""
         if not self.is_drained:
             self.take_turn()
         else:
@@ -107,7 +108,9 @@ cdef class Owned:
         return 0
 
     cdef ssize_t read_stream(self, Move *move) except -2:
-        """One read into the buffer of *move*. -1: nothing there, or, where this is no stream any more, only the ladder can tell."""
+        """One read into the buffer of *move*. -1: there is nothing to read yet, or `is_stream` is now false and read_bytes() has to
+        find out.
+        """
         cdef int err = 0
         cdef ssize_t nread
         nread = attempt(move, &err)
@@ -122,7 +125,10 @@ cdef class Owned:
         return nread
 
     cdef object read_some(self, Move *move, Py_ssize_t n):
-        """One read of up to *n* bytes, or None. Not part of read_from(), whose frame is copied when the greenlet switches."""
+        """One read of up to *n* bytes; None as for -1 of read_stream().
+
+        Not part of read_from(): greenlet copies the C stack at each switch, and the buffer below would be on it.
+        """
         cdef char[SMALL_FILE_READ] small
         cdef char *buf = small
         cdef iovec iov
@@ -139,30 +145,31 @@ cdef class Owned:
         return data if nread == n and data is not None else PyBytes_FromStringAndSize(buf, nread)
 
     cdef object enter(self):
-        """The calling greenlet, before what may give way in a read or write; after it, however it ends, comes leave()."""
+        """Begin a read or write that may switch. Returns the calling greenlet, for leave() in a `finally`."""
         cdef object current = this_greenlet()
-        self.inside.append(current)
+        self.in_calls.append(current)
         return current
 
     cdef int leave(self, current) except -1:
         cdef Wait wait
-        cdef Py_ssize_t last = len(self.inside) - 1
-        if self.inside[last] is current:
-            self.inside.pop()
+        cdef Py_ssize_t last = len(self.in_calls) - 1
+        if self.in_calls[last] is current:
+            self.in_calls.pop()
         else:
-            self.inside.remove(current)
-        if self.outside:
+            self.in_calls.remove(current)
+        if self.waiters:
             hub = reachable_hub()
-            for home, wait in list(self.outside):      # other threads change it
-                # Whoever waited in the parent of a fork is dead in the child.
+            for home, wait in list(self.waiters):      # a copy: other threads change it
+                # A forked child still has the parent's waiters in this list. They may be dead.
                 if home is hub and wait.queued is None and not wait.greenlet.dead:
                     wait.queued = hub.loop.run_callback(wait.wake)
         return 0
 
     def wait_for_others(self):
-        """Park until another greenlet of this thread goes on in its read or write, and say True. False: there is none, or no hub.
+        """Park until another greenlet of this thread goes on in its read or write; True. False: there is none, or no hub.
 
-        The stdlib's buffers hold their lock across such calls, and a greenlet that has it gives way nowhere else.
+        For the lock of the stdlib's buffers. Its owner holds it across reads and writes of this file, and switches only in them:
+        https://github.com/python/cpython/blob/main/Modules/_io/bufferedio.c
         """
         cdef object hub = reachable_hub()
         cdef object current = this_greenlet()
@@ -171,7 +178,7 @@ cdef class Owned:
         if hub is None:
             return False
         root = root_of(current)
-        for each in list(self.inside):
+        for each in list(self.in_calls):
             if each is not current and not each.dead and root_of(each) is root:
                 break
         else:
@@ -179,20 +186,20 @@ cdef class Owned:
         wait = Wait.__new__(Wait)
         wait.greenlet = current
         member = (hub, wait)
-        self.outside.append(member)
+        self.waiters.append(member)
         try:
             came_back = give_way(hub, current)
             if came_back is not wait:
                 raise wrong_switch(came_back, "another greenlet's read or write")
         finally:
-            self.outside.remove(member)
+            self.waiters.remove(member)
             wait.greenlet = None
             if wait.queued is not None:
                 wait.queued.stop()
         return True
 
     def close(self, bint closes=True):
-        """Let go of the descriptor, and close it, unless *closes* is false. Whoever waits gets ``OSError(EBADF)``."""
+        """Close the descriptor, or only give it up if *closes* is false. Greenlets that wait for it get ``OSError(EBADF)``."""
         cdef int fd = self.fd
         if fd < 0:
             return
@@ -200,26 +207,25 @@ cdef class Owned:
         if closes:
             close_fd(fd)
         else:
-            fail_waits_of(fd, self.inside)
+            fail_waits_of(fd, self.in_calls)
 
 
-# ---- what a file does with it ------------------------------------------------------------------------------------------------
+# ---- the methods of files ----------------------------------------------------------------------------------------------------
 
-# The class of files, and where in each of them the slot for its Owned is: to ask for the attribute would mean a look-up in the
-# class at each call.
+# The class of files, and the offset of the slot that holds a file's Owned. An attribute access would search the class at each call.
 cdef object kind_of_file = None
 cdef Py_ssize_t slot_at = 0
 
 
 def use_slot(kind, descriptor):
-    """Have the files of class *kind* keep their Owned in the slot of *descriptor*."""
+    """Say where files have their Owned: in objects of class *kind*, in the slot of the member descriptor *descriptor*."""
     global kind_of_file, slot_at
     slot_at = (<MemberDescriptor *><PyObject *>descriptor).d_member.offset
     kind_of_file = kind
 
 
 cdef inline Owned owned_by(file):
-    """The descriptor of a file, or None: it has none before it is opened."""
+    """The Owned of a file; None before the file is opened."""
     cdef PyObject *owned = NULL
     if kind_of_file is not None and PyObject_TypeCheck(file, <PyTypeObject *>kind_of_file):
         owned = (<PyObject **>(<char *><PyObject *>file + slot_at))[0]
@@ -230,7 +236,7 @@ cdef inline object read_from(Owned owned, Py_ssize_t n):
     cdef Move move = owned.move(False)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     while owned.is_stream and n:
-        owned.wait()           # holding no memory for what is to come
+        owned.wait()           # before any memory is allocated
         data = owned.read_some(&move, n)
         if data is not None:
             return data
@@ -243,7 +249,7 @@ cdef inline object read_from(Owned owned, Py_ssize_t n):
 
 
 cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
-    """One read into *iov*; how many bytes."""
+    """One read into *iov*. Returns how many bytes."""
     cdef Move move = owned.move(False)
     cdef ssize_t nread
     while owned.is_stream and iov.iov_len:
@@ -262,7 +268,7 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
 
 
 cdef object read_all_from(Owned owned):
-    """All there is until the end, read into one object that grows: to collect pieces would take each byte twice more."""
+    """Read until the end, into one object that grows. Joining pieces would copy each byte twice more."""
     cdef stat_t st
     cdef off_t offset
     cdef iovec iov
@@ -294,8 +300,8 @@ cdef object read_all_from(Owned owned):
 
 
 class Moving:
-    """The methods of io.FileIO that move bytes, letting other greenlets run. Where there is nothing to wait for, because the file
-    is closed or wasn't opened for it, io.FileIO's own say so.
+    """The methods of io.FileIO that move bytes, letting other greenlets run. If the file is closed, or wasn't opened for the
+    operation, they call io.FileIO's own, which raise the right error.
     """
     __slots__ = ()
 
@@ -311,7 +317,8 @@ class Moving:
     def readall(self):
         """All there is until the end."""
         cdef Owned owned = owned_by(self)
-        # From Python 3.15 on it, too, looks first whether the file was opened for it; before, read(2) says EBADF.
+        # From Python 3.15 on io.FileIO.readall() checks the mode; before, read(2) fails with EBADF.
+        # https://github.com/python/cpython/blob/main/Modules/_io/fileio.c
         if owned is None or owned.fd < 0 or (PY_VERSION_HEX >= 0x030F0000 and not owned.may_read):
             return super().readall()
         return read_all_from(owned)
@@ -333,7 +340,7 @@ class Moving:
             PyBuffer_Release(&view)
 
     def write(self, data, /):
-        """Write as much of *data* as one system call takes; how many bytes. Fewer than there are is no error."""
+        """Write as much of *data* as one system call takes. Returns how many bytes; fewer than *data* has is no error."""
         cdef Owned owned = owned_by(self)
         cdef Move move
         cdef Py_buffer view

@@ -1,7 +1,8 @@
 # Asking the kernel about children: at once, or by a worker that waits.
 #
-# A Question is one waitid(2) that a worker makes with WNOWAIT, for everybody who wants to know the same. The worker takes nothing: its
-# answer is only "look again". Nothing here installs a signal handler, and nothing polls unless no descriptor or no thread is left.
+# A Question is one waitid(2) with WNOWAIT that a worker makes. All callers that ask the same share it, each with its own Listener.
+# WNOWAIT leaves the child waitable, so the worker's answer is only a hint: the callers ask the kernel again.
+# Nothing here installs a signal handler. Nothing polls, unless no descriptor or no thread is left.
 
 # ---- asking the kernel -------------------------------------------------------------------------------------------------------
 
@@ -10,7 +11,7 @@ cdef bint has_ended(const Report *report) noexcept:
 
 
 cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -2:
-    """waitid(2), without waiting: 0, also where there is nothing to say, or -1 with errno. A signal's handler has its turn."""
+    """waitid(2) with WNOHANG. 0, also if nothing has happened (then report.pid is 0), or -1 with errno. Runs signal handlers."""
     while coopos_wait(idtype, id, options, report) < 0:
         if not is_interrupted(errno):
             return -1
@@ -18,13 +19,13 @@ cdef int ask_now(idtype_t idtype, id_t id, int options, Report *report) except -
 
 
 cdef object this_loop():
-    """This thread's, or None. That of a hub that was destroyed: the next one has it again."""
+    """This thread's loop, or None. A destroyed hub may have left its loop: the thread's next hub will use it again."""
     hub = get_hub_if_exists()
     return get_loop() if hub is None else hub.loop
 
 
 cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
-    """Stand still, with the GIL released, until waitid(2) may have an answer. Nothing is collected."""
+    """Block this thread, with the GIL released, until waitid(2) may have an answer. WNOWAIT: the child stays waitable."""
     cdef siginfo_t info
     cdef int err = 0
     with nogil:
@@ -41,7 +42,7 @@ cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
 cdef bint _use_pidfds = HAVE_PIDFD and os.environ.get("COOPOS_CHILDREN") != "thread"
 
 
-# Where there is no descriptor, or no thread, to wait by: how long until the kernel is asked again.
+# How often the kernel is asked if no descriptor, or no thread, is left to wait with.
 cdef enum:
     PAUSE_MS = 10
 
@@ -49,40 +50,40 @@ cdef enum:
 @cython.final
 @cython.internal
 cdef class Question(Inquiry):
-    """One question to waitid(2) about children, put once for all who wait for the answer.
+    """One waitid(2) about children, which a worker makes for all Listeners.
 
-    The answer is only "look again": a bell, which each who asked has in its own loop's set. Where there is no descriptor left for
-    it, or no thread, each looks again after a while.
+    Its bell is a descriptor that becomes readable when there is an answer. Each Listener has the bell in its own loop's set. If no
+    descriptor or no thread was left, there is no bell (`box` is NULL), and each Listener uses a timer.
     """
     cdef tuple key                 # (idtype, id, options)
     cdef dict table                # _questions or _exit_questions
-    cdef list listeners            # the Listener of each who asked
+    cdef list listeners
 
-    cdef int close_to_others(self) noexcept:
-        """Who asks from now on asks anew."""
+    cdef int remove_from_table(self) noexcept:
+        """It has an answer, or ends. Later callers start a new Question."""
         if self.table.get(self.key) is self:
             del self.table[self.key]
         return 0
 
     cdef int ring(self) noexcept:
-        """Wake all who asked, from any thread."""
-        self.close_to_others()
+        """Wake all Listeners. Works in any thread."""
+        self.remove_from_table()
         if self.box != NULL:
             coopos_bell_ring(self.box.bell)
         return 0
 
     cdef bint is_wanted(self) except -1:
-        """Whether anybody waits whose loop was not destroyed."""
+        """Whether a Listener is left whose loop was not destroyed."""
         cdef Listener listener
         for listener in self.listeners:
             if listener.loop is None or is_alive(listener.loop):
                 return True
         return False
 
-    cdef int drop(self) noexcept:
-        """Nobody waits."""
+    cdef int cancel(self) noexcept:
+        """End it, since nobody waits. In a forked child, leave the parent's Question alone."""
         if self.born == generation:
-            self.close_to_others()
+            self.remove_from_table()
             self.end()
         return 0
 
@@ -90,15 +91,15 @@ cdef class Question(Inquiry):
 @cython.final
 @cython.internal
 cdef class Listener(Wait):
-    """One of those who wait for the answer to a Question: in a loop by its set, or plainly, where *loop* is None."""
+    """One waiter for the answer to a Question: in the set of its loop, or by poll(2) if *loop* is None."""
     cdef Question question
     cdef object loop
-    cdef object timer              # where there is no bell
+    cdef object timer              # if there is no bell
     cdef object callback
     cdef tuple args
 
     cdef int start(self, bint ref, callback, tuple args) except -1:
-        """Have ``callback(*args)`` run in the loop's hub when there is news."""
+        """Have ``callback(*args)`` run in the loop's hub when there is an answer."""
         cdef Question question = self.question
         self.callback, self.args = callback, args
         if question.box != NULL:
@@ -110,7 +111,7 @@ cdef class Listener(Wait):
         return 0
 
     cdef int hold(self, bint ref) except -1:
-        """Whether it keeps its loop alive."""
+        """Set whether it keeps its loop alive."""
         if self.set is not None:
             self.set.keep_alive(self, ref)
         elif self.timer is not None and is_alive(self.loop):
@@ -118,20 +119,20 @@ cdef class Listener(Wait):
         return 0
 
     cdef int on_ready(self) except -1:
-        """In the hub: there is news."""
+        """In the hub: there is an answer."""
         cdef Question question = self.question
-        callback, args = self.callback, self.args      # leave() lets go of them meanwhile
+        callback, args = self.callback, self.args      # the callback may call leave(), which clears them
         if callback is None:
-            return 0               # a signal's handler has raised, and ended the wait, before the loop came to us
+            return 0               # leave() came first: a signal handler raised, which ended the wait
         if question.born != generation:
-            question.end()         # it is the parent's
+            question.end()         # this is a forked child, and the Question is the parent's
             return 0
-        question.close_to_others()
+        question.remove_from_table()
         callback(*args)
         return 0
 
-    cdef int stand(self) except -1:
-        """Stand still, with the GIL released, until there is news."""
+    cdef int wait_without_hub(self) except -1:
+        """Block this thread, with the GIL released, until there is an answer."""
         cdef Question question = self.question
         cdef pollfd rung
         cdef int has_bell = question.box != NULL
@@ -145,11 +146,11 @@ cdef class Listener(Wait):
             return 0
         if err:
             raise os_error(err, "poll", question.key)
-        question.close_to_others()
+        question.remove_from_table()
         return 0
 
     cdef int leave(self) except -1:
-        """Wait no longer; with the last one nobody asks any more."""
+        """Wait no longer. The last Listener that leaves ends the Question."""
         cdef Question question = self.question
         cdef Py_ssize_t index
         for index in range(len(question.listeners)):
@@ -164,18 +165,18 @@ cdef class Listener(Wait):
             timer.stop()
             timer.close()
         if not question.is_wanted():
-            question.drop()
+            question.cancel()
         return 0
 
 
-# {(idtype, id, options): the Question that is being asked}: those for the end of one child, and the others
+# {(idtype, id, options): the Question under way}. The first table has those that wait for one child's exit, the second all others.
 cdef dict _exit_questions = {}
 cdef dict _questions = {}
 
 
 cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False, callback=None, tuple args=()):
-    """Put a question, or join those who wait for the answer to the same one. Whoever gets the Listener must leave() by it."""
-    # The worker takes nothing anyway, and has no children of its own that it could confine itself to.
+    """Ask a Question, or join the same one that is under way. The caller must call leave() of the Listener in a `finally`."""
+    # The worker always uses WNOWAIT. It has forked no children, so __WNOTHREAD would find none.
     cdef int asked = options & ~(WNOWAIT | COOPOS_WNOTHREAD)
     cdef tuple key = (idtype, id, asked)
     cdef dict table = _exit_questions if idtype == P_PID and asked == WEXITED else _questions
@@ -188,7 +189,7 @@ cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False
     listener.loop = loop
     listener.question = question
     try:
-        # Before anything else: to make a watcher may let another thread run, who would drop a question that nobody waits for.
+        # First of all: making a watcher may let another thread run, which would cancel a Question that has no Listener.
         question.listeners.append(listener)
         if is_new and question.begin(idtype, id, asked | WNOWAIT):
             table[key] = question
@@ -200,30 +201,31 @@ cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False
     return listener
 
 
-# ---- waiting for the kernel's news -------------------------------------------------------------------------------------------
+# ---- waiting for a change ----------------------------------------------------------------------------------------------------
 
-cdef int wait_for_news(idtype_t idtype, id_t id, int options) except -1:
+cdef int wait_for_change(idtype_t idtype, id_t id, int options) except -1:
     """Wait until the kernel may have an answer to this waitid(2)."""
     cdef object hub = reachable_hub()
     cdef object loop = None if hub is None else hub.loop
     cdef object current = None if hub is None else getcurrent()
     cdef object switch = None if hub is None else current.switch
     cdef Report report
-    cdef Listener news
+    cdef Listener listener
     if options & COOPOS_WNOTHREAD and ask_now(idtype, id, options & ~COOPOS_WNOTHREAD | WNOWAIT, &report) == 0 and report.pid > 0:
-        # It is another thread's, and no other thread can ask for this one's alone.
+        # Without __WNOTHREAD another thread's child answers. A worker can't ask for the children of this thread alone.
+        # https://man7.org/linux/man-pages/man2/waitpid.2.html
         return wait_plainly(idtype, id, options)
     if hub is None and idtype == P_PID:
         return wait_plainly(idtype, id, options)
-    # For any child also where nothing can be switched to: the hub of another thread may collect it and ring.
-    news = listen(loop, idtype, id, options, True, switch, (switch,))
+    # For any child even if there is no hub here: another thread's hub may collect the child, and then rings.
+    listener = listen(loop, idtype, id, options, True, switch, (switch,))
     try:
         if hub is None:
-            news.stand()
+            listener.wait_without_hub()
         else:
             came_back = give_way(hub, current)
             if came_back is not switch:
                 raise wrong_switch(came_back, "children")
     finally:
-        news.leave()
+        listener.leave()
     return 0

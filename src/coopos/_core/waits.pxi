@@ -1,81 +1,90 @@
 # The wait family: waitpid, wait, wait3, wait4, waitid, and wait_exit for any process.
 #
-# All of them ask the kernel by waitid(2), without waiting. Where it has nothing to say yet, they park and ask again. A child that has a
-# record is asked for there, since the record may have collected it already.
+# Each asks the kernel by waitid(2) with WNOHANG. If nothing has happened yet, it parks and asks again. If the child has a record,
+# the record is asked first, since it may have collected the child already.
 
 # ---- one wait, in the form of waitid(2) --------------------------------------------------------------------------------------
 
 cdef int take(Child child, int options, Report *report) except -1:
-    """The report of a child that was collected here."""
+    """Take the status of a child that is ENDED. Claims it, unless WNOWAIT leaves it to the next wait."""
     report[0] = child.report
     if not options & WNOWAIT:
         child.claim()
     return 0
 
 
+cdef bint take_from_record(str call, Child child, int options, Report *report) except -1:
+    """The answer of the record: the status, or ChildProcessError. False: the child is alive."""
+    if child.state == ALIVE:
+        return False
+    if child.state == CLAIMED:
+        raise os_error(ECHILD, call, child.pid)
+    if child.state == LOST:
+        raise lost_child(child)
+    take(child, options, report)
+    return True
+
+
 cdef int wait_one(str call, int pid, int options, Report *report) except -1:
     """waitid(2) with P_PID. Under WNOHANG report.pid is 0 when there is nothing to report."""
     cdef Child child = <Child>children.get(pid)
-    # Whether only the kernel can answer: of stops and continues, of a look that takes nothing, of Linux's __WALL and its like.
+    # Whether the kernel has to be asked too: for stops and continues, and for WNOWAIT, __WALL and other options of Linux.
     cdef bint is_special = (options & ~WNOHANG) != WEXITED
     cdef bint asks_records = options & WEXITED and not coopos_wants_clones(options)
     cdef bint takes = not options & WNOWAIT
     cdef bint has_waited = False
     if child is not None:
-        # Is it the process of this pid that we have a record of? Who collected another behind our back may have freed its pid.
+        # The record may be of an older child: if other code collected that one, its pid may have been used again.
         if child.is_watched and asks_records and child.collect(takes, report if takes else NULL) and takes:
             return 0
         if (child.state == ENDED or child.is_stolen) and is_used_again(pid):
-            child.drop()
+            child.remove_from_tables()
             child = None
     while True:
         if child is None:
             child = <Child>children.get(pid)
         if child is not None and asks_records:
-            # To collect a child that nobody watches is to take it from who waits for it.
+            # If nobody watches the child, a look with WNOWAIT must not collect it: another waiter may want it.
             if (child.is_watched or takes) and child.collect(takes, report if takes else NULL) and takes:
                 return 0
             if child.is_stolen and not has_waited and is_used_again(pid):
-                child.drop()   # an older child's, for which somebody else still waits
+                child.remove_from_tables()     # the record is of an older child, for which another caller still waits
                 child = None
                 continue
-            if child.state == ENDED:
-                return take(child, options, report)
-            if child.state == CLAIMED:
-                raise os_error(ECHILD, call, pid)
-            if child.state == LOST:
-                raise lost_child(child)
+            if take_from_record(call, child, options, report):
+                return 0
         if child is None or is_special:
             if ask_now(P_PID, pid, options, report) < 0:
                 raise os_error(errno, call, pid)
             if report.pid > 0:
                 if child is not None and has_ended(report) and takes:
-                    child.collected(report)
+                    child.claim_from_kernel(report)
                 return 0
         if options & WNOHANG:
             return 0
         if is_special or is_traced(pid):
-            wait_for_news(P_PID, pid, options)
+            wait_for_change(P_PID, pid, options)
             continue
         if child is None:
             child = Child(pid)
             children[pid] = child
         has_waited = True
         if not child.wait() and not child.is_watched:
-            child = None       # collected by another thread this moment: the kernel says so next time round
+            child = None       # the process is gone: the kernel will say ECHILD, or knows a newer child
 
 
 cdef bint is_traced(int pid) except -1:
-    """Whether we trace the child, whose stops every wait tells, and no pidfd: https://man7.org/linux/man-pages/man2/ptrace.2.html
+    """Whether we trace the child. If so every wait reports its stops, but no pidfd does.
 
-    __WCLONE leaves out ordinary children, but not those that are traced (eligible_child() in the kernel's exit.c).
+    __WCLONE leaves out ordinary children, unless we trace them: https://man7.org/linux/man-pages/man2/ptrace.2.html and
+    eligible_child() in https://github.com/torvalds/linux/blob/master/kernel/exit.c
     """
     cdef Report report
     return COOPOS_WCLONE and ask_now(P_PID, pid, WEXITED | WNOWAIT | COOPOS_WCLONE, &report) == 0
 
 
 cdef Child find_ended(idtype_t idtype, id_t id):
-    """The child that ended first of those that are asked for and were collected here."""
+    """The child of P_ALL, or of group *id*, that was collected first and whose status nobody has claimed; or None."""
     cdef Child child
     for child in ended.values():
         if idtype == P_ALL or child.group == <int>id:
@@ -84,7 +93,10 @@ cdef Child find_ended(idtype_t idtype, id_t id):
 
 
 cdef bint find_stolen() except -1:
-    """Whether there is a watched child that the kernel has let go of, and the hub has not seen it yet; it is collected."""
+    """Collect the watched children that have ended and the hub has not noticed yet. Whether there is one with a status.
+
+    The kernel has no child left, so other code reaped them.
+    """
     cdef Child child
     cdef bint found = False
     for child in list(children.values()):
@@ -107,7 +119,7 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
                 break
             if not is_used_again(child.pid):
                 return take(child, options, report)
-            child.drop()
+            child.remove_from_tables()
         looks = bool(children) and asks_records and not options & WNOWAIT
         if ask_now(idtype, id, options | WNOWAIT if looks else options, report) < 0:
             err = errno
@@ -117,22 +129,22 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
         if report.pid > 0:
             if not looks:
                 return 0
-            # Whether a record is of this child, or of an older one of the same pid, can be told only before it is collected.
+            # wait_one() reaps it. First it compares it with the record, which may be of an older child with this pid.
             pid = report.pid
             try:
                 wait_one(call, pid, options | WNOHANG, report)
             except ChildProcessError:
-                continue           # another thread has collected it this moment
+                continue           # another thread was first
             if report.pid > 0:
                 return 0
             continue
         if options & WNOHANG:
             return 0
-        wait_for_news(idtype, id, options)
+        wait_for_change(idtype, id, options)
 
 
 cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
-    """waitid(2) with P_PIDFD: which child that is, is found out, and that one is waited for."""
+    """waitid(2) with P_PIDFD: find the pid, and wait for that child."""
     cdef Child child
     cdef ino_t inode
     cdef int err
@@ -144,7 +156,7 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
         if is_nonblocking(fd):
             raise os_error(EAGAIN, call, fd)
         pid = pid_of(fd)
-        # To read it may have let another thread run: it is that child's pid only while it can be waited for.
+        # Reading the pid may have let another thread reap the child. Until it is reaped the pid can't be used again.
         if ask_now(COOPOS_P_PIDFD, fd, options | WNOWAIT, report) == 0:
             return wait_one(call, pid, options, report)
     err = errno
@@ -152,7 +164,7 @@ cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:
         inode = coopos_pidfd_inode(fd)
         for child in list(children.values()) if inode else ():
             if child.pidfd_inode() == inode:
-                # Not by its pid, which may be another child's by now.
+                # Not by its pid, which may have been used again.
                 child.collect(not options & WNOWAIT, NULL)
                 if child.state == ENDED:
                     return take(child, options, report)
@@ -176,7 +188,7 @@ cdef int wait_by_pid(str call, int pid, int flags, Report *report) except -1:
     """wait4(2)."""
     cdef int options
     memset(report, 0, sizeof(Report))
-    leave_parents()
+    ensure_own_tables()
     if flags & ~COOPOS_WAIT_OPTIONS:
         raise os_error(EINVAL, call, pid)
     options = WEXITED | (WSTOPPED if flags & WUNTRACED else 0) | flags & ~WUNTRACED
@@ -189,7 +201,7 @@ cdef int wait_by_pid(str call, int pid, int flags, Report *report) except -1:
     return wait_any(call, P_PGID, getpgrp() if pid == 0 else -pid, options, report)
 
 
-# ---- what the world calls ----------------------------------------------------------------------------------------------------
+# ---- the public functions ----------------------------------------------------------------------------------------------------
 
 def waitpid(Py_ssize_t pid, options):
     """Wait for a child process, letting other greenlets run until it ends.
@@ -244,7 +256,7 @@ def wait():
 
 
 cdef int si_status(const Report *report) noexcept:
-    """siginfo_t's si_status, from wait(2)'s form."""
+    """The si_status of siginfo_t, from a raw wait status: https://man7.org/linux/man-pages/man2/sigaction.2.html"""
     if report.code == CLD_KILLED or report.code == CLD_DUMPED:
         return report.status & 0x7f
     return SIGCONT if report.code == CLD_CONTINUED else report.status >> 8
@@ -348,7 +360,7 @@ def waitid(idtype, Py_ssize_t id, options):
     cdef int number = as_int(id)
     cdef int flags = as_int(options)
     memset(&report, 0, sizeof(Report))
-    leave_parents()
+    ensure_own_tables()
     if flags & ~COOPOS_WAITID_OPTIONS or not flags & (WEXITED | WSTOPPED | WCONTINUED):
         raise os_error(EINVAL, "waitid", id)
     if kind == P_PID and number > 0:

@@ -1,6 +1,5 @@
-/* greenlet's C API; and the parent's greenlets, which are found in the parent and left behind in the child.
- *
- * What is done in the child is C alone, because it runs inside fork(2).
+/* greenlet's C API, and how a forked child leaves its parent's greenlets behind: the parent finds them before the fork, and the
+ * child makes them look finished. The child's part is C alone, because it runs inside fork(2), as a handler of pthread_atfork(3).
  */
 #ifndef COOPOS_GREENLETS_H
 #define COOPOS_GREENLETS_H
@@ -12,7 +11,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 
-/* PyGreenlet_Import() as a function that says how it went. */
+/* PyGreenlet_Import() as a function that returns -1 if it failed. */
 static inline int coopos_import_greenlet(void)
 {
     PyGreenlet_Import();
@@ -29,45 +28,45 @@ static inline PyObject *coopos_switch(PyObject *greenlet, PyObject *args, PyObje
     return PyGreenlet_Switch((PyGreenlet *)greenlet, args, kwargs);
 }
 
-struct coopos_finds {
+struct coopos_search {
     PyTypeObject *greenlet;
-    PyTypeObject *watcher;     /* or NULL: the loop has a list of its own */
+    PyTypeObject *watcher;     /* or NULL: the loop keeps a list of its watchers */
     PyTypeObject *loop;        /* or NULL: there is none */
     PyTypeObject *waiter;
     PyTypeObject *hub_type;
-    PyObject *main;            /* who waits by a waiter, or by its bound method, is looked for; or NULL */
-    PyGreenlet *current;       /* the two that go on in the child; the hub may be NULL */
+    PyObject *main;            /* the main greenlet, whose waiters and bound builtin methods are to be found too; or NULL */
+    PyGreenlet *current;       /* the two that the child keeps; the hub may be NULL */
     PyGreenlet *hub;
-    PyGreenlet *dead;          /* has ended: the others take its state */
-    PyObject *objects;         /* a list of what was found */
+    PyGreenlet *dead;          /* a greenlet that has ended: the others get its state */
+    PyObject *objects;         /* a list of the objects found */
 };
 
-/* Take *op* if it is a greenlet or may resume one. 1: go on. */
-static inline int coopos_look_at(PyObject *op, void *arg)
+/* Add *op* to the list if it is a greenlet or may resume one. 1: visit more objects. */
+static inline int coopos_visit_object(PyObject *op, void *arg)
 {
-    struct coopos_finds *finds = arg;
-    /* Nearly everything is one of these. */
+    struct coopos_search *search = arg;
+    /* Nearly every object is of one of these kinds. */
     unsigned long plain = Py_TPFLAGS_LIST_SUBCLASS | Py_TPFLAGS_TUPLE_SUBCLASS | Py_TPFLAGS_DICT_SUBCLASS | Py_TPFLAGS_TYPE_SUBCLASS;
     if (Py_TYPE(op)->tp_flags & plain || PyFunction_Check(op))
         return 1;
-    if (!PyObject_TypeCheck(op, finds->greenlet)
-            && !(finds->watcher != NULL && PyObject_TypeCheck(op, finds->watcher))
-            && !(finds->loop != NULL && PyObject_TypeCheck(op, finds->loop))
-            && !(finds->main != NULL && (PyObject_TypeCheck(op, finds->waiter)
-                                         || (PyCFunction_Check(op) && PyCFunction_GET_SELF(op) == finds->main))))
+    if (!PyObject_TypeCheck(op, search->greenlet)
+            && !(search->watcher != NULL && PyObject_TypeCheck(op, search->watcher))
+            && !(search->loop != NULL && PyObject_TypeCheck(op, search->loop))
+            && !(search->main != NULL && (PyObject_TypeCheck(op, search->waiter)
+                                         || (PyCFunction_Check(op) && PyCFunction_GET_SELF(op) == search->main))))
         return 1;
-    return PyList_Append(finds->objects, op) == 0;
+    return PyList_Append(search->objects, op) == 0;
 }
 
-/* Look at every object that the garbage collector knows. -1 with an exception set.
+/* Visit every object that the garbage collector knows. -1 with an exception set.
  *
- * In the parent: to visit an object counts a reference to it, and in a child that would copy every page that has one.
+ * In the parent, since a visit changes the object's reference count. In a child that would copy the pages of all objects.
  */
-static inline int coopos_find(struct coopos_finds *finds)
+static inline int coopos_run_search(struct coopos_search *search)
 {
 #if PY_VERSION_HEX >= 0x030C0000
     /* https://docs.python.org/3/c-api/gcsupport.html#c.PyUnstable_GC_VisitObjects */
-    PyUnstable_GC_VisitObjects(coopos_look_at, finds);
+    PyUnstable_GC_VisitObjects(coopos_visit_object, search);
 #else
     Py_ssize_t i;
     PyObject *all = NULL;
@@ -78,7 +77,7 @@ static inline int coopos_find(struct coopos_finds *finds)
         all = PyObject_CallMethod(gc, "get_objects", NULL);
     Py_XDECREF(gc);
     if (all != NULL) {
-        for (i = 0; i < PyList_GET_SIZE(all) && coopos_look_at(PyList_GET_ITEM(all, i), finds); i++)
+        for (i = 0; i < PyList_GET_SIZE(all) && coopos_visit_object(PyList_GET_ITEM(all, i), search); i++)
             ;
         Py_DECREF(all);
     }
@@ -88,41 +87,41 @@ static inline int coopos_find(struct coopos_finds *finds)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Nobody frees it, and the garbage collector doesn't go through it. */
-static inline void coopos_keep_for_good(PyObject *op)
+/* Never free *op*, and hide it from the garbage collector. */
+static inline void coopos_keep_forever(PyObject *op)
 {
     Py_INCREF(op);
     PyObject_GC_UnTrack(op);
 }
 
-/* In the child: from here on no greenlet of the parent can be resumed.
+/* In the child: make the parent's greenlets look finished. From here on none of them can be resumed.
  *
- * Each takes the state of one that has ended: it looks finished, and to switch to it or to throw into it leads to the hub. What it
- * had, its parked frames above all, belongs to nobody and is never freed. The garbage collector must not count what the shared
- * state refers to several times.
+ * Each gets the state of a greenlet that has ended. A switch to it, or a throw into it, goes to its parent, the hub. Its old state,
+ * with its parked frames, is never freed. It is hidden from the garbage collector, which would count the references of the shared
+ * state once for each greenlet.
  */
-static inline void coopos_leave(const struct coopos_finds *finds)
+static inline void coopos_leave_greenlets(const struct coopos_search *search)
 {
     Py_ssize_t i;
-    coopos_keep_for_good((PyObject *)finds->dead);
-    for (i = 0; i < PyList_GET_SIZE(finds->objects); i++) {
-        PyObject *found = PyList_GET_ITEM(finds->objects, i);
+    coopos_keep_forever((PyObject *)search->dead);
+    for (i = 0; i < PyList_GET_SIZE(search->objects); i++) {
+        PyObject *found = PyList_GET_ITEM(search->objects, i);
         PyGreenlet *each = (PyGreenlet *)found;
-        if (!PyObject_TypeCheck(found, finds->greenlet) || each == finds->current || each == finds->hub)
+        if (!PyObject_TypeCheck(found, search->greenlet) || each == search->current || each == search->hub)
             continue;
         if (PyGreenlet_ACTIVE(each)) {
-            coopos_keep_for_good((PyObject *)each);
-            /* Another thread's hub is not made to look finished: gevent destroys those of its pool's threads, by throwing into them,
-             * and what is thrown into a dead greenlet comes out in our hub. */
-            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(found, finds->hub_type))
-                each->pimpl = finds->dead->pimpl;
+            coopos_keep_forever((PyObject *)each);
+            /* But not another thread's hub. gevent destroys the hubs of its threadpool by throw(), which into a dead greenlet would
+             * raise in our hub: Hub.destroy() in https://github.com/gevent/gevent/blob/26.9.0/src/gevent/hub.py */
+            if (!PyGreenlet_MAIN(each) && !PyObject_TypeCheck(found, search->hub_type))
+                each->pimpl = search->dead->pimpl;
         } else if (!PyGreenlet_STARTED(each)) {
-            Py_INCREF(each);       /* known to the collector: whoever starts it here has it left behind in a fork */
+            Py_INCREF(each);       /* not hidden: if the child starts it, a later fork of the child has to find it */
         }
     }
 }
 
-/* A builtin method of the main greenlet becomes that of *other*. */
+/* Bind a builtin method of the main greenlet to *other* instead. */
 static inline void coopos_bind_to(PyObject *method, PyObject *other)
 {
     PyCFunctionObject *function = (PyCFunctionObject *)method;
@@ -132,17 +131,19 @@ static inline void coopos_bind_to(PyObject *method, PyObject *other)
     Py_DECREF(before);
 }
 
-/* A fork of this thread, from the last of the hooks before it until the child is revived, or fork(2) is over in the parent. Other
- * threads may run, and end, while it waits for the import lock. The hooks themselves may be skipped: without memory the interpreter
- * can't copy their list.
+/* A fork of this thread: from prepare(), the last at-fork hook, until revive() in the child or the end of fork(2) in the parent.
+ *
+ * Per thread, since the interpreter waits for the import lock in between, and other threads may run and end meanwhile.
+ * *is_prepared* is false if prepare() didn't run: without memory to copy the list of hooks the interpreter skips them, in
+ * run_at_forkers() of https://github.com/python/cpython/blob/3.13/Modules/posixmodule.c
  */
 struct coopos_pending {
     int is_prepared;
-    int mode;
-    int is_blocking;           /* signals; *signals* is the mask to go back to */
+    int mode;                  /* KEEP, LEAVE or EXEC of _core */
+    int is_blocking;           /* all signals are blocked; *signals* is the mask from before */
     sigset_t signals;
-    PyObject *leaving;         /* owned, or NULL */
-    const struct coopos_finds *finds;
+    PyObject *leaving;         /* a Leaving, owned, or NULL */
+    const struct coopos_search *search;
 };
 
 static __thread struct coopos_pending coopos_pending;
@@ -154,23 +155,23 @@ static inline void coopos_unblock_signals(void)
     coopos_pending.is_blocking = 0;
 }
 
-/* Inside fork(2), in the child. The interpreter's own repairs, which come next, free what other threads had. */
-static inline void coopos_in_child(void)
+/* Inside fork(2), in the child. Before PyOS_AfterFork_Child(), which frees the thread states of other threads and their frames. */
+static inline void coopos_atfork_child(void)
 {
-    if (coopos_pending.is_prepared && coopos_pending.finds != NULL)
-        coopos_leave(coopos_pending.finds);
+    if (coopos_pending.is_prepared && coopos_pending.search != NULL)
+        coopos_leave_greenlets(coopos_pending.search);
 }
 
-/* Inside fork(2), in the parent, also if it has failed. */
-static inline void coopos_in_parent(void)
+/* Inside fork(2), in the parent, even if fork(2) fails. */
+static inline void coopos_atfork_parent(void)
 {
     coopos_pending.is_prepared = 0;
     coopos_unblock_signals();
 }
 
-static inline int coopos_hear_of_forks(void)
+static inline int coopos_add_fork_handlers(void)
 {
-    return pthread_atfork(NULL, coopos_in_parent, coopos_in_child);
+    return pthread_atfork(NULL, coopos_atfork_parent, coopos_atfork_child);
 }
 
 #endif
