@@ -5,9 +5,7 @@
     python -m coopos doctor
 
 A directory or zip file with a ``__main__.py`` runs too. What comes after the script or module is its own. The program sees the
-argv, sys.path and ``__main__`` it would see without coopos, and has them to the end: its threads, its atexit functions and what is
-pickled for other processes look for names in ``__main__`` after its last line. So it runs in the namespace that the interpreter
-made for ``coopos.__main__``, and nothing of ours stays there.
+argv, sys.path and ``__main__`` that it would see without coopos.
 """
 
 from __future__ import annotations
@@ -44,13 +42,17 @@ def _patch() -> None:
     import gevent.monkey
 
     gevent.monkey.patch_all()
-    import coopos
+    from coopos._patch import patch
 
-    coopos.patch()
+    patch()
 
 
 def _clear_main() -> dict[str, Any]:
-    """The namespace of ``__main__`` as the interpreter makes it: with nothing of a program."""
+    """The namespace that the interpreter has made for ``__main__``, with nothing in it of this file.
+
+    The program runs there, and has it to its end: its threads, its atexit functions and what is pickled for other processes look
+    for names in ``__main__`` after the program's last line.
+    """
     namespace = vars(sys.modules["__main__"])
     for name in namespace.keys() - {"__name__", "__builtins__", "__annotations__"}:
         namespace[name] = None
@@ -129,3 +131,10 @@ def main() -> None:
         if not getattr(sys.flags, "safe_path", sys.flags.isolated):
             sys.path.insert(0, os.path.dirname(os.path.realpath(path) if os.path.isabs(path) else path))
         _run_script(path)
+
+
+# _clear_main() takes all names out of this copy of the file. So a second copy, an ordinary module, does the work.
+if __name__ == "__main__":
+    from coopos.__main__ import main as main_of_the_copy
+
+    main_of_the_copy()

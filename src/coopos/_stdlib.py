@@ -1,8 +1,8 @@
-"""What stands in for parts of the stdlib where its own code runs over ours: in subprocess and in multiprocessing. POSIX only.
+"""Runs the stdlib's own code over ours, in subprocess and in multiprocessing. POSIX only.
 
-A namespace in the place of a module that the code calls, and a selector whose waits let other greenlets run. Of the selector: what
-is ready is the kernel's to say, each time; the hub is only slept in, and in the hub itself the wait is poll(2)'s. Knows `_parking`
-and gevent's Timeout.
+over() makes a namespace in the place of a module that the code calls; CooperativeSelector is a selector whose waits let other
+greenlets run. The selector asks the kernel each time what is ready: its wait on the hub is only a sleep. In the hub itself it waits
+in poll(2). Nothing here knows which modules use it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MAX_POLL_S = 2e6
 
 
 def over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
-    """A namespace to take the place of *module* in one of its users: *ours*, and the rest as it is there at the time."""
+    """A namespace to take the place of *module* in one of its users: *ours*, and what else *module* has at the time."""
     namespace = types.ModuleType(module.__name__, module.__doc__)
     vars(namespace).update(ours, __getattr__=lambda name: getattr(module, name))
     return namespace
 
 
 def in_time(seconds: float | None, wait: Callable[..., object], *args: object) -> None:
-    """``wait(*args)``, which is left early, without a word, when so much time has gone by."""
+    """``wait(*args)``, which ends early, without an exception, when the time is up."""
     if seconds is None:
         wait(*args)
         return
@@ -42,12 +42,12 @@ def in_time(seconds: float | None, wait: Callable[..., object], *args: object) -
 
 
 class CooperativeSelector(selectors.PollSelector):
-    """:class:`selectors.PollSelector`. Whoever waits for a descriptor that :func:`coopos.close` closes is told that it is ready."""
+    """:class:`selectors.PollSelector`. A descriptor that :func:`coopos.close` closes during the wait is reported as ready."""
 
     _selector_cls = get_original("select", "poll")
 
     def select(self, timeout: float | None = None) -> Any:
-        """What is ready. Without waiting, and with nothing ready, the others have their turn: who asks may ask again and again."""
+        """What is ready. If nothing is, other greenlets run even with a *timeout* of 0: the caller may ask in a loop."""
         if not _core.can_give_way():
             return super().select(timeout if timeout is None else min(timeout, MAX_POLL_S))
         ready = super().select(0)

@@ -1,12 +1,11 @@
 """The stdlib's subprocess for programs of greenlets: its own code, over cooperative reads, writes and waits. POSIX only.
 
 The code is the stdlib's: a second copy of its module is made, in which `os`, `io` and the selector are ours. So each version of
-Python has its own Popen, with its vfork and posix_spawn, its arguments, errors and order of things, and what waits in it lets other
-greenlets run. Ours is what the copy's Popen does about its child: a record of `_children` waits for it, by a pidfd. The exceptions
-and CompletedProcess are the stdlib's own, and a Popen of ours is an instance of its Popen.
+Python has its own Popen, with its vfork and posix_spawn, its arguments, errors and order of things, and its waits let other
+greenlets run. Only the wait for the child is our own code: a Child of `_core` waits for it, by a pidfd. The exceptions and
+CompletedProcess are the stdlib's own, and a Popen of ours is an instance of the stdlib's Popen.
 
-What reads this module's `subprocess`, by the name of `_original`, is the stdlib's. Knows `_children`, `_wait`, `_core`, `_parking`,
-`_standins` and the files of `io`; of gevent AsyncResult.
+In this module `_original` is the stdlib's module, which other code of the program uses, and `_stdlib` our copy of it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ from gevent.monkey import get_original
 
 from coopos import _core
 from coopos._core import waitpid
-from coopos._standins import MAX_POLL_S, MAX_TIMEOUT_S, CooperativeSelector, in_time, over
+from coopos._files import os_error
+from coopos._stdlib import MAX_POLL_S, MAX_TIMEOUT_S, CooperativeSelector, in_time, over
 from coopos.io import FileIO, WholeFileIO, fdopen
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class _Selector(CooperativeSelector):
     def _check_open(self) -> None:
         for key in self.get_map().values():
             if key.fileobj.closed is True:
-                raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: select({key.fd})")
+                raise os_error(errno.EBADF, "select", key.fd)
 
     def select(self, timeout: float | None = None) -> Any:
         try:
@@ -393,9 +393,9 @@ class Popen(_Base[AnyStr]):
         ChildProcessError: ECHILD, from ``wait`` and ``poll``: somebody else has collected the child, and the kernel doesn't tell
             its status.
 
-    Switches greenlets only where said, and, with *preexec_fn* and *pty*, until the child has done what they say: a greenlet that is
-    killed or timed out then leaves no child. One that is in ``wait`` leaves the child running, and watched. Works in any thread's
-    hub and in a forked child, which has no children of its parent's.
+    Keeps :ref:`what every function promises <promises>`. Starting a program switches greenlets only with *preexec_fn* and *pty*,
+    until the child has done what they ask for. Killed or timed out then, it leaves no child. Killed in ``wait``, it leaves the
+    child running, and watched. In a forked child the parent's Popens have no child to wait for.
 
     Source: vfork(2), posix_spawn(3), pidfd_open(2), pidfd_send_signal(2); ``gevent.subprocess.Popen``.
 
