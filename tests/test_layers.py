@@ -13,8 +13,9 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 #: From the bottom up. A module imports from lower layers only, lazily too. A package stands above its parts, which it imports.
 LAYERS = [
     {"_core"},
-    {"_fork", "_files", "_stdlib"},
+    {"_fork", "_files"},
     {"io", "_copying"},
+    {"_stdlib"},
     {"subprocess"},
     {"_programs"},
     {"_patch._import_lock", "_patch._connections", "_patch._processes", "_patch._managers"},

@@ -1,8 +1,8 @@
 """The operating-system functions of :mod:`os` for gevent programs: cooperative, compiled, and right.
 
 Import it in place of ``gevent.os``, or call :func:`patch` under ``gevent.monkey`` and change nothing else. It has every documented
-name and signature of ``gevent.os``, and the rest of :mod:`os`. Hot functions are the compiled core's own, without a Python frame
-in between. On Windows only :func:`tp_read`, :func:`tp_write` and the names of :mod:`os` are there.
+name and signature of ``gevent.os``, and the rest of :mod:`os`. The functions that are called most are the compiled core's own,
+without a Python frame in between. Windows has only :func:`tp_read`, :func:`tp_write` and the names of :mod:`os`.
 
 Environment variables, read when the module is imported:
 
@@ -11,13 +11,13 @@ Environment variables, read when the module is imported:
 ``COOPOS_CHILDREN=thread``
     Wait for children with threads instead of pidfds, as on systems that have none.
 ``COOPOS_NOWAIT=0``
-    Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
+    Never ask the kernel with RWF_NOWAIT, as on systems that don't have it.
 ``COOPOS_THREADS``
     How many reads, writes and other calls may wait for disks at once, in threads: 64 by default.
 ``COOPOS_SETS=watchers``
     Wait for descriptors by watchers of gevent's loop, as on systems without epoll.
 ``COOPOS_FAIRNESS``
-    A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
+    A count: after that many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
 ``COOPOS_KEEP_GREENLETS=0``
     A forked child has only the greenlet that forked, unless :func:`patch`, :func:`fork_policy` or an argument says otherwise.
 ``COOPOS_PATCH=1``
@@ -40,7 +40,7 @@ __version__ = "0.1.0.dev0"
 
 #: The names that stand in for functions of :mod:`os`; what :func:`patch` puts there.
 __implements__: list[str] = []
-#: The names that :mod:`os` hasn't.
+#: The names that :mod:`os` doesn't have.
 __extensions__: list[str] = ["tp_read", "tp_write"]
 #: Forms of functions of :mod:`os` that :func:`patch` doesn't put there.
 _forms: list[str] = []
@@ -134,11 +134,11 @@ if hasattr(_os, "fork"):
     __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO", "flock"]
     (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
+        from coopos._files import read_pty as read_pty
         from coopos._fork import (
             forkpty as forkpty,
             forkpty_and_watch as forkpty_and_watch,
             forkpty_gevent as forkpty_gevent,
-            read_pty as read_pty,
         )
 
         __implements__ += ["forkpty"]

@@ -151,6 +151,42 @@ def tp_write(fd: int, buf: Buffer) -> int:
     return result
 
 
+def read_pty(fd: int, n: int) -> bytes:
+    """Read from the master of a pseudo-terminal, with an end-of-file as a pipe has it.
+
+    Like :func:`read`. But when no process has the other side open any more, and all that was written there has been read, the
+    kernel says EIO. Here that is the end of the file.
+
+    Args:
+        fd: int, the master's descriptor, as :func:`forkpty` returns it.
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 1..n long; ``b""`` at the end.
+
+    Raises:
+        OSError: as :func:`read`, but for EIO.
+
+    Keeps :ref:`what every function promises <promises>`.
+
+    Source: pty(7), read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    data: bytes = _core.outright(read_to_hangup, b"", _core.read, fd, n)
+    return data
+
+
+def read_to_hangup(end: Any, read: Callable[..., Any], *args: Any) -> Any:
+    """``read(*args)`` from a terminal's master. If no process has the other side open, *end*, or what readall() has read so far."""
+    try:
+        return read(*args)
+    except OSError as ex:
+        if ex.errno != errno.EIO:
+            raise
+        return getattr(ex, "partial", end)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------------------
 
 

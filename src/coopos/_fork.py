@@ -10,7 +10,6 @@ program's own handlers of that signal in libev's place: see the last section.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import signal
@@ -31,9 +30,9 @@ if TYPE_CHECKING:
 def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
     """Say for a ``with`` block whether the children that are forked in it go on with the parent's greenlets.
 
-    Holds for the greenlet and the thread that enter it, and for all forks there that aren't told otherwise by an argument, also
-    those that others make. (Not those of :mod:`multiprocessing`, whose processes never go on with their parent's greenlets.)
-    Blocks may be nested.
+    It holds for the greenlet and the thread that enter the block, and for every fork there that has no argument of its own for it,
+    also those that other libraries make. (Processes of :mod:`multiprocessing` never go on with their parent's greenlets.) Blocks
+    may be nested.
 
     Args:
         keep_greenlets: True, the child goes on with all of the parent's greenlets; False, with the one that forks alone. See
@@ -105,10 +104,10 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
     Args:
         keep_greenlets: whether the child goes on with the parent's greenlets, timers, callbacks and signal watchers, as it does
             under gevent. By default what :func:`fork_policy` or :func:`patch` has said, and if neither has, True. With False only
-            the greenlet that called is left. The others are dead in the child: they are never resumed, their ``finally:`` blocks
-            don't run, and who switches to one, joins or kills it finds it ended. Their frames stay where they are. Signals that
-            gevent has handled have their default action. Loops of other threads are closed. If the greenlet isn't its thread's
-            main one it takes that place: the child ends when it does, with the exit status that ``sys.exit()`` gives.
+            the greenlet that called is left. In the child the others look finished: they are never resumed, their ``finally:``
+            blocks don't run, ``dead`` is true, and ``join()`` and ``kill()`` return at once. Their frames stay in memory. Signals
+            that gevent has handled have their default action. Loops of other threads are closed. If the greenlet isn't its
+            thread's main one it takes that place: the child ends when it does, with the exit status that ``sys.exit()`` gives.
 
     Returns:
         int: in the parent the child's pid, in the child 0.
@@ -154,40 +153,6 @@ def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, in
     .. versionadded:: 0.1.0
     """
     return _core.forkpty_process(keep_greenlets, winsize)
-
-
-def read_pty(fd: int, n: int) -> bytes:
-    """Read from the master of a pseudo-terminal, with an end-of-file as a pipe has it.
-
-    Like :func:`read`, but where the kernel says EIO, because no process has the other side open any more and all that was written
-    to it has been read, this is the end.
-
-    Args:
-        fd: int, the master's descriptor, as :func:`forkpty` returns it.
-        n: int, bytes, 0 or more.
-
-    Returns:
-        bytes: 1..n long; ``b""`` at the end.
-
-    Raises:
-        OSError: as :func:`read`, but for EIO.
-
-    Keeps :ref:`what every function promises <promises>`.
-
-    Source: pty(7), read(2).
-
-    .. versionadded:: 0.1.0
-    """
-    return _core.outright(_read_pty, fd, n)
-
-
-def _read_pty(fd: int, n: int) -> bytes:
-    try:
-        return _core.read(fd, n)
-    except OSError as ex:
-        if ex.errno != errno.EIO:
-            raise
-        return b""
 
 
 def _check(callback: object, loop: object) -> None:
