@@ -216,25 +216,20 @@ class _Lock:
         raw: Any
 
     def close(self) -> None:
-        while True:
-            try:
-                return super().close()  # type: ignore[misc,no-any-return]
-            except RuntimeError as ex:
-                error = ex
-            self._wait_outside(error)
+        self._when_free(super().close)  # type: ignore[misc]
 
     def flush(self) -> None:
+        self._when_free(super().flush)  # type: ignore[misc]
+
+    def _when_free(self, method: Callable[[], None]) -> None:
+        """Call *method* until no other greenlet is inside. RuntimeError: the caller itself is inside."""
         while True:
             try:
-                return super().flush()  # type: ignore[misc,no-any-return]
+                return method()
             except RuntimeError as ex:
                 error = ex
-            self._wait_outside(error)
-
-    def _wait_outside(self, error: RuntimeError) -> None:
-        """Wait until another greenlet that is inside goes on, or leaves. Raise *error* if the caller itself is inside."""
-        if not str(error).startswith("reentrant call") or not self.raw._owned.wait_for_others():
-            raise error
+            if not str(error).startswith("reentrant call") or not self.raw._owned.wait_for_others():
+                raise error
 
 
 class BufferedReader(_Lock, io.BufferedReader):
