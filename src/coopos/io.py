@@ -164,9 +164,10 @@ class FileIO(Moving, io.FileIO):
             self._owned.close(self._closes)
 
     def _dealloc_warn(self, source: object) -> None:
-        """Called by the buffer *source* over it, which closes it because it is collected."""
+        """Called by the buffer *source* over it, which closes it because it is garbage-collected."""
         if self.closefd and not self.closed:
-            warn_unclosed(source, 3 if isinstance(source, _Lock) else 2)
+            # The warning is for the code that lost the file: over this frame, and those of _Lock.close() and _Lock._when_free().
+            warn_unclosed(source, 4 if isinstance(source, _Lock) else 2)
 
     def __repr__(self) -> str:
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
