@@ -82,17 +82,17 @@ def test_doctor_says_how_children_are_watched(tmp_path, children, mechanism):
 @pytest.mark.parametrize(
     "broken",
     [
-        "coopos.nb_read = lambda fd, n: b'wrong'",
-        "coopos.nb_read = lambda fd, n: gevent.sleep(1000)",
-        "coopos.waitpid = lambda pid, options: (pid, 0)",
-        "coopos.close = lambda fd: None",
+        "_core.nb_read = lambda fd, n: b'wrong'",
+        "_core.nb_read = lambda fd, n: gevent.sleep(1000)",
+        "_core.waitpid = lambda pid, options: (pid, 0)",
+        "_core.close = lambda fd: None",
     ],
 )
 def test_doctor_finds_what_is_broken(broken):
     """A wrong answer and a hang are failures; the other checks are made all the same, and the exit status is 1."""
     output = run_script(f"""
-        import gevent, coopos
-        from coopos import _doctor
+        import gevent
+        from coopos import _core, _doctor
         _doctor.CHECK_TIMEOUT_S = 0.3
         {broken}
         print("status", _doctor.main())

@@ -10,65 +10,65 @@ SOURCE = pathlib.Path(__file__).resolve().parent.parent / "src" / "coopos"
 
 pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's source is not beside the tests")
 
-#: From the bottom up. A module imports from lower layers only, but for the names in SIDEWAYS.
+#: From the bottom up. A module imports from lower layers only, lazily too. A package stands above its parts, which it imports.
 LAYERS = [
-    {"_parking"},
-    {"_workers"},
-    {"_children"},
     {"_core"},
-    {"_wait", "_owned", "_forking", "_semaphores"},
-    {"_imports", "_sigchld"},
-    {"_fork", "_threadpool", "_patch", "_standins"},
+    {"_fork", "_files"},
     {"io", "_copying"},
+    {"_stdlib"},
     {"subprocess"},
-    {"_programs", "_multiprocessing"},
+    {"_programs"},
+    {"_patch._import_lock", "_patch._connections", "_patch._processes", "_patch._managers"},
+    {"_patch._os", "_patch._subprocess", "_patch._multiprocessing"},
+    {"_patch", "_doctor"},
     {"__init__"},
-    {"_doctor"},
-    {"_launch"},
     {"__main__"},
 ]
 #: What each may have of gevent and greenlet, at most; a module that isn't here has none.
 GEVENT = {
-    "_parking": {"gevent.hub", "gevent.exceptions", "gevent.monkey", "greenlet"},
-    "_workers": {"gevent.hub"},
-    "_core": {"gevent.hub", "gevent.exceptions", "greenlet"},
-    "_children": {"gevent._hub_local", "gevent.hub", "greenlet"},
-    "_forking": {
+    "_core": {
+        "gevent",
         "gevent._config",
         "gevent._hub_local",
-        "gevent.monkey",
+        "gevent.event",
+        "gevent.exceptions",
         "gevent.greenlet",
         "gevent.hub",
-        "gevent.event",
+        "gevent.lock",
+        "gevent.monkey",
         "greenlet",
     },
-    "_imports": {"gevent.hub", "greenlet"},
-    "_sigchld": {"gevent", "gevent.hub"},
-    "_multiprocessing": {"gevent", "gevent.exceptions", "gevent.monkey"},
-    "_standins": {"gevent", "gevent.monkey"},
-    "_semaphores": {"gevent", "gevent.hub", "gevent.lock"},
-    "_fork": {"gevent.os", "gevent._config"},
-    "_programs": {"gevent.monkey"},
+    "_fork": {"gevent.os", "gevent._config", "gevent.hub"},
+    "_files": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
+    "_stdlib": {"gevent", "gevent.monkey"},
     "subprocess": {"gevent.event", "gevent.monkey"},
-    "_threadpool": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
-    "_patch": {"gevent", "gevent.monkey", "gevent.os", "gevent.subprocess"},
+    "_programs": {"gevent.monkey"},
+    "_patch": {"gevent.monkey"},
+    "_patch._os": {"gevent", "gevent.monkey", "gevent.os"},
+    "_patch._subprocess": {"gevent.monkey", "gevent.os", "gevent.subprocess"},
+    "_patch._multiprocessing": {"gevent.monkey"},
+    "_patch._connections": {"gevent.exceptions", "gevent.monkey"},
+    "_patch._processes": set(),
+    "_patch._managers": {"gevent"},
+    "_patch._import_lock": {"gevent.hub", "greenlet"},
     "__init__": {"gevent._config"},
     "_doctor": {"gevent", "gevent.hub"},
-    "_launch": {"gevent.monkey"},
-}
-#: Once they are called: patch() puts the façade's functions in others' modules, and the façade offers the doctor.
-LAZILY_UPWARD = {
-    "_patch": {"__init__", "_fork", "_threadpool", "subprocess", "_multiprocessing"},
-    "__init__": {"_doctor"},
+    "__main__": {"gevent.monkey"},
 }
 
-MODULES = sorted(path.stem for path in SOURCE.glob("*.py*") if path.suffix in (".py", ".pyx"))
+
+def module_of(path):
+    """ "_patch/_os.py" is "_patch._os", "_patch/__init__.py" is "_patch"."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = {module_of(path): path for path in sorted(SOURCE.rglob("*.py*")) if path.suffix in (".py", ".pyx")}
+MODULES = list(PATHS)
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
 def text_of(module):
-    [path] = [path for path in SOURCE.glob(f"{module}.py*") if path.suffix in (".py", ".pyx")]
-    return path.read_text()
+    return PATHS[module].read_text()
 
 
 def layer_of(module):
@@ -78,9 +78,8 @@ def layer_of(module):
 
 def own_name(module, name):
     """ "coopos._core" and "coopos" + "_core" are "_core"; what else is taken from "coopos" is the façade's."""
-    if module == "coopos":
-        return name if name in MODULES else "__init__"
-    return module.removeprefix("coopos.")
+    whole, part = (source.removeprefix("coopos").removeprefix(".") for source in (module, f"{module}.{name}"))
+    return part if part in MODULES else whole or "__init__"
 
 
 def python_imports(text):
@@ -116,7 +115,7 @@ def cython_imports(text):
 
 def imports_of(module):
     text = text_of(module)
-    return cython_imports(text) if (SOURCE / f"{module}.pyx").exists() else python_imports(text)
+    return cython_imports(text) if PATHS[module].suffix == ".pyx" else python_imports(text)
 
 
 @each_module
@@ -126,14 +125,14 @@ def test_module_has_a_layer(module):
 
 @each_module
 def test_module_imports_only_from_below(module):
-    for source, name, is_lazy in imports_of(module):
+    for source, name, _is_lazy in imports_of(module):
         if source.split(".")[0] != "coopos":
             continue
         other = own_name(source, name)
         if other == "_posix":
             continue  # declarations of C
-        if is_lazy and other in LAZILY_UPWARD.get(module, ()):
-            continue
+        if module == other == "__main__":
+            continue  # it runs in a second copy of itself
         assert layer_of(other) < layer_of(module), f"{module} imports {other}"
 
 

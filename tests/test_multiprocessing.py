@@ -16,7 +16,7 @@ import types
 import gevent
 import pytest
 
-from coopos import _multiprocessing as coopos_multiprocessing
+from coopos._patch import _multiprocessing as coopos_multiprocessing
 
 from .support import run_script
 
@@ -1368,7 +1368,7 @@ def test_patch_with_an_unknown_module_patches_the_rest():
     import multiprocessing
     assert multiprocessing.Lock().acquire()
     from multiprocessing import synchronize
-    assert synchronize.Condition.wait.__module__ == "coopos._multiprocessing"
+    assert synchronize.Condition.wait.__module__ == "coopos._patch._processes"
     """)
 
 
@@ -1378,7 +1378,7 @@ def test_import_of_an_unknown_module_after_the_patch_raises():
     monkey.patch_all()
     import coopos
     coopos.patch()
-    from coopos import _multiprocessing
+    from coopos._patch import _multiprocessing
     wanted = _multiprocessing._WANTED
     wanted["multiprocessing.synchronize"] = wanted["multiprocessing.synchronize"]._replace(names=("Condition.new_name",))
     import multiprocessing, multiprocessing.connection
@@ -1410,7 +1410,7 @@ def test_unpatch_gives_multiprocessing_back():
     coopos.unpatch()
     assert [dict(vars(owner)) for owner in owners] == before
     coopos.patch()
-    assert _multiprocessing.SemLock.__module__ == "coopos._multiprocessing"
+    assert _multiprocessing.SemLock.__module__ == "coopos._patch._processes"
     """)
 
 
@@ -1440,7 +1440,7 @@ def test_patch_imports_no_more_of_multiprocessing_than_the_program():
     coopos.patch()
     assert not [name for name in set(sys.modules) - before if name.startswith("multiprocessing")]
     from multiprocessing import connection
-    assert connection.Connection._send_bytes.__module__ == "coopos._multiprocessing"
+    assert connection.Connection._send_bytes.__module__ == "coopos._patch._connections"
     coopos.unpatch()
     assert connection.Connection._send_bytes.__module__ == "multiprocessing.connection"
     from multiprocessing import popen_fork

@@ -18,7 +18,7 @@ import pytest
 
 import coopos
 from coopos import _core
-from coopos._threadpool import lock_range
+from coopos._files import lock_range
 
 from .descriptors import HeldPool, StandingWorkers, until
 from .support import (

@@ -1,8 +1,8 @@
 """The operating-system functions of :mod:`os` for gevent programs: cooperative, compiled, and right.
 
 Import it in place of ``gevent.os``, or call :func:`patch` under ``gevent.monkey`` and change nothing else. It has every documented
-name and signature of ``gevent.os``, and the rest of :mod:`os`. Hot functions are the compiled core's own, without a Python frame
-in between. On Windows only :func:`tp_read`, :func:`tp_write` and the names of :mod:`os` are there.
+name and signature of ``gevent.os``, and the rest of :mod:`os`. The functions that are called most are the compiled core's own,
+without a Python frame in between. Windows has only :func:`tp_read`, :func:`tp_write` and the names of :mod:`os`.
 
 Environment variables, read when the module is imported:
 
@@ -11,13 +11,13 @@ Environment variables, read when the module is imported:
 ``COOPOS_CHILDREN=thread``
     Wait for children with threads instead of pidfds, as on systems that have none.
 ``COOPOS_NOWAIT=0``
-    Never ask the kernel with RWF_NOWAIT, as on systems that haven't it.
+    Never ask the kernel with RWF_NOWAIT, as on systems that don't have it.
 ``COOPOS_THREADS``
     How many reads, writes and other calls may wait for disks at once, in threads: 64 by default.
 ``COOPOS_SETS=watchers``
     Wait for descriptors by watchers of gevent's loop, as on systems without epoll.
 ``COOPOS_FAIRNESS``
-    A count: after so many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
+    A count: after that many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
 ``COOPOS_KEEP_GREENLETS=0``
     A forked child has only the greenlet that forked, unless :func:`patch`, :func:`fork_policy` or an argument says otherwise.
 ``COOPOS_PATCH=1``
@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 
 from gevent._config import config as _config
 
+from coopos import _patch
+from coopos._files import tp_read as tp_read, tp_write as tp_write
 from coopos._patch import patch as patch, unpatch as unpatch
-from coopos._threadpool import tp_read as tp_read, tp_write as tp_write
 
 if TYPE_CHECKING:
     from os import *  # noqa: F403
@@ -39,7 +40,7 @@ __version__ = "0.1.0.dev0"
 
 #: The names that stand in for functions of :mod:`os`; what :func:`patch` puts there.
 __implements__: list[str] = []
-#: The names that :mod:`os` hasn't.
+#: The names that :mod:`os` doesn't have.
 __extensions__: list[str] = ["tp_read", "tp_write"]
 #: Forms of functions of :mod:`os` that :func:`patch` doesn't put there.
 _forms: list[str] = []
@@ -67,6 +68,24 @@ if hasattr(_os, "fork"):
         write_all as write_all,
         writev as writev,
     )
+    from coopos._files import (
+        eventfd_read as eventfd_read,
+        eventfd_write as eventfd_write,
+        fdatasync as fdatasync,
+        flock as flock,
+        fsync as fsync,
+        ftruncate as ftruncate,
+        getgrouplist as getgrouplist,
+        getlogin as getlogin,
+        getrandom as getrandom,
+        initgroups as initgroups,
+        lockf as lockf,
+        open as open,
+        posix_fallocate as posix_fallocate,
+        sync as sync,
+        truncate as truncate,
+        urandom as urandom,
+    )
     from coopos._fork import (
         fork as fork,
         fork_and_watch as fork_and_watch,
@@ -86,24 +105,6 @@ if hasattr(_os, "fork"):
         spawnvp as spawnvp,
         spawnvpe as spawnvpe,
         system as system,
-    )
-    from coopos._threadpool import (
-        eventfd_read as eventfd_read,
-        eventfd_write as eventfd_write,
-        fdatasync as fdatasync,
-        flock as flock,
-        fsync as fsync,
-        ftruncate as ftruncate,
-        getgrouplist as getgrouplist,
-        getlogin as getlogin,
-        getrandom as getrandom,
-        initgroups as initgroups,
-        lockf as lockf,
-        open as open,
-        posix_fallocate as posix_fallocate,
-        sync as sync,
-        truncate as truncate,
-        urandom as urandom,
     )
     from coopos.io import FileIO as FileIO, fdopen as fdopen  # type: ignore[no-redef]
 
@@ -133,11 +134,11 @@ if hasattr(_os, "fork"):
     __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO", "flock"]
     (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
     if hasattr(_os, "forkpty"):
+        from coopos._files import read_pty as read_pty
         from coopos._fork import (
             forkpty as forkpty,
             forkpty_and_watch as forkpty_and_watch,
             forkpty_gevent as forkpty_gevent,
-            read_pty as read_pty,
         )
 
         __implements__ += ["forkpty"]
@@ -155,7 +156,8 @@ if hasattr(_os, "fork"):
 if hasattr(_os, "fork"):
     from coopos._core import as_builtin as _as_builtin
 
-    # What is builtin in os is so here, too, and no method of a class whose attribute it is. What is compiled is builtin already.
+    # What is builtin in os is builtin here too: it doesn't become a method where it is an attribute of a class. What is compiled is
+    # builtin already.
     _is_watching = not _config.disable_watch_children
     _signatures = {
         "fork": "(*args, **kwargs)" if _is_watching else "(*, keep_greenlets=None)",
@@ -166,17 +168,19 @@ if hasattr(_os, "fork"):
     for _name in _signatures.keys() & globals().keys():
         globals()[_name] = _as_builtin(globals()[_name], _signatures[_name], __name__)
 
+_patch.offer({_name: globals()[_name] for _name in __implements__ + __extensions__})
+
 
 def doctor() -> int:
     """Say which mechanism serves what in this process, and prove each on a real pipe, file or child.
 
-    What ``python -m coopos doctor`` does, for a program that wants it of itself: it also counts how often the kernel has refused
-    this process a pidfd, so that a thread watched the child.
+    Does what ``python -m coopos doctor`` does, in the process that calls it. It also counts how often the kernel has refused this
+    process a pidfd, so that a thread watched the child.
 
     Returns:
         int: 0 if all are well, else 1. The report goes to standard output, a line for each.
 
-    Switches greenlets. Forks, and starts a program.
+    Keeps :ref:`what every function promises <promises>`. Forks, and starts a program.
 
     .. versionadded:: 0.1.0
     """

@@ -1,9 +1,10 @@
 """sendfile, splice and copy_file_range: bytes that go from one descriptor to another inside the kernel. POSIX only.
 
-The kernel has no form of them that is sure not to wait. So each is made in the hub only where nothing can hold it up (pipes, which
-SPLICE_F_NONBLOCK is about, what is in non-blocking mode, a file whose pages have been read); otherwise by a worker, once what
-can be waited for is ready. sendfile to a descriptor in blocking mode, which would wait for its reader with all of it, is made of
-pread and write, and so is that of macOS and the BSDs, which has headers. Knows `_core`, `_parking` and `_workers`.
+The kernel has no form of these calls that is sure not to wait. So a call is made in the greenlet's own thread only where nothing
+can hold it up: between pipes under SPLICE_F_NONBLOCK, on descriptors in non-blocking mode, of a file whose pages have been read.
+Otherwise the hub waits until the descriptors are ready, and a worker makes the call. Two forms of sendfile are made of pread and
+write: to a descriptor in blocking mode, where sendfile(2) would wait until all was sent, and that of macOS and the BSDs, which has
+headers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from coopos import _core
 from coopos._core import READ, WRITE, InFlight, wait_until_ready, yield_turn
+from coopos._files import note_written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +32,7 @@ CHUNK = 128 * 1024
 
 
 def _is_file(fd: int) -> bool:
-    """Whether readiness means nothing: what is read or written there waits for a disk."""
+    """Whether a read or write waits for a disk, so that readiness means nothing."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
@@ -40,7 +42,7 @@ def _is_pipe(fd: int) -> bool:
 
 
 def _is_plausible(out_fd: Any, in_fd: Any, count: Any, *offsets: Any) -> bool:
-    """Whether the arguments are of the right kind. If not, os is asked, and says what is wrong before anything waits."""
+    """Whether the arguments are of the right kind. If not, the caller asks os, which says what is wrong before anything waits."""
     numbers = [count, *(offset for offset in offsets if offset is not None)]
     return (
         all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers)
@@ -75,7 +77,7 @@ def _chunks(call: InFlight, in_fd: int, start: int, count: int) -> Iterator[byte
 
 
 def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, pieces: Iterable[Any], start: int | None) -> int:
-    """Write *pieces* one after the other, up to the first of which a part is left; the offset of *in_fd* moves from *start* on."""
+    """Write *pieces* one after the other, up to the first that doesn't go out whole. Then move *in_fd* on from *start*."""
     sent = 0
     told: list[int] = []
     try:
@@ -86,9 +88,7 @@ def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, pieces: Iterable[Any]
                 break
     except BaseException as ex:
         sent += sum(told)
-        if sent:
-            with contextlib.suppress(Exception):  # some classes refuse attributes
-                ex.characters_written = sent  # type: ignore[attr-defined]
+        note_written(ex, sent)
         raise
     finally:
         if start is not None and sent and not call.is_closed(in_fd):
@@ -115,7 +115,7 @@ def sendfile_with_headers(
         offset: int, bytes from the start of *in_fd*.
         count: int, bytes, 0 or more; 0 for all.
         headers, trailers: sequences of bytes-like objects, sent before and after.
-        flags: int, ``os.SF_*``, which say what a thread of the kernel's has to do, and are not needed here.
+        flags: int, ``os.SF_*``. They tell a thread of the kernel what to do, and are not needed here.
 
     Returns:
         int: how many bytes were sent, those of the headers and trailers included.
@@ -124,8 +124,7 @@ def sendfile_with_headers(
         OSError: as sendfile(2).
         TypeError, OverflowError: an argument is of another type, or too large.
 
-    Switches greenlets only if it has to wait. Killed or timed out before anything was sent, it has sent nothing; after a part was,
-    the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: sendfile(2).
 
@@ -170,8 +169,7 @@ if _sendfile and not _TAKES_HEADERS:
                 sendfile(2).
             TypeError, OverflowError: an argument is of another type, or too large.
 
-        Switches greenlets only if it has to wait. Killed or timed out before anything was sent, it has sent nothing; after a part
-        was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+        Keeps :ref:`what every function promises <promises>`.
 
         Source: sendfile(2).
 
@@ -191,7 +189,7 @@ if _sendfile and not _TAKES_HEADERS:
                     moved = start if offset is None else None
                     return _send_by_hand(call, out_fd, in_fd, _chunks(call, in_fd, start, count), moved)
                 chunk = min(count, CHUNK)
-                # Both ends of it: then the kernel has read ahead what stands in between.
+                # Read both ends of the chunk: then the kernel has read ahead what lies in between.
                 _core.pread(in_fd, 1, start)
                 call.check()
                 _core.pread(in_fd, 1, start + chunk - 1)
@@ -242,8 +240,7 @@ if hasattr(posix, "splice"):
                 none; otherwise as splice(2).
             TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
 
-        Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has moved nothing; what a
-        thread has begun goes on there. Works in any thread's hub and in a forked child.
+        Keeps :ref:`what every function promises <promises>`. Killed or timed out while a worker moves bytes, the worker goes on.
 
         Source: splice(2).
 
@@ -298,8 +295,7 @@ if hasattr(posix, "copy_file_range"):
             OSError: as copy_file_range(2).
             TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
 
-        Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's
-        hub and in a forked child.
+        Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
         Source: copy_file_range(2).
 

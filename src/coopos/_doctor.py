@@ -1,8 +1,8 @@
 """``python -m coopos doctor``: which mechanism serves what on this machine, each proved on a real one.
 
 A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out; it returns the name of the
-mechanism that did it. A check that hangs is ended by a timeout, and has failed. Without a compiled core only the threadpool is
-checked. Knows the façade and `_children`.
+mechanism that did it. A check that hangs is ended by a timeout, and has failed. Where there is no compiled core only the threadpool
+is checked. Asks the modules that do the work, and doesn't know the façade.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.hub import get_hub
 
-import coopos
+from coopos import _files
+
+HAS_CORE = hasattr(os, "fork")
+if HAS_CORE:
+    from coopos import _core, _fork, _programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHECK_TIMEOUT_S = 10.0
-HAS_CORE = hasattr(coopos, "fork")
 MESSAGE = b"coopos"
 
 
@@ -43,20 +46,25 @@ def _waits(read: Callable[[], bytes], write: Callable[[], object]) -> None:
     _expect(reader.get(), MESSAGE)
 
 
+def _close(fd: int) -> None:
+    """Without a core nobody waits for a descriptor, and os.close is enough."""
+    (_core.close if HAS_CORE else os.close)(fd)
+
+
 def _nonblocking(read_fd: int, write_fd: int) -> str:
     """nb_read and nb_write on the two ends of something; closes them."""
     try:
-        coopos.make_nonblocking(read_fd)
-        coopos.make_nonblocking(write_fd)
-        _waits(lambda: coopos.nb_read(read_fd, 100), lambda: coopos.nb_write(write_fd, MESSAGE))
+        _core.make_nonblocking(read_fd)
+        _core.make_nonblocking(write_fd)
+        _waits(lambda: _core.nb_read(read_fd, 100), lambda: _core.nb_write(write_fd, MESSAGE))
     finally:
-        coopos.close(read_fd)
-        coopos.close(write_fd)
+        _close(read_fd)
+        _close(write_fd)
     return "read(2), write(2), and the hub while they would block"
 
 
 def _counts() -> list[int]:
-    return [coopos._core.count_calls(), coopos._core.count_guarded_calls(), coopos._core.count_dontwait_calls()]
+    return [_core.count_calls(), _core.count_guarded_calls(), _core.count_dontwait_calls()]
 
 
 def _mechanism(call: Callable[[], object], wanted: object) -> str:
@@ -72,10 +80,10 @@ def _mechanism(call: Callable[[], object], wanted: object) -> str:
 def _any_mode(read_fd: int, write_fd: int = -1) -> str:
     """What serves read on a descriptor that has data, whatever its mode, and write on its other end."""
     if not HAS_CORE:
-        _expect(coopos.tp_read(read_fd, 100), MESSAGE)
+        _expect(_files.tp_read(read_fd, 100), MESSAGE)
         return "the threadpool"
-    reads = _mechanism(lambda: coopos.read(read_fd, len(MESSAGE)), MESSAGE)
-    writes = reads if write_fd < 0 else _mechanism(lambda: coopos.write(write_fd, MESSAGE), len(MESSAGE))
+    reads = _mechanism(lambda: _core.read(read_fd, len(MESSAGE)), MESSAGE)
+    writes = reads if write_fd < 0 else _mechanism(lambda: _core.write(write_fd, MESSAGE), len(MESSAGE))
     return reads if reads == writes else f"{reads} for reads, {writes} for writes"
 
 
@@ -101,12 +109,12 @@ def check_pty() -> str:
 def _blocking(read_fd: int, write_fd: int) -> str:
     """tp_read and tp_write on the two ends of something; closes them."""
     try:
-        _waits(lambda: coopos.tp_read(read_fd, 100), lambda: coopos.tp_write(write_fd, MESSAGE))
-        coopos.tp_write(write_fd, MESSAGE)
+        _waits(lambda: _files.tp_read(read_fd, 100), lambda: _files.tp_write(write_fd, MESSAGE))
+        _files.tp_write(write_fd, MESSAGE)
         return _any_mode(read_fd, write_fd)
     finally:
-        coopos.close(read_fd)
-        coopos.close(write_fd)
+        _close(read_fd)
+        _close(write_fd)
 
 
 def check_blocking_pipe() -> str:
@@ -124,11 +132,11 @@ def check_fifo() -> str:
         os.mkfifo(path)
         fd = os.open(path, os.O_RDWR)
         try:
-            _waits(lambda: coopos.tp_read(fd, 100), lambda: os.write(fd, MESSAGE))
+            _waits(lambda: _files.tp_read(fd, 100), lambda: os.write(fd, MESSAGE))
             os.write(fd, MESSAGE)
             return _any_mode(fd)
         finally:
-            coopos.close(fd)
+            _core.close(fd)
 
 
 def check_file() -> str:
@@ -141,18 +149,18 @@ def check_file() -> str:
 
 def check_close() -> str:
     read_fd, write_fd = os.pipe()
-    coopos.make_nonblocking(read_fd)
+    _core.make_nonblocking(read_fd)
     outcome: list[int | None] = []
 
     def read() -> None:
         try:
-            coopos.nb_read(read_fd, 1)
+            _core.nb_read(read_fd, 1)
         except OSError as ex:
             outcome.append(ex.errno)
 
     reader = gevent.spawn(read)
     gevent.sleep(0)
-    coopos.close(read_fd)
+    _core.close(read_fd)
     try:
         again = os.dup(write_fd)
         os.close(again)
@@ -160,41 +168,41 @@ def check_close() -> str:
         reader.join()
         _expect(outcome, [errno.EBADF])
     finally:
-        coopos.close(write_fd)
+        _core.close(write_fd)
     return "close(2) at once, EBADF for whoever waits"
 
 
 def check_child() -> str:
-    ended: list[coopos._core.Child] = []
-    pid = coopos.fork_and_watch(ended.append)
+    ended: list[_core.Child] = []
+    pid = _fork.fork_and_watch(ended.append)
     if pid == 0:
         os._exit(7)
-    _expect(coopos.waitpid(pid, 0), (pid, 7 << 8))
+    _expect(_core.waitpid(pid, 0), (pid, 7 << 8))
     while not ended:
         gevent.sleep(0)
     return f"{ended[0].mechanism}, and no SIGCHLD handler"
 
 
 def check_any_child() -> str:
-    pid = coopos.fork()
+    pid = _fork.fork()
     if pid == 0:
         os._exit(7)
-    _expect(coopos.waitpid(-1, 0), (pid, 7 << 8))
+    _expect(_core.waitpid(-1, 0), (pid, 7 << 8))
     return "waitid(2) in a thread that only looks"
 
 
 def check_any_process() -> str:
-    pid = coopos.fork_gevent()
+    pid = _fork.fork_gevent()
     if pid == 0:
         os._exit(7)
-    coopos.wait_exit(pid)
-    _expect(coopos.waitpid(pid, coopos.WNOHANG), (pid, 7 << 8))
+    _core.wait_exit(pid)
+    _expect(_core.waitpid(pid, os.WNOHANG), (pid, 7 << 8))
     return "a pidfd; its status is left to its parent"
 
 
 def check_program() -> str:
-    pid = coopos.posix_spawn(sys.executable, [sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ))
-    _expect(coopos.waitpid(pid, 0), (pid, 7 << 8))
+    pid = _programs.posix_spawn(sys.executable, [sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ))
+    _expect(_core.waitpid(pid, 0), (pid, 7 << 8))
     return "posix_spawn(3), watched"
 
 
@@ -218,7 +226,8 @@ if HAS_CORE:
 
 def main() -> int:
     """Run every check and print a line for each; 0 if all are well, else 1."""
-    print(f"coopos {coopos.__version__} with gevent {gevent.__version__} on {type(get_hub().loop).__module__}")
+    version = sys.modules["coopos"].__version__  # not imported: the façade knows the doctor, and not the other way about
+    print(f"coopos {version} with gevent {gevent.__version__} on {type(get_hub().loop).__module__}")
     print(f"Python {platform.python_version()} on {platform.platform()}")
     failed = 0
     for name, check in CHECKS:
@@ -229,7 +238,7 @@ def main() -> int:
             failed += 1
             print(f"{name:15} FAILED  {type(ex).__name__}: {ex}")
     if HAS_CORE:
-        refusals = coopos._core.count_refusals().items()
+        refusals = _core.count_refusals().items()
         counts = ", ".join(f"{errno.errorcode.get(code, code)} {count} times" for code, count in refusals)
         print(f"pidfds refused in this process: {counts or 'none'}")
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} are well")

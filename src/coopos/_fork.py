@@ -1,40 +1,38 @@
 """The fork family: what is forked, which greenlets the child keeps, and who watches it. POSIX only.
 
-Between the fork and the watch nothing can switch greenlets, so that no child ends unnoticed; what happens in the child before the
-program's own code goes on is in `_forking`.
+Between the fork and the watch nothing can switch greenlets, so no child ends unnoticed. What happens in the child before the
+program's own code goes on is `_core`'s.
+
+When it is imported, this module also keeps SIGCHLD away from libev, which would collect every child of the process, and calls the
+program's own handlers of that signal in libev's place: see the last section.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import os
+import signal
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import gevent.os
 from gevent._config import config
+from gevent.hub import Hub, _get_hub as get_hub_if_exists, signal as SignalHandler  # type: ignore[attr-defined]  # noqa: N812
 
-from coopos import _core, _sigchld
+from coopos import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def _tell_sigchld_handlers() -> None:
-    _sigchld.tell()
-    gevent.os._on_child_hook()  # type: ignore[attr-defined]  # gevent.signal's
-
-
-_sigchld.begin()
-_core.set_child_hook(_tell_sigchld_handlers)
-
 @contextlib.contextmanager
 def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
     """Say for a ``with`` block whether the children that are forked in it go on with the parent's greenlets.
 
-    Holds for the greenlet and the thread that enter it, and for all forks there that aren't told otherwise by an argument, also
-    those that others make. (Not those of :mod:`multiprocessing`, whose processes never go on with their parent's greenlets.)
-    Blocks may be nested.
+    It holds for the greenlet and the thread that enter the block, and for every fork there that has no argument of its own for it,
+    also those that other libraries make. (Processes of :mod:`multiprocessing` never go on with their parent's greenlets.) Blocks
+    may be nested.
 
     Args:
         keep_greenlets: True, the child goes on with all of the parent's greenlets; False, with the one that forks alone. See
@@ -46,7 +44,7 @@ def fork_policy(*, keep_greenlets: bool) -> Iterator[None]:
     Raises:
         TypeError: *keep_greenlets* is missing.
 
-    Doesn't switch greenlets. Works in any thread and after a fork.
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets.
 
     Source: :mod:`contextvars`.
 
@@ -78,7 +76,7 @@ def register_at_fork(
     Raises:
         TypeError: none is given, or one isn't callable.
 
-    Doesn't switch greenlets. Safe in any thread.
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets.
 
     Source: :func:`os.register_at_fork`.
 
@@ -106,10 +104,10 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
     Args:
         keep_greenlets: whether the child goes on with the parent's greenlets, timers, callbacks and signal watchers, as it does
             under gevent. By default what :func:`fork_policy` or :func:`patch` has said, and if neither has, True. With False only
-            the greenlet that called is left. The others are dead in the child: they are never resumed, their ``finally:`` blocks
-            don't run, and who switches to one, joins or kills it finds it ended. Their frames stay where they are. Signals that
-            gevent has handled have their default action. Loops of other threads are closed. If the greenlet isn't its thread's
-            main one it takes that place: the child ends when it does, with the exit status that ``sys.exit()`` gives.
+            the greenlet that called is left. In the child the others look finished: they are never resumed, their ``finally:``
+            blocks don't run, ``dead`` is true, and ``join()`` and ``kill()`` return at once. Their frames stay in memory. Signals
+            that gevent has handled have their default action. Loops of other threads are closed. If the greenlet isn't its
+            thread's main one it takes that place: the child ends when it does, with the exit status that ``sys.exit()`` gives.
 
     Returns:
         int: in the parent the child's pid, in the child 0.
@@ -120,8 +118,8 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
         NotImplementedError: *keep_greenlets* is False, and this version of greenlet or of CPython is not as coopos knows it.
         MemoryError: if the child is there, the exception has its ``pid``, and it can be waited for.
 
-    Switches greenlets only if another fork of this thread is in the middle of its at-fork hooks, or a hook of its own waits.
-    In the child the hooks run when the hub works. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets only if another fork of this thread is in the middle of
+    its at-fork hooks, or if one of its own hooks waits. In the child the hooks run once the hub works.
 
     Source: fork(2); ``gevent.os.fork_gevent``.
 
@@ -148,48 +146,13 @@ def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, in
         RuntimeError: as :func:`fork_gevent`.
         TypeError, ValueError, OverflowError: *winsize* is no such pair; before anything is forked.
 
-    Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
     Source: forkpty(3); ``gevent.os.forkpty_gevent``.
 
     .. versionadded:: 0.1.0
     """
     return _core.forkpty_process(keep_greenlets, winsize)
-
-
-def read_pty(fd: int, n: int) -> bytes:
-    """Read from the master of a pseudo-terminal, with an end-of-file as a pipe has it.
-
-    Like :func:`read`, but where the kernel says EIO, because no process has the other side open any more and all that was written
-    to it has been read, this is the end.
-
-    Args:
-        fd: int, the master's descriptor, as :func:`forkpty` returns it.
-        n: int, bytes, 0 or more.
-
-    Returns:
-        bytes: 1..n long; ``b""`` at the end.
-
-    Raises:
-        OSError: as :func:`read`, but for EIO.
-
-    Switches greenlets only if it has to wait. Killed or timed out, it has read nothing. Works in any thread's hub and in a forked
-    child.
-
-    Source: pty(7), read(2).
-
-    .. versionadded:: 0.1.0
-    """
-    return _core.outright(_read_pty, fd, n)
-
-
-def _read_pty(fd: int, n: int) -> bytes:
-    try:
-        return _core.read(fd, n)
-    except OSError as ex:
-        if ex.errno != errno.EIO:
-            raise
-        return b""
 
 
 def _check(callback: object, loop: object) -> None:
@@ -225,7 +188,7 @@ def fork_and_watch(
         OSError: as fork(2). If the child is there and can't be watched, the exception has its ``pid``, and it can be waited for.
         RuntimeError: as :func:`fork_gevent`.
 
-    Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
     Source: fork(2), pidfd_open(2); ``gevent.os.fork_and_watch``.
 
@@ -265,7 +228,7 @@ def forkpty_and_watch(
         OSError: as forkpty(3). If the child is there and can't be watched, the exception has its ``pid``, and the master is closed.
         RuntimeError: as :func:`fork_gevent`.
 
-    Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
     Source: forkpty(3), pidfd_open(2); ``gevent.os.forkpty_and_watch``.
 
@@ -311,7 +274,7 @@ def watch(
         OSError: EINVAL, *pid* is not positive.
         TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed.
 
-    Doesn't switch greenlets. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets.
 
     Source: pidfd_open(2), waitid(2).
 
@@ -335,7 +298,7 @@ if config.disable_watch_children:
         Raises:
             OSError, RuntimeError: as :func:`fork_gevent`.
 
-        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
         Source: fork(2); ``gevent.os.fork``.
 
@@ -355,7 +318,7 @@ if config.disable_watch_children:
         Raises:
             OSError, RuntimeError, TypeError, ValueError, OverflowError: as :func:`forkpty_gevent`.
 
-        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
         Source: forkpty(3); ``gevent.os.forkpty``.
 
@@ -376,7 +339,7 @@ else:
         Raises:
             OSError, RuntimeError: as :func:`fork_and_watch`.
 
-        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
         Source: fork(2); ``gevent.os.fork``.
 
@@ -395,10 +358,60 @@ else:
         Raises:
             OSError, RuntimeError: as :func:`forkpty_and_watch`.
 
-        Switches greenlets as :func:`fork_gevent`. Works in any thread's hub.
+        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
         Source: forkpty(3); ``gevent.os.forkpty``.
 
         .. versionadded:: 0.1.0
         """
         return forkpty_and_watch(*args, **kwargs)
+
+
+# ---- SIGCHLD -----------------------------------------------------------------------------------------------------------------
+
+# libev's default loop has a callback of its own for SIGCHLD. It collects every child of the process before it tells the loop's
+# other watchers of that signal: `childcb` in https://github.com/enki/libev/blob/master/ev.c. So libev must never get the signal.
+# gevent takes the signal back from the first default loop, but not from later ones, made after ``hub.destroy(destroy_loop=True)``:
+# https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libev/libev.h, ``gevent_ev_default_loop()``. _keeping_sigchld() does it
+# for these, too. _noting() keeps what a program gives to ``gevent.signal_handler(SIGCHLD, ...)``, and _tell_sigchld_handlers()
+# calls it in libev's place. libuv needs nothing of this: there the kernel's signal reaches the handlers.
+
+#: The handlers of SIGCHLD that are not cancelled. The loop keeps them alive.
+_handlers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _noting(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def note(handler: Any, signalnum: int, *args: Any, **kwargs: Any) -> None:
+        init(handler, signalnum, *args, **kwargs)
+        if signalnum == signal.SIGCHLD and type(handler.hub.loop).__module__ == "gevent.libev.corecext":
+            _handlers.add(handler)
+
+    return note
+
+
+def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def make_hub(*args: Any, **kwargs: Any) -> None:
+        _core.keeping_sigchld(init, *args, **kwargs)
+
+    return make_hub
+
+
+def _tell_sigchld_handlers() -> None:
+    """In a hub, when watched children have ended: call each handler in a greenlet of its own hub, as gevent does."""
+    for handler in list(_handlers):
+        hub = handler.hub
+        if hub is None:  # cancelled
+            _handlers.discard(handler)
+        elif hub is get_hub_if_exists():
+            gevent.spawn(handler.handle)
+        elif hub.loop is not None:
+            hub.loop.run_callback_threadsafe(gevent.spawn, handler.handle)
+    gevent.os._on_child_hook()  # type: ignore[attr-defined]  # gevent.signal's
+
+
+Hub.__init__ = _keeping_sigchld(Hub.__init__)  # type: ignore[method-assign]
+_core.call_when_left(_handlers.clear)
+SignalHandler.__init__ = _noting(SignalHandler.__init__)  # type: ignore[method-assign]
+_core.set_child_hook(_tell_sigchld_handlers)

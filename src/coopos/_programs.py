@@ -1,7 +1,8 @@
 """Programs: posix_spawn, the spawn family, system, popen. POSIX only.
 
-Each starts a child, watches it before any greenlet can switch, and waits for it with the wait family. Knows `_children`,
-`_forking`, `_wait` and `subprocess`, which starts the shells.
+Each starts a child, watches it before any greenlet can switch, and waits for it as `waitpid` does. So nothing is polled, and a
+killed greenlet leaves a child that is still watched. `system` and `popen` start their shells with `coopos.subprocess`, which is
+imported by the first of them that is called.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def _spawner(name: str) -> Callable[..., int]:
     Raises:
         OSError: as :func:`os.{name}`.
 
-    Doesn't switch greenlets. Works in any thread's hub. The parent stands still for a vfork, however large it is.
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets: the parent stops for a vfork, which takes the
+    same time however large the parent is.
 
     Source: posix_spawn(3); ``gevent.os.{name}``.
 
@@ -101,7 +103,8 @@ def spawnv(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
         TypeError, ValueError: *args* is not a tuple or list, or is empty, or its first element is.
         OSError: as fork(2).
 
-    Switches greenlets under P_WAIT. Killed or timed out there, it leaves the child running, and watched.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets only under P_WAIT; killed or timed out there, it leaves
+    the child running, and watched.
 
     Source: fork(2), execve(2).
 
@@ -125,7 +128,7 @@ def spawnve(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment) 
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -148,7 +151,7 @@ def spawnvp(mode: int, file: StrOrBytesPath, args: Arguments) -> int:
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -171,7 +174,7 @@ def spawnvpe(mode: int, file: StrOrBytesPath, args: Arguments, env: Environment)
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -195,7 +198,7 @@ def spawnl(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -219,7 +222,7 @@ def spawnle(mode: int, file: StrOrBytesPath, *args: Any) -> int:
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -243,7 +246,7 @@ def spawnlp(mode: int, file: StrOrBytesPath, *args: StrOrBytesPath) -> int:
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -267,7 +270,7 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
     Raises:
         TypeError, ValueError, OSError: as :func:`spawnv`.
 
-    Switches greenlets under P_WAIT, as :func:`spawnv`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`spawnv`.
 
     Source: fork(2), execve(2).
 
@@ -281,18 +284,19 @@ def spawnlpe(mode: int, file: StrOrBytesPath, *args: Any) -> int:
 
 @functools.cache
 def _shells() -> tuple[Any, Any]:
-    """The kinds of Popen that popen and system start. Made at the first call: where the stdlib's Popen isn't as we know it, that
-    fails and the import of coopos doesn't.
+    """The kinds of Popen that popen and system start.
+
+    They are made at the first call. If the stdlib's Popen isn't as we know it, that call fails; the import of coopos doesn't.
     """
     from coopos.subprocess import Popen
 
     class Shell(Popen[Any]):
-        """A shell, which gets the environment that C code sees, as system(3) hands it on."""
+        """A shell. It gets the environment that C code sees, as from system(3): posix_spawn would hand on os.environ."""
 
         _may_posix_spawn = False
 
     class SystemShell(Shell):
-        """Its child is waitpid's, by whomever it is called."""
+        """A shell whose child is left to waitpid, whoever calls that."""
 
         def _watch(self, pid: int) -> None:
             _core.watch_new(pid)
@@ -303,8 +307,8 @@ def _shells() -> tuple[Any, Any]:
 def system(command: StrOrBytesPath) -> int:
     """Run a shell command, letting other greenlets run until it has ended.
 
-    Like :func:`os.system`. SIGINT and SIGQUIT are not ignored meanwhile: that would make the other greenlets, and what they start,
-    deaf to them too.
+    Like :func:`os.system`. SIGINT and SIGQUIT are not ignored meanwhile: then the other greenlets, and the programs that they
+    start, would ignore them too.
 
     Args:
         command: str, bytes or path-like, for ``/bin/sh -c``.
@@ -315,7 +319,8 @@ def system(command: StrOrBytesPath) -> int:
     Raises:
         TypeError, ValueError: *command* is of another type, or has a null in it.
 
-    Switches greenlets. Killed or timed out, it leaves the command running, and watched.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets. Killed or timed out, it leaves the command
+    running, and watched.
 
     Source: system(3).
 
@@ -385,11 +390,11 @@ def popen(cmd: str, mode: Literal["r", "w"] = "r", buffering: int = -1) -> _Pope
         TypeError, ValueError, OverflowError: *cmd* is not str; *mode* or *buffering* is of another kind.
         OSError: EMFILE or ENFILE; EAGAIN or ENOMEM as fork(2).
 
-    Its ``close()`` raises ChildProcessError if somebody else has collected the child and the status is not told; while SIGCHLD is
-    ignored it returns None then, as :func:`os.popen`'s.
+    Its ``close()`` raises ChildProcessError if somebody else has collected the child and the kernel doesn't tell the status. While
+    SIGCHLD is ignored it returns None then, as the ``close()`` of :func:`os.popen` does.
 
-    Reading, writing and closing switch greenlets where they have to wait. The child is watched. A close() that was killed or timed
-    out may be called again.
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets; reading, writing and closing the file do, where
+    they have to wait. The child is watched. A ``close()`` that was killed or timed out may be called again.
 
     Source: popen(3).
 

@@ -1,15 +1,12 @@
 """Files that let other greenlets run: FileIO, and fdopen, which puts it under the stdlib's buffers. POSIX only.
 
-What doesn't wait is io.FileIO's own code, down to the words of its errors. What waits, and the closing of the descriptor, is
-`_owned`'s; the base class is told that the descriptor isn't its to close. The methods that move bytes are compiled, without a frame
-of Python in between.
-
-Knows `_owned`, `_threadpool` for the opening of paths, `_parking`, and the stdlib's io; nothing of gevent.
+io.FileIO's own code does whatever doesn't wait, down to the words of its errors. The core's Owned waits, and closes the descriptor;
+the base class is told that it must not close it. The methods that move bytes are compiled, without a frame of Python in between.
+`_files` opens paths. Nothing here knows gevent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import operator
 import os
@@ -17,16 +14,17 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from coopos import _core, _threadpool
+from coopos import _core, _files
 from coopos._core import Moving, Owned, use_slot, warn_unclosed
+from coopos._files import note_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from _typeshed import FileDescriptorOrPath, ReadableBuffer
 
-#: Bytes. What is read ahead from a pipe, FIFO or socket, for which the stdlib before 3.14 has 4096: half of what a pipe holds. With
-#: all of it the reader finds the pipe full and leaves it empty, so that he and the writer work by turns, and not at the same time.
+#: Bytes that a buffer reads ahead from a pipe, FIFO or socket: half of what a pipe holds. (The stdlib before 3.14 has 4096.) If it
+#: read all that a pipe holds, reader and writer would take turns: it finds the pipe full and leaves it empty.
 STREAM_BUFFER = 32 * 1024
 
 _FLAGS = {
@@ -38,7 +36,7 @@ _FLAGS = {
 
 
 def _flags_of(mode: str) -> int:
-    """How open(2) is to open a file; ValueError for what io.FileIO takes for no mode."""
+    """The flags of open(2) for a mode; ValueError for what io.FileIO refuses as a mode."""
     if set(mode) - set("rwxab+"):
         raise ValueError(f"invalid mode: {mode}")
     kinds = mode.replace("b", "").replace("+", "")
@@ -53,7 +51,7 @@ def _is_number(file: object) -> bool:
 
 
 def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int] | None) -> int:
-    """A new descriptor for the path *file*. What io.FileIO refuses before it asks the opener is refused before that here."""
+    """A new descriptor for the path *file*. What io.FileIO refuses before it calls the opener is refused before that here too."""
     if b"\0" in os.fsencode(file):
         raise ValueError("embedded null byte")
     flags = _flags_of(mode)
@@ -62,10 +60,10 @@ def _open(file: Any, mode: str, closefd: bool, opener: Callable[[Any, int], int]
         raise ValueError("Cannot use closefd=False with file name")
     if opener is None:
         try:
-            return _threadpool.open(file, flags, 0o666)
+            return _files.open(file, flags, 0o666)
         except OSError as ex:
             if ex.filename is not None:
-                ex.filename = file  # as it was given: os has made a str of a path
+                ex.filename = file  # as it was given: os has made a str of a path-like object
             raise
     fd = opener(file, flags)
     if not isinstance(fd, int):
@@ -102,11 +100,10 @@ class FileIO(Moving, io.FileIO):
 
     Its methods raise what those of :class:`io.FileIO` raise.
 
-    Opening switches greenlets only for a FIFO or character device, reading and writing only if they have to wait. A greenlet killed
-    or timed out in ``read``, ``readinto`` or ``write`` has moved no byte, as in :func:`coopos.read` and :func:`coopos.write`; in
-    ``readall`` the exception has what was read as its attribute ``partial``. A write that a thread has begun is undone: the file's
-    offset goes back. Where the file is open for appending that can't be done, and the exception has an attribute
-    ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Opening switches greenlets only for a FIFO or character device. Killed or
+    timed out in ``readall``, the exception has what was read as its attribute ``partial``. A write that a worker has begun is
+    undone: the file's offset goes back. If the file is open for appending that can't be done, and the exception has an attribute
+    ``characters_written``.
 
     Source: open(2), preadv2(2), RWF_NOWAIT; ``gevent.fileobject``.
 
@@ -167,9 +164,10 @@ class FileIO(Moving, io.FileIO):
             self._owned.close(self._closes)
 
     def _dealloc_warn(self, source: object) -> None:
-        """Called by the buffer *source* over it, which closes it because it is collected."""
+        """Called by the buffer *source* over it, which closes it because it is garbage-collected."""
         if self.closefd and not self.closed:
-            warn_unclosed(source, 3 if isinstance(source, _Lock) else 2)
+            # The warning is for the code that lost the file: over this frame, and those of _Lock.close() and _Lock._when_free().
+            warn_unclosed(source, 4 if isinstance(source, _Lock) else 2)
 
     def __repr__(self) -> str:
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -183,7 +181,7 @@ use_slot(FileIO, FileIO.__dict__["_owned"])
 
 
 class WholeFileIO(FileIO):
-    """A file whose ``write`` writes all of its data, in blocking mode: for those who don't look how much was written."""
+    """A file whose ``write`` writes all of its data, in blocking mode: for callers that don't look how much was written."""
 
     __slots__ = ()
 
@@ -199,9 +197,7 @@ class WholeFileIO(FileIO):
             except BaseException as ex:
                 if hasattr(self, "_owned"):
                     written += self._owned.late
-                if written:
-                    with contextlib.suppress(Exception):  # some classes refuse attributes
-                        ex.characters_written = written  # type: ignore[attr-defined]
+                note_written(ex, written)
                 raise
         return written
 
@@ -210,9 +206,9 @@ class WholeFileIO(FileIO):
 
 
 class _Lock:
-    """A buffer whose close() and flush() wait for the greenlet that is in it, as for a thread.
+    """A buffer whose close() and flush() wait for the greenlet that is inside it, as they wait for a thread.
 
-    The lock of io's buffers waits for other threads, and takes another greenlet of the same thread for a reentrant call.
+    The lock of io's buffers waits for other threads. Another greenlet of the same thread it takes for a reentrant call.
     https://github.com/python/cpython/blob/main/Modules/_io/bufferedio.c (_enter_buffered_busy)
     """
 
@@ -221,25 +217,20 @@ class _Lock:
         raw: Any
 
     def close(self) -> None:
-        while True:
-            try:
-                return super().close()  # type: ignore[misc,no-any-return]
-            except RuntimeError as ex:
-                error = ex
-            self._wait_outside(error)
+        self._when_free(super().close)  # type: ignore[misc]
 
     def flush(self) -> None:
+        self._when_free(super().flush)  # type: ignore[misc]
+
+    def _when_free(self, method: Callable[[], None]) -> None:
+        """Call *method* until no other greenlet is inside. RuntimeError: the caller itself is inside."""
         while True:
             try:
-                return super().flush()  # type: ignore[misc,no-any-return]
+                return method()
             except RuntimeError as ex:
                 error = ex
-            self._wait_outside(error)
-
-    def _wait_outside(self, error: RuntimeError) -> None:
-        """Until another greenlet that is inside goes on, or leaves. Else *error*: it is the caller itself."""
-        if not str(error).startswith("reentrant call") or not self.raw._owned.wait_for_others():
-            raise error
+            if not str(error).startswith("reentrant call") or not self.raw._owned.wait_for_others():
+                raise error
 
 
 class BufferedReader(_Lock, io.BufferedReader):
@@ -274,7 +265,7 @@ def _check_open_arguments(mode: str, **texts: object) -> None:
 
 
 def _buffer_size(raw: FileIO, is_terminal: bool) -> int:
-    """How much is buffered where nobody says."""
+    """The size of a buffer if the caller gives none."""
     size = raw._blksize
     if raw.readable() and not raw.writable() and not is_terminal and not raw.seekable():
         return max(size, STREAM_BUFFER)
@@ -314,8 +305,9 @@ def fdopen(
             refused was a name of an encoding or a newline, text without a buffer, or *fd* for both reading and writing that can't
             seek; and has left it open otherwise.
 
-    Doesn't switch greenlets; reading, writing and flushing do, where they have to wait. A read killed or timed out loses what the
-    stdlib's buffer had taken for it; an unbuffered one nothing. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets; reading, writing and flushing the file do, where
+    they have to wait. A read that is killed or timed out loses what the stdlib's buffer had read for it; without a buffer it loses
+    nothing.
 
     Source: fdopen(3), preadv2(2), RWF_NOWAIT; ``gevent.fileobject.FileObject``.
 

@@ -1,28 +1,23 @@
 """The stdlib's subprocess for programs of greenlets: its own code, over cooperative reads, writes and waits. POSIX only.
 
-The code is the stdlib's: a second copy of its module is made, in which `os`, `io` and the selector are ours. So each version of
-Python has its own Popen, with its vfork and posix_spawn, its arguments, errors and order of things, and what waits in it lets other
-greenlets run. Ours is what the copy's Popen does about its child: a record of `_children` waits for it, by a pidfd. The exceptions
-and CompletedProcess are the stdlib's own, and a Popen of ours is an instance of its Popen.
+The code is the stdlib's: `_stdlib` makes a second copy of its module, in which `os`, `io` and the selector are ours. So each
+version of Python has its own Popen, with its vfork and posix_spawn, its arguments, errors and order of things, and its waits let
+other greenlets run. Only the wait for the child is our own code: a Child of `_core` waits for it, by a pidfd. The exceptions and
+CompletedProcess are the stdlib's own, and a Popen of ours is an instance of the stdlib's Popen.
 
-What reads this module's `subprocess`, by the name of `_original`, is the stdlib's. Knows `_children`, `_wait`, `_core`, `_parking`,
-`_standins` and the files of `io`; of gevent AsyncResult.
+In this module `_original` is the stdlib's module, which other code of the program uses, and `_copy` is our copy of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import functools
-import importlib.util
 import inspect
 import io as _io
 import os
 import signal
 import stat
 import subprocess as _original
-import sys
 import termios
 import warnings
 import weakref
@@ -34,9 +29,9 @@ from gevent.event import AsyncResult
 from gevent.monkey import get_original
 
 from coopos import _core
-from coopos._core import waitpid
-from coopos._standins import MAX_POLL_S, MAX_TIMEOUT_S, CooperativeSelector, in_time, over
-from coopos.io import FileIO, WholeFileIO, fdopen
+from coopos._files import read_to_hangup
+from coopos._stdlib import MAX_POLL_S, MAX_TIMEOUT_S, copy_subprocess, in_time, starting
+from coopos.io import FileIO, WholeFileIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,163 +52,43 @@ if TYPE_CHECKING:
         run as run,
     )
 
-_plain_read, _plain_waitpid = get_original("os", "read"), get_original("os", "waitpid")
-_get_ident, _plain_sleep = get_original("_thread", "get_ident"), get_original("time", "sleep")
+_plain_waitpid, _plain_sleep = get_original("os", "waitpid"), get_original("time", "sleep")
+_get_ident = get_original("_thread", "get_ident")
 
 #: What programs, and their tests, set in the stdlib's module. The first is in every version, the others not in all.
 _SWITCHES = ("_USE_POSIX_SPAWN", "_USE_VFORK", "_fork_exec")
 
-#: The private names that join our code to the stdlib's, and the parameters that ours reads or passes, by name. Methods that we
-#: replace must have these and no others. https://github.com/python/cpython/blob/main/Lib/subprocess.py
-_REPLACED = {
-    "Popen._communicate": ("self", "input", "endtime", "orig_timeout"),
-    "Popen._wait": ("self", "timeout"),
-}
-_USED = {
-    "_PopenSelector": (),
-    "_USE_POSIX_SPAWN": (),
-    "Popen._execute_child": ("preexec_fn", "p2cread", "c2pwrite", "errwrite"),
-    "Popen._internal_poll": ("_deadstate",),
-    "Popen._handle_exitstatus": ("sts",),
-    "Popen._save_input": ("input",),
-}
-#: What the stdlib's Popen has as attributes; of a version that doesn't name them we don't know where its input is kept.
-_ATTRIBUTES = {"_input", "_input_offset", "_communication_started", "_fileobj2output"}
-
-
-#: The threads that are in the middle of starting a program: nothing switches then.
-_starting: set[int] = set()
-
-
-def _read(fd: int, n: int) -> bytes:
-    """os.read. What a vforked child says of its start is there at once, but for the moment in which the kernel has let the parent
-    go on and not closed the child's end yet: no moment for a greenlet to be killed in. A signal handler in the hub can't give way.
-    """
-    return _plain_read(fd, n) if _get_ident() in _starting or not _core.can_give_way() else _core.read(fd, n)
-
-
-def _spawn_unwatched(*args: Any, **kwargs: Any) -> int:
-    """posix_spawn(3): who learns the pid watches the child."""
-    pid: int = get_original("os", "posix_spawn")(*args, **kwargs)
-    return pid
-
-
-class _Selector(CooperativeSelector):
-    """Of files. Closed ones it reports by EBADF: their numbers may be other files' by now, which the stdlib would read.
-
-    What is thrown in while it waits comes out at the end of the ``with`` block. From Python 3.15 on the stdlib keeps in a local
-    variable how much input is written, and notes it for the next communicate() only when its loop has ended.
-    https://github.com/python/cpython/blob/v3.15.0/Lib/subprocess.py
-    """
-
-    _thrown: BaseException | None = None
-
-    def _check_open(self) -> None:
-        for key in self.get_map().values():
-            if key.fileobj.closed is True:
-                raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: select({key.fd})")
-
-    def select(self, timeout: float | None = None) -> Any:
-        try:
-            self._check_open()
-            ready = super().select(timeout)
-            self._check_open()
-            return ready
-        except BaseException as ex:
-            self._thrown = ex
-            return []
-
-    def get_map(self) -> Any:
-        return super().get_map() if self._thrown is None else {}
-
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
-        if self._thrown is not None:
-            raise self._thrown
-
-
-def _check_stdlib(module: Any) -> None:
-    """NotImplementedError if our code and that of *module* don't fit together."""
-    missing = []
-    for name, parameters in {**_REPLACED, **_USED}.items():
-        found = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
-        if found is None:
-            missing.append(name)
-        elif parameters:
-            has = tuple(inspect.signature(found).parameters)
-            missing += [f"the parameter {other!r} of {name}" for other in parameters if other not in has]
-            if name in _REPLACED:
-                missing += [f"{name} without a parameter {other!r}" for other in has if other not in parameters]
-    methods = [value for value in vars(module.Popen).values() if inspect.isfunction(value)] if hasattr(module, "Popen") else []
-    missing += [f"Popen.{name}" for name in sorted(_ATTRIBUTES - {name for one in methods for name in one.__code__.co_names})]
-    if missing:
-        raise NotImplementedError(
-            f"coopos.subprocess doesn't fit the subprocess of Python {sys.version.split()[0]}: that hasn't {', '.join(missing)}"
-        )
-
-
-def _open_pipe(fd: int, mode: str, buffering: int) -> Any:
-    """Where the stdlib's Popen calls io.open. Without a buffer all of its input is written by one write()."""
-    return WholeFileIO(fd, mode) if buffering == 0 else fdopen(fd, mode, buffering)
-
-
-def _copy_stdlib() -> Any:
-    """A second module :mod:`subprocess`."""
-    spec: Any = importlib.util.find_spec("subprocess")
-    copy: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    _check_stdlib(copy)
-    # What others catch and compare is one for all.
-    for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
-        setattr(copy, name, getattr(_original, name))
-    copy.CompletedProcess = get_original("subprocess", "CompletedProcess")
-    ours = {"read": _read, "write": _core.write, "close": _core.close, "waitpid": waitpid, "posix_spawn": _spawn_unwatched}
-    copy.os = over(os, **ours, fsencode=os.fsencode)  # called for each variable of an environment
-    copy.io = over(_io, open=_open_pipe)
-    copy._PopenSelector = _Selector
-    return copy
-
-
-_stdlib: Any = _copy_stdlib()
+_copy: Any = copy_subprocess()
 #: What the stdlib's module has, public or not, whatever gevent.monkey has made of it.
-NAMES = frozenset(vars(_stdlib))
+NAMES = frozenset(vars(_copy))
 #: The stdlib's Popen, cooperative already but for its child.
-PlainPopen: Any = _stdlib.Popen
+PlainPopen: Any = _copy.Popen
 
 
 # ---- terminals ---------------------------------------------------------------------------------------------------------------
 
 
 class _Terminal(WholeFileIO):
-    """The master of a pseudo-terminal, with an end-of-file as a pipe has it: where the kernel says EIO, nobody has the other side
-    open any more.
-    """
+    """The master of a pseudo-terminal, with an end-of-file as a pipe has it."""
 
     __slots__ = ()
 
-    def _read(self, end: Any, read: Callable[[Any], Any], argument: Any) -> Any:
-        try:
-            return read(argument)
-        except OSError as ex:
-            if ex.errno != errno.EIO:
-                raise
-            return getattr(ex, "partial", end)
-
     def read(self, size: int | None = -1, /) -> bytes:
-        data: bytes = _core.outright(self._read, b"", super().read, size)
+        data: bytes = _core.outright(read_to_hangup, b"", super().read, size)
         return data
 
     def readall(self) -> bytes:
         return self.read()
 
     def readinto(self, buffer: Any, /) -> int:
-        nread: int = _core.outright(self._read, 0, super().readinto, buffer)
+        nread: int = _core.outright(read_to_hangup, 0, super().readinto, buffer)
         return nread
 
 
 class _TextTerminal(_io.TextIOWrapper):
-    """The same for text. What writes is another wrapper, since to write resets the decoder of one that is in the middle of a
-    character; and nothing is buffered, so that what is written is to be seen at once.
+    """The same for text. Another wrapper writes, without a buffer, so that the child sees what is written at once.
+
+    One wrapper for both could lose input: writing resets its decoder, which may be in the middle of a character.
     """
 
     def __init__(self, raw: _Terminal, encoding: str | None, errors: str | None) -> None:
@@ -225,7 +100,7 @@ class _TextTerminal(_io.TextIOWrapper):
 
 
 def _raise_above_streams(fd: int) -> int:
-    """*fd*, or another for it where it is the number of a standard stream, which would be another file in the child."""
+    """*fd*, or a duplicate above 2 in its place: the child's standard streams, which are other files, have the numbers 0 to 2."""
     if fd > 2:
         return fd
     try:
@@ -253,7 +128,7 @@ def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
-    """Have a child of Popen(**arguments) use a terminal, for those of its standard streams that *arguments* says nothing of."""
+    """Have a child of Popen(**arguments) use a terminal for those of its standard streams that *arguments* doesn't name."""
     number = slave
     for fd, name in reversed(list(enumerate(("stdin", "stdout", "stderr")))):
         if arguments.get(name) is None:
@@ -272,12 +147,12 @@ def _use_terminal(slave: int, arguments: dict[str, Any]) -> None:
 # ---- Popen -------------------------------------------------------------------------------------------------------------------
 
 
-# The children of collected Popens, that seemed to run. Other threads and the garbage collector add to it at any time.
+# The running children of Popens that were garbage-collected. Other threads and the garbage collector add to it at any time.
 _dropped: set[_core.Child] = set()
 
 
 def _sweep() -> None:
-    """Collect those that have ended since."""
+    """Collect the dropped children that have ended."""
     for child in tuple(_dropped):
         if child.collect_for_nobody():
             _dropped.discard(child)
@@ -298,7 +173,7 @@ class _Ended:
 
 
 def _evict(file: Any) -> None:
-    """A greenlet of this thread that waits in *file* is made to leave it, with EBADF."""
+    """Make a greenlet of this thread that waits in *file* leave it, with EBADF."""
     buffer = getattr(file, "buffer", file)
     raw = getattr(buffer, "raw", buffer)
     if not raw.closed and _core.awaited(raw.fileno()):
@@ -307,13 +182,13 @@ def _evict(file: Any) -> None:
 
 
 def _take_read_ahead(file: Any) -> list[bytes]:
-    """The bytes that its buffers have read and nobody has had, as far as *file* is one of ours. Nothing is read or waited for."""
+    """The bytes that the buffers of *file* have read and nobody has taken. Nothing is read or waited for."""
     buffer = getattr(file, "buffer", file)
     raw = getattr(buffer, "raw", buffer)
     if not isinstance(raw, FileIO) or raw.closed or _core.awaited(raw.fileno()):
         return []
     text, rest = "", b""
-    # The buffers have no way to tell without reading on. So the file below says that there is nothing now.
+    # The buffers don't tell what they hold without reading on. So the file below them says for now that there is nothing.
     vars(raw).update(readinto=lambda _: None, read=lambda _: b"")
     try:
         if buffer is not raw:
@@ -330,7 +205,7 @@ def _take_read_ahead(file: Any) -> list[bytes]:
 
 
 class _Link:
-    """What :meth:`Popen.rawlink` has been given, as one hub calls it."""
+    """A callback that :meth:`Popen.rawlink` was given, as its hub calls it."""
 
     def __init__(self, popen: Popen[Any], callback: Callable[[Any], object]) -> None:
         self.popen, self.callback = popen, callback
@@ -374,8 +249,8 @@ class Popen(_Base[AnyStr]):
     somebody else has collected it, if the kernel tells (from Linux 6.15 on). :func:`coopos.waitpid` can have it until ``wait`` or
     ``poll`` has.
 
-    The parent stands still for a vfork, however large it is. A fork as expensive as any is made for *preexec_fn* and *pty*, and,
-    by the stdlib, for *user*, *group* and *extra_groups*.
+    The program is started by vfork(2), whose cost doesn't grow with the parent's memory. With *preexec_fn* and *pty*, and with the
+    stdlib's *user*, *group* and *extra_groups*, it is started by fork(2), whose cost does.
 
     Args:
         args: str, bytes, path-like, or a sequence of them, the program and its arguments; and all others of
@@ -393,9 +268,9 @@ class Popen(_Base[AnyStr]):
         ChildProcessError: ECHILD, from ``wait`` and ``poll``: somebody else has collected the child, and the kernel doesn't tell
             its status.
 
-    Switches greenlets only where said, and, with *preexec_fn* and *pty*, until the child has done what they say: a greenlet that is
-    killed or timed out then leaves no child. One that is in ``wait`` leaves the child running, and watched. Works in any thread's
-    hub and in a forked child, which has no children of its parent's.
+    Keeps :ref:`what every function promises <promises>`. Starting a program switches greenlets only with *preexec_fn* and *pty*,
+    until the child has done what they ask for. Killed or timed out then, it leaves no child. Killed in ``wait``, it leaves the
+    child running, and watched. In a forked child the parent's Popens have no child to wait for.
 
     Source: vfork(2), posix_spawn(3), pidfd_open(2), pidfd_send_signal(2); ``gevent.subprocess.Popen``.
 
@@ -449,13 +324,13 @@ class Popen(_Base[AnyStr]):
 
         @pid.setter
         def pid(self, pid):
-            # The stdlib's code says it when there is the child, before anything else can happen.
+            # The stdlib's code sets it as soon as the child is there, before anything else can happen.
             self._pid = pid
             if pid is not None and pid > 0:  # in other people's tests the start is a mock, which has made no child
                 try:
                     self._child = self._watch(pid)
                 except BaseException:
-                    # Neither a pidfd nor a thread is to be had: it is as if there had been no process to be had.
+                    # There is neither a pidfd nor a thread to be had. It shall be as if fork(2) had failed.
                     os.kill(pid, signal.SIGKILL)
                     _plain_waitpid(pid, 0)
                     raise
@@ -464,8 +339,8 @@ class Popen(_Base[AnyStr]):
             child = self._child
             if child is None:
                 return
-            # The status was for us. A child that still runs the hub collects when it ends; or the next Popen, if that was the hub
-            # of a thread which is gone.
+            # Nobody can ask for the status any more. If the child still runs, the hub collects it when it ends, or the next Popen
+            # does, if the hub's thread is gone.
             seems_to_run = not child.rpid
             if not child.collect_for_nobody():
                 _dropped.add(child)
@@ -509,11 +384,11 @@ class Popen(_Base[AnyStr]):
         for name in _SWITCHES:
             value = getattr(_original, name, None)
             if value is not None:
-                setattr(_stdlib, name, value)
-        _stdlib._USE_POSIX_SPAWN &= self._may_posix_spawn
+                setattr(_copy, name, value)
+        _copy._USE_POSIX_SPAWN &= self._may_posix_spawn
         ident = _get_ident()
         if given["preexec_fn"] is None:  # whose Python code takes its time
-            _starting.add(ident)
+            starting.add(ident)
         try:
             PlainPopen._execute_child(**given)
         except BaseException:
@@ -522,19 +397,19 @@ class Popen(_Base[AnyStr]):
                 child.send_signal(signal.SIGKILL)  # nobody will ever have it
             raise
         finally:
-            _starting.discard(ident)
+            starting.discard(ident)
 
     # ---- its end
 
     def _tell_end(self) -> None:
-        """If the child has ended, say so to all."""
+        """If the child has ended, set the returncode."""
         child = self._child
         if self.returncode is not None or child is None or not child.rpid:
             return
         try:
             status = child.rstatus
         except ChildProcessError:
-            # It is lost, and poll() says so; but a program that ignores SIGCHLD has asked for that, and gets the stdlib's answer.
+            # The status is lost, and poll() says so. But a program that ignores SIGCHLD has asked for that: as in the stdlib, 0.
             if child.is_ours and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
                 self.returncode = 0
         else:
@@ -556,7 +431,7 @@ class Popen(_Base[AnyStr]):
 
     def _wait(self, timeout: float | None) -> int | None:
         if self.returncode is None:
-            _core.yield_turn()  # a program may be quicker than we are: who runs one after the other would let nobody else run
+            _core.yield_turn()  # a greenlet that runs one quick program after another would never have to wait
         if self._internal_poll() is None and self._child is not None:
             if timeout is not None and not _core.can_give_way():
                 if timeout < MAX_POLL_S:
@@ -661,12 +536,12 @@ class Popen(_Base[AnyStr]):
         """
         files = (self.stdin if input else None, self.stdout, self.stderr)
         if timeout is None and any(file is not None and file in self._pipes and not file.closed for file in files):
-            # Then it is the stdlib's way to note how much was written and read. Its short cut for a single pipe notes nothing.
+            # With a timeout the stdlib notes how much was written and read. Its short cut for a single pipe notes nothing.
             timeout = MAX_TIMEOUT_S
         return _core.outright(super().communicate, input, timeout)
 
     def _communicate(self, input: Any, endtime: Any, orig_timeout: Any) -> Any:
-        # What the stdlib does in the first call only, and so that a call which was left anywhere in it can be gone on with.
+        # The stdlib does this in its first call only. Here it is done so that a call cut short anywhere in it can be continued.
         if not self._communication_started:
             self._communication_started = True
             self._fileobj2output = {file: _take_read_ahead(file) for file in (self.stdout, self.stderr) if file}
@@ -690,7 +565,7 @@ class Popen(_Base[AnyStr]):
             if file is not None:
                 _evict(file)
         if self.stdin is not None and not self.stdin.closed:
-            # To close it says the same again, and then waits for the child: not after what is thrown in here.
+            # close() raises an error of flush() again, and the stdlib then waits for the child. What is thrown in here comes out.
             with contextlib.suppress(OSError, ValueError):
                 self.stdin.flush()
         if self.pty is not None:
@@ -705,9 +580,9 @@ _own_parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, defau
 Popen.__signature__ = _plain_signature.replace(  # type: ignore[attr-defined]
     parameters=[*_plain_signature.parameters.values(), *_own_parameters]
 )
-_stdlib.Popen = Popen
+_copy.Popen = Popen
 
 __all__ = [*_original.__all__]
 for _name in [*__all__, "list2cmdline"]:
-    globals().setdefault(_name, getattr(_stdlib, _name))
+    globals().setdefault(_name, getattr(_copy, _name))
 del _name

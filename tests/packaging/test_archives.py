@@ -53,12 +53,13 @@ def test_sdist_has_what_git_has(sdist):
 
 
 def test_wheel_has_the_package_and_no_sources_of_the_core(wheel, unpacked):
-    """Each module of src/coopos: Python as it is, a .pyx compiled and with its stub; py.typed; and nothing else."""
+    """Each module below src/coopos: Python as it is, a .pyx compiled and with its stub; py.typed; and nothing else."""
     suffix = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     expected = set()
-    for path in (unpacked / "src" / "coopos").iterdir():
+    source = unpacked / "src"
+    for path in (source / "coopos").rglob("*"):
         if path.suffix in (".py", ".pyi", ".typed"):
-            expected.add(f"coopos/{path.name}")
+            expected.add(path.relative_to(source).as_posix())
         elif path.suffix == ".pyx":
             expected |= {f"coopos/{path.stem}{suffix}", f"coopos/{path.stem}.pyi"}
     assert "coopos/py.typed" in expected

@@ -56,10 +56,10 @@ def test_names_of_gevent_os():
 @pytest.mark.skipif(os.name == "posix", reason="here the package has the other modules as well")
 def test_modules():
     """What needs the core is not installed, and all that is can be imported."""
-    installed = {module.name for module in pkgutil.iter_modules(coopos.__path__)}
-    assert installed == {"__main__", "_doctor", "_launch", "_patch", "_threadpool"}
+    installed = {module.name for module in pkgutil.walk_packages(coopos.__path__, "coopos.")}
+    assert installed == {"coopos.__main__", "coopos._doctor", "coopos._files", "coopos._patch", "coopos._patch._os"}
     for name in installed:
-        __import__(f"coopos.{name}")
+        __import__(name)
     files = [str(file) for file in importlib.metadata.files("coopos")]
     assert not [file for file in files if file.endswith((".pyi", ".pyx", ".pxd", ".h"))]
     assert "coopos/py.typed" in [file.replace("\\", "/") for file in files]
@@ -226,7 +226,7 @@ def test_program(python, tmp_path, kind):
     at = f"sys.path.insert(0, {os.fspath(tmp_path)!r})\n"
     arguments = ["-m", "program"] if kind == "module" else [os.fspath(tmp_path / "program.py")]
     out, err, status = python(at + RUN_COOPOS.lstrip(), *arguments, "one", "two")
-    assert (out.strip(), err, status) == ("['one', 'two'] __main__ True coopos._threadpool", "", 7)
+    assert (out.strip(), err, status) == ("['one', 'two'] __main__ True coopos._files", "", 7)
 
 
 def test_environment_variable(python):
@@ -237,10 +237,10 @@ def test_environment_variable(python):
         monkey.patch_all()
         print(gevent.os.tp_read.__module__)
     """)
-    assert (out.strip(), err, status) == ("coopos._threadpool", "", 0)
+    assert (out.strip(), err, status) == ("coopos._files", "", 0)
 
 
 def test_core_is_not_here():
     """These tests are of a package without its core, on whatever system."""
     assert not [name for name, module in sys.modules.items() if name.startswith("coopos._c") and module is not None]
-    assert coopos._threadpool._core is None
+    assert coopos._files._core is None

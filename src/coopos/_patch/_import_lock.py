@@ -1,8 +1,9 @@
 """The import lock, greenlet by greenlet: a fork waits until no other greenlet has it.
 
 The interpreter takes its import lock before it forks, so that no child finds a module that another thread is half-way through with.
-The lock's owner is a thread: of a greenlet of the same thread it knows nothing. :func:`coopos.patch` has these two functions in
-place of its own, which note who has it. They are no lock between greenlets: an import in the hub could not wait for one.
+The lock's owner is a thread, so the interpreter can't tell greenlets of that thread apart. :func:`coopos.patch` puts two functions
+in the place of its own, which note which greenlet has the lock. They don't lock one greenlet out while another imports: an import
+in the hub could not wait.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from greenlet import getcurrent
 
 from coopos import _core
 
-#: How long a fork sleeps until it looks again. Who has the lock may be of another thread, which can't easily wake this hub.
+#: How long a fork sleeps until it looks again. The owner may be of another thread, which can't easily wake this hub.
 POLL_S = 0.001
 
 plain_acquire, plain_release = _imp.acquire_lock, _imp.release_lock
@@ -28,7 +29,7 @@ def acquire_lock() -> None:
     plain_acquire()
     try:
         current = getcurrent()
-    except RuntimeError:  # at the interpreter's end there are no greenlets any more
+    except RuntimeError:  # at the end of the interpreter there are no greenlets any more
         return
     _holds[current] = _holds.get(current, 0) + 1
 
@@ -45,7 +46,7 @@ def release_lock() -> None:
     plain_release()
 
 
-def is_held_by_others() -> bool:
+def _is_held_by_others() -> bool:
     """Whether another greenlet has the lock, and can release it."""
     if not _holds or not _imp.lock_held():
         return False
@@ -53,10 +54,10 @@ def is_held_by_others() -> bool:
     return any(holder is not current and not holder.dead for holder in list(_holds))
 
 
-def wait_before_fork() -> None:
-    """The last of the at-fork hooks. In the hub, which can't wait, it doesn't."""
-    while is_held_by_others() and getcurrent() is not get_hub_if_exists():
+def _wait_before_fork() -> None:
+    """The last of the at-fork hooks. The hub can't wait, and doesn't."""
+    while _is_held_by_others() and getcurrent() is not get_hub_if_exists():
         sleep(POLL_S)
 
 
-_core.call_last(wait_before_fork)
+_core.call_last(_wait_before_fork)

@@ -1,13 +1,16 @@
-"""The calls that only a thread can make cooperative: tp_read and tp_write, which every platform has, and what else in os may wait.
+"""Calls of os that may wait for a disk, a lock or another process: files, locks, counters, randomness, users and groups.
 
-A thread is the last step. Where the kernel can say that a call would not block, it is made at once; where readiness means anything,
-the hub waits for it, and no thread is held. The rest is for the threads of `_workers`. The hub's threadpool has only what must run
-code of a directory service, and all there is on Windows. The builtin module of os is asked by its own name, since nobody replaces
-functions there. Knows `_core` and `_workers` (where there are such) and the hub's threadpool.
+A call is made at once if the kernel can say that it would not block. If not, the hub waits for the descriptor where readiness means
+anything. Only the rest goes to `_core`'s worker threads, or to the hub's threadpool if it runs Python or a directory service.
+
+Three things of which there is one: what refuses to wait in the hub, what makes an OSError, and what notes how much was written. On
+Windows there is no core: tp_read and tp_write go to the threadpool, and the rest of this module isn't used. Functions of os are
+called as `posix.x`, the builtin module, because others replace names in os.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import operator
 import os
@@ -41,15 +44,29 @@ _read = get_original("os", "read")
 _write = get_original("os", "write")
 
 
+def os_error(code: int, call: str, fd: int) -> OSError:
+    """The exception for an errno, which names the call and the descriptor, as those of `_core` do."""
+    return OSError(code, f"{os.strerror(code)}: {call}({fd})")
+
+
+def note_written(ex: BaseException, count: int) -> None:
+    """Have an exception say that *count* bytes were written before it came out."""
+    if count:
+        with contextlib.suppress(Exception):  # some classes refuse attributes
+            ex.characters_written = count  # type: ignore[attr-defined]
+
+
 def _refuse_in_hub() -> None:
-    """Before a thread is asked: what it would answer then would be nobody's."""
+    """Called before a thread is asked: in the hub nobody could take the answer."""
     if getcurrent() is get_hub_if_exists():
         raise BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
 
 
 def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` in the hub's threadpool; in a thread that has no hub, here. A call that has not begun when its greenlet
-    is killed or timed out isn't made: by then its descriptor's number may be another file's.
+    """``function(*args)`` in the hub's threadpool; in a thread that has no hub, here.
+
+    If its greenlet is killed or timed out before the call has begun, the call isn't made: by the time a thread is free its
+    descriptor's number may be another file's.
     """
     _refuse_in_hub()
     hub = get_hub_if_exists()
@@ -63,7 +80,7 @@ def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args), None
         except BaseException as ex:
-            return None, ex  # what is raised there, the pool prints
+            return None, ex  # the pool would print what is raised in its thread
 
     try:
         result, error = hub.threadpool.apply(call)
@@ -92,8 +109,7 @@ def tp_read(fd: int, n: int) -> bytes:
     Raises:
         OSError: EBADF if *fd* is not open for reading; EINVAL if *n* is negative; otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: preadv2(2), RWF_NOWAIT; ``gevent.os.tp_read``.
 
@@ -123,8 +139,7 @@ def tp_write(fd: int, buf: Buffer) -> int:
         OSError: EBADF if *fd* is not open for writing; EPIPE if nobody can read; otherwise as write(2).
         TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: pwritev2(2), RWF_NOWAIT; ``gevent.os.tp_write``.
 
@@ -136,11 +151,47 @@ def tp_write(fd: int, buf: Buffer) -> int:
     return result
 
 
+def read_pty(fd: int, n: int) -> bytes:
+    """Read from the master of a pseudo-terminal, with an end-of-file as a pipe has it.
+
+    Like :func:`read`. But when no process has the other side open any more, and all that was written there has been read, the
+    kernel says EIO. Here that is the end of the file.
+
+    Args:
+        fd: int, the master's descriptor, as :func:`forkpty` returns it.
+        n: int, bytes, 0 or more.
+
+    Returns:
+        bytes: 1..n long; ``b""`` at the end.
+
+    Raises:
+        OSError: as :func:`read`, but for EIO.
+
+    Keeps :ref:`what every function promises <promises>`.
+
+    Source: pty(7), read(2).
+
+    .. versionadded:: 0.1.0
+    """
+    data: bytes = _core.outright(read_to_hangup, b"", _core.read, fd, n)
+    return data
+
+
+def read_to_hangup(end: Any, read: Callable[..., Any], *args: Any) -> Any:
+    """``read(*args)`` from a terminal's master. If no process has the other side open, *end*, or what readall() has read so far."""
+    try:
+        return read(*args)
+    except OSError as ex:
+        if ex.errno != errno.EIO:
+            raise
+        return getattr(ex, "partial", end)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------------------
 
 
 def _number(fd: FileDescriptorLike) -> int:
-    """The descriptor of what has one; other than a number is left for os to refuse."""
+    """The descriptor of an object that has one. What isn't a number is left for os to refuse."""
     return fd.fileno() if hasattr(fd, "fileno") else fd
 
 
@@ -156,8 +207,7 @@ def fsync(fd: FileDescriptorLike) -> None:
         OSError: EBADF if *fd* is not open, EINVAL if it can't be synchronised, otherwise as fsync(2).
         TypeError, ValueError: *fd* is of another type, or negative.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
-    and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: fsync(2).
 
@@ -178,8 +228,7 @@ def fdatasync(fd: FileDescriptorLike) -> None:
         OSError: EBADF if *fd* is not open, EINVAL if it can't be synchronised, otherwise as fdatasync(2).
         TypeError, ValueError: *fd* is of another type, or negative.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
-    and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: fdatasync(2).
 
@@ -196,7 +245,7 @@ def sync() -> None:
     Raises:
         BlockingSwitchOutError: called in the event loop itself. Otherwise nothing.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: sync(2).
 
@@ -219,8 +268,7 @@ def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
         OSError: EBADF if *fd* is not open for writing; ENOSPC; EINVAL, EFBIG, ESPIPE, ENODEV as posix_fallocate(3).
         TypeError, OverflowError: an argument is not an int, or too large.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
-    and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: posix_fallocate(3).
 
@@ -240,8 +288,8 @@ def _path(path: StrOrBytesPath) -> bytes:
 def truncate(path: StrOrBytesPath | int, length: int) -> None:
     """Set the length of a file, letting other greenlets run until it is done.
 
-    Like :func:`os.truncate`, in a thread: to free the room of a large file takes time, and who has a lease on the file
-    is waited for.
+    Like :func:`os.truncate`, in a thread: it takes time to free the room of a large file, and it waits for a process that has a
+    lease on the file.
 
     Args:
         path: str, bytes, path-like, or int, a descriptor open for writing.
@@ -251,8 +299,7 @@ def truncate(path: StrOrBytesPath | int, length: int) -> None:
         OSError: as truncate(2), ftruncate(2).
         TypeError, ValueError, OverflowError: an argument is of another type, or has a null in it, or is too large.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
-    and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: truncate(2).
 
@@ -279,8 +326,7 @@ def ftruncate(fd: int, length: int, /) -> None:
         OSError: EBADF if *fd* is not open; EINVAL if not for writing, or *length* is negative; otherwise as ftruncate(2).
         TypeError, OverflowError: an argument is not an int, or too large.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
-    and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: ftruncate(2).
 
@@ -292,7 +338,7 @@ def ftruncate(fd: int, length: int, /) -> None:
 
 
 def _may_wait_to_open(path: StrOrBytesPath, flags: int, dir_fd: int | None) -> bool:
-    """Whether open(2) may wait for somebody: the other end of a FIFO, the carrier of a terminal line."""
+    """Whether open(2) may wait: for the other end of a FIFO, or the carrier of a terminal line."""
     mode = posix.stat(path, dir_fd=dir_fd).st_mode
     return stat.S_ISCHR(mode) or (stat.S_ISFIFO(mode) and not flags & os.O_RDWR)
 
@@ -300,9 +346,9 @@ def _may_wait_to_open(path: StrOrBytesPath, flags: int, dir_fd: int | None) -> b
 def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
     """Open a file, letting other greenlets run while it waits for the other end of a FIFO, or for a terminal line's carrier.
 
-    Like :func:`os.open`. What is neither a FIFO nor a character device is opened at once, as are all under O_NONBLOCK and O_PATH,
-    and a FIFO under O_RDWR. The rest is opened by a thread, also a file that another process has a lease on, and a FIFO that takes
-    the place of a file in that moment.
+    Like :func:`os.open`. A file that is neither a FIFO nor a character device is opened at once. So is any file under O_NONBLOCK or
+    O_PATH, and a FIFO under O_RDWR. The rest is opened by a thread, also a file that another process has a lease on, and a FIFO
+    that takes the place of a file in that moment.
 
     Args:
         path: str, bytes or path-like.
@@ -317,8 +363,8 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
         OSError: as open(2).
         TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
 
-    Switches greenlets only for a FIFO or character device, or while somebody has a lease. Killed or timed out, it leaves no
-    descriptor open and nobody in the FIFO. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets only for a FIFO or character device, or while another
+    process has a lease.
 
     Source: open(2), openat(2), fifo(7).
 
@@ -345,11 +391,24 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
     return _core.wait_open(name, flags | os.O_CLOEXEC, bits, dir_fd, os.fspath(path))
 
 
+def _gets_lock(lock: Callable[..., None], number: int, *args: int) -> bool:
+    """Whether a lock, tried for without waiting, was free, and is ours now. If not, the caller has to wait for it."""
+    try:
+        lock(number, *args)
+    except OSError as ex:
+        if ex.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+    else:
+        return True
+    _refuse_in_hub()
+    return False
+
+
 def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     """Take, test or release a lock on a part of a file, letting other greenlets run while another process has it.
 
-    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread. As ever the process has
-    the lock, not the greenlet, and to close any descriptor of the file releases it.
+    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread. As always the process owns
+    the lock, not the greenlet, and closing any descriptor of the file releases it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method: open for writing. The part begins at its position.
@@ -362,8 +421,7 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
         BlockingIOError, PermissionError: EAGAIN or EACCES, another process has the lock (F_TLOCK and F_TEST).
         TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has not got the lock, and will not get it later. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: lockf(3), fcntl(2).
 
@@ -375,22 +433,17 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
         posix.lockf(number, command, length)
         if command != os.F_TEST:
             _core.note_lock(number, fcntl.F_UNLCK if command == os.F_ULOCK else fcntl.F_WRLCK, operator.index(length))
-        return None
-    try:
-        posix.lockf(number, os.F_TLOCK, length)
-        return _core.note_lock(number, fcntl.F_WRLCK, operator.index(length))
-    except OSError as ex:
-        if ex.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-    _refuse_in_hub()
-    return _core.wait_lock(number, operator.index(length))
+    elif _gets_lock(posix.lockf, number, os.F_TLOCK, length):
+        _core.note_lock(number, fcntl.F_WRLCK, operator.index(length))
+    else:
+        _core.wait_lock(number, operator.index(length))
 
 
 def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     """Take or release a lock on an open file, letting other greenlets run while somebody else has it.
 
-    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread. The open file has
-    the lock, and whoever has a duplicate of the descriptor shares it.
+    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread. The open file
+    owns the lock, and every duplicate of the descriptor shares it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method.
@@ -404,8 +457,7 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
         BlockingIOError: EWOULDBLOCK, somebody has the lock (LOCK_NB).
         TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has not got the lock, and will not get it later. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: flock(2).
 
@@ -415,33 +467,25 @@ def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     operation = operator.index(operation)
     if operation & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_flock(number, operation)
-        return _core.note_flock(number, not operation & fcntl.LOCK_UN)
-    try:
-        fcntl_flock(number, operation | fcntl.LOCK_NB)
-        return _core.note_flock(number, True)
-    except BlockingIOError:
-        pass
-    _refuse_in_hub()
-    return _core.wait_flock(number, operation)
+        _core.note_flock(number, not operation & fcntl.LOCK_UN)
+    elif _gets_lock(fcntl_flock, number, operation | fcntl.LOCK_NB):
+        _core.note_flock(number, True)
+    else:
+        _core.wait_flock(number, operation)
 
 
 def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, whence: int = 0, /) -> None:
-    """As fcntl.lockf, which patch() puts this in the place of, letting other greenlets run while another process has the lock."""
+    """What patch() puts in the place of fcntl.lockf: it lets other greenlets run while another process has the lock."""
     number = _number(fd)
     cmd = operator.index(cmd)
     kind = fcntl.F_UNLCK if cmd & fcntl.LOCK_UN else fcntl.F_WRLCK if cmd & fcntl.LOCK_EX else fcntl.F_RDLCK
     if cmd & (fcntl.LOCK_NB | fcntl.LOCK_UN):
         fcntl_lockf(number, cmd, len, start, whence)
-        return _core.note_lock(number, kind, len, start, whence)
-    try:
-        fcntl_lockf(number, cmd | fcntl.LOCK_NB, len, start, whence)
-        return _core.note_lock(number, kind, len, start, whence)
-    except OSError as ex:
-        if ex.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-    _refuse_in_hub()
-    kind = fcntl.F_WRLCK if cmd & fcntl.LOCK_EX else fcntl.F_RDLCK
-    return _core.wait_lock(number, len, start, whence, kind)
+        _core.note_lock(number, kind, len, start, whence)
+    elif _gets_lock(fcntl_lockf, number, cmd | fcntl.LOCK_NB, len, start, whence):
+        _core.note_lock(number, kind, len, start, whence)
+    else:
+        _core.wait_lock(number, len, start, whence, kind)
 
 
 lock_range.__name__ = "lockf"
@@ -465,8 +509,7 @@ def eventfd_read(fd: FileDescriptorLike) -> int:
         OSError: EBADF if *fd* is not open, or :func:`close` closes it during the wait; EINVAL if it is no eventfd.
         TypeError, ValueError: *fd* is of another type, or negative.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has left the counter as it was. Works in any thread's hub and
-    in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: eventfd(2).
 
@@ -477,7 +520,7 @@ def eventfd_read(fd: FileDescriptorLike) -> int:
         return posix.eventfd_read(number)  # which says what is wrong
     data = tp_read(number, 8)
     if len(data) != 8:
-        raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: eventfd_read({number})")
+        raise os_error(errno.EINVAL, "eventfd_read", number)
     return int.from_bytes(data, sys.byteorder)
 
 
@@ -494,7 +537,7 @@ def eventfd_write(fd: FileDescriptorLike, value: int) -> None:
         OSError: EBADF if *fd* is not open; EINVAL if *value* is 2**64 - 1.
         TypeError, ValueError, OverflowError: an argument is of another type, negative, or too large.
 
-    Switches greenlets only if it has to wait. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: eventfd(2).
 
@@ -527,7 +570,7 @@ def getrandom(size: int, flags: int = 0) -> bytes:
         OSError: EINVAL, unknown flags, or *size* is negative.
         TypeError, OverflowError: an argument is not an int, or too large.
 
-    Switches greenlets only if it has to wait. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: getrandom(2).
 
@@ -557,7 +600,7 @@ def urandom(size: int, /) -> bytes:
         TypeError, OverflowError: *size* is not an int, or too large.
         NotImplementedError: the system has no source of randomness.
 
-    Switches greenlets only if it has to wait. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: getrandom(2), random(4).
 
@@ -587,7 +630,7 @@ def getlogin() -> str:
     Raises:
         OSError: ENXIO, ENOTTY, ENOENT and others of getlogin(3): there is no terminal, or nobody is logged in there.
 
-    Switches greenlets. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: getlogin(3), nsswitch.conf(5).
 
@@ -613,7 +656,7 @@ def getgrouplist(user: str, group: int, /) -> list[int]:
         TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
         OSError: as getgrouplist(3).
 
-    Switches greenlets. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: getgrouplist(3), nsswitch.conf(5).
 
@@ -636,8 +679,7 @@ def initgroups(username: str, gid: int, /) -> None:
         OSError: EPERM if the process may not; ENOMEM.
         TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
 
-    Switches greenlets. Killed or timed out, it goes on in the thread, or is not made if it has not begun. Works in any thread's hub
-    and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. Always switches greenlets.
 
     Source: initgroups(3), nsswitch.conf(5).
 

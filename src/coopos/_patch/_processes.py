@@ -1,0 +1,175 @@
+"""Locks, queues and processes of multiprocessing under :func:`coopos.patch`. POSIX only.
+
+`_multiprocessing` puts these functions in place; its rules hold here. Each does what the stdlib's function of that name does, and
+differs only where a greenlet may be killed or timed out in the middle: then no lock is lost, no place in a queue is taken, and a
+child that failed to start doesn't go on with the parent's program.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import traceback
+from contextlib import nullcontext
+from errno import ECHILD
+from queue import Full
+from typing import TYPE_CHECKING, Any
+
+from coopos import _core, io as coopos_io
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# ---- locks -------------------------------------------------------------------------------------------------------------------
+
+
+def make_semlock(plain: Any) -> type:
+    class SemLock(_core.Semaphore):
+        """``_multiprocessing.SemLock``, which owns and waits greenlet by greenlet."""
+
+        __slots__ = ()
+
+        SEM_VALUE_MAX = plain.SEM_VALUE_MAX
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> SemLock:
+            return super().__new__(cls, plain(*args, **kwargs))  # type: ignore[no-any-return]
+
+        @classmethod
+        def _rebuild(cls, *state: Any) -> SemLock:
+            return super().__new__(cls, plain._rebuild(*state))  # type: ignore[no-any-return]
+
+    return SemLock
+
+
+def wait_for_condition(condition: Any, timeout: float | None = None) -> bool:
+    """``Condition.wait``. An exception that is thrown in comes out only once the lock is held again."""
+    lock = condition._lock
+    assert lock._semlock._is_mine(), "must acquire() condition before using wait()"
+    condition._sleeping_count.release()
+    count = lock._semlock._count()
+    for _ in range(count):
+        lock.release()
+    thrown = None
+    is_notified = False
+    try:
+        is_notified = condition._wait_semaphore.acquire(True, timeout)
+    except BaseException as ex:
+        thrown = ex
+    condition._woken_count.release()
+    try:
+        if isinstance(lock._semlock, _core.Semaphore):
+            lock._semlock.take_back(count, thrown)
+        else:  # made before the patch: a thread's lock, so nothing is thrown in while it waits
+            for _ in range(count):
+                lock.acquire()
+    finally:
+        thrown = None
+    return is_notified
+
+
+def notify_condition(condition: Any, n: int = 1) -> None:
+    """``Condition.notify``. If an exception comes out, a waiter that has not woken yet sleeps on, and counts as asleep."""
+    sleeping, woken, gate = condition._sleeping_count, condition._woken_count, condition._wait_semaphore
+    assert condition._lock._semlock._is_mine(), "lock is not owned"
+    assert not gate.acquire(False), "notify: Should not have been able to acquire _wait_semaphore"
+    while woken.acquire(False):
+        res = sleeping.acquire(False)
+        assert res, "notify: Bug in sleeping_count.acquire- res should not be False"
+    notified = 0
+    while notified < n and sleeping.acquire(False):
+        gate.release()
+        notified += 1
+    if notified:
+        try:
+            while notified:
+                woken.acquire()
+                notified -= 1
+        finally:
+            while gate.acquire(False):
+                pass
+            for _ in range(notified):
+                sleeping.release()
+
+
+# ---- queues ------------------------------------------------------------------------------------------------------------------
+
+
+def put(queue: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+    """``Queue.put`` and ``JoinableQueue.put``. If an exception comes out, the object takes no place in the queue."""
+    if queue._closed:
+        raise ValueError(f"Queue {queue!r} is closed")
+    if not queue._sem.acquire(block, timeout):
+        raise Full
+    is_joinable = hasattr(queue, "_unfinished_tasks")
+    try:
+        with queue._notempty, queue._cond if is_joinable else nullcontext():
+            if queue._thread is None:
+                queue._start_thread()
+            queue._buffer.append(obj)
+            if is_joinable:
+                queue._unfinished_tasks.release()
+            queue._notempty.notify()
+    except BaseException:
+        queue._sem.release()
+        raise
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------------------
+
+
+def poll(popen: Any, flag: int = os.WNOHANG) -> int | None:
+    """``popen_fork.Popen.poll``, which takes ECHILD and no other OSError for a child that is not there."""
+    if popen.returncode is None:
+        try:
+            pid, status = os.waitpid(popen.pid, flag)
+        except ChildProcessError as ex:
+            if ex.errno != ECHILD:
+                raise
+        else:
+            if pid == popen.pid:
+                popen.returncode = os.waitstatus_to_exitcode(status)
+    return popen.returncode
+
+
+def poll_fork_server(popen: Any, flag: int = os.WNOHANG) -> int | None:
+    """``popen_forkserver.Popen.poll``. The server sends the exit status once, so of several greenlets that wait one reads it."""
+    from multiprocessing.connection import wait
+    from multiprocessing.forkserver import SIGNED_STRUCT
+
+    if popen.returncode is None:
+        has_ended = wait([popen.sentinel], 0 if flag == os.WNOHANG else None)
+        if has_ended and popen.returncode is None:
+            try:
+                (popen.returncode,) = SIGNED_STRUCT.unpack(os.read(popen.sentinel, SIGNED_STRUCT.size))
+            except (OSError, struct.error):  # the server was killed
+                popen.returncode = 255
+    return popen.returncode
+
+
+def forking_by(fork: Callable[..., int]) -> Callable[[], int]:
+    """os.fork for a Process. If it fails in the child, the child ends: it must not go on with the parent's program."""
+
+    def fork_process() -> int:
+        parent = os.getpid()
+        try:
+            return fork(keep_greenlets=False)
+        except BaseException:
+            if os.getpid() == parent:
+                raise
+            traceback.print_exc()
+            os._exit(1)
+
+    return fork_process
+
+
+class ServerSocket(socket.socket):
+    """The socket that the fork server listens at, in blocking mode once it does."""
+
+    def listen(self, *args: Any) -> None:
+        super().listen(*args)
+        os.set_blocking(self.fileno(), True)
+
+
+def open_file(fd: int, mode: str, closefd: bool = True) -> Any:
+    return coopos_io.fdopen(fd, mode, closefd=closefd)
