@@ -30,7 +30,7 @@ LAYERS = [
 #: What each may have of gevent and greenlet, at most; a module that isn't here has none.
 GEVENT = {
     "_parking": {"gevent.hub", "gevent.exceptions", "gevent.monkey", "greenlet"},
-    "_workers": {"gevent.hub"},
+    "_workers": {"gevent.hub", "gevent.monkey"},
     "_core": {"gevent.hub", "gevent.exceptions", "greenlet"},
     "_children": {"gevent._hub_local", "gevent.hub", "greenlet"},
     "_forking": {

@@ -17,7 +17,7 @@ from coopos._parking cimport generation, os_error, reachable_hub, this_greenlet
 from coopos._posix cimport PyErr_CheckSignals, coopos_sem_value, sem_post, sem_t, sem_trywait
 from coopos._workers cimport wait_semaphore
 
-from gevent import Greenlet, GreenletExit, Timeout, sleep
+from gevent import Greenlet, GreenletExit, Timeout
 from gevent.lock import Semaphore as _Turns
 
 
@@ -27,9 +27,6 @@ cdef enum:
 
 #: Nobody is told of a later end, and every loop can count so far.
 cdef double LONGEST_S = 1e9
-
-#: Before a lock is asked for again where there was no thread, or no descriptor, to wait by.
-cdef double PAUSE_S = 0.01
 
 
 cdef class Semaphore:
@@ -124,8 +121,8 @@ cdef class Semaphore:
         place[1] += 1
         try:
             with place[0]:
-                while not (self.take() or wait_semaphore(self.sem, self.plain.name)):
-                    sleep(PAUSE_S)
+                if not self.take():
+                    wait_semaphore(self.sem, self.plain.name)
         finally:
             place[1] -= 1
             if place[1] == 0 and self.turns.get(hub) is place:

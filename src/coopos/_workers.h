@@ -114,7 +114,7 @@ static inline ssize_t coopos_job_move(struct coopos_job *job)
 }
 
 /* A lock of the process's, as fcntl(2) and lockf(3) have it. */
-static inline int coopos_job_lock(const struct coopos_job *job, short kind)
+static inline int coopos_job_lock(const struct coopos_job *job, int command, short kind)
 {
     struct flock lock;
     memset(&lock, 0, sizeof lock);
@@ -122,7 +122,7 @@ static inline int coopos_job_lock(const struct coopos_job *job, short kind)
     lock.l_whence = (short)job->whence;
     lock.l_start = job->offset;
     lock.l_len = job->length;
-    return fcntl(job->fd, F_SETLKW, &lock);
+    return fcntl(job->fd, command, &lock);
 }
 
 static inline ssize_t coopos_job_call(struct coopos_job *job)
@@ -135,7 +135,7 @@ static inline ssize_t coopos_job_call(struct coopos_job *job)
     case COOPOS_OPEN:
         return openat(job->fd, job->buf, job->flags, job->mode);
     case COOPOS_SETLK:
-        return coopos_job_lock(job, (short)job->flags);
+        return coopos_job_lock(job, F_SETLKW, (short)job->flags);
     case COOPOS_FLOCK:
         return flock(job->fd, job->flags);
     case COOPOS_SEM_WAIT:
@@ -251,6 +251,21 @@ static inline void coopos_lock_note(enum coopos_operation operation, int fd, int
     coopos_pool_unlock();
 }
 
+/* Make a job that waits for another party without waiting. EAGAIN, EACCES: it would have to. ENOSYS: there is no way to ask so. */
+static inline void coopos_job_poll(struct coopos_job *job)
+{
+    errno = ENOSYS;
+    if (job->operation == COOPOS_SETLK)
+        job->rc = coopos_job_lock(job, F_SETLK, (short)job->flags);
+    else if (job->operation == COOPOS_FLOCK)
+        job->rc = flock(job->fd, job->flags | LOCK_NB);
+    else
+        job->rc = job->operation == COOPOS_SEM_WAIT ? sem_trywait(job->semaphore) : -1;
+    job->err = job->rc < 0 ? errno : 0;
+    if (job->rc >= 0 && job->operation != COOPOS_SEM_WAIT)
+        coopos_lock_note(job->operation, job->fd, 1);
+}
+
 /* Give back what was got for somebody who is not there to have it. The offset stays if others have moved it since. */
 static inline void coopos_job_undo(struct coopos_job *job)
 {
@@ -264,7 +279,7 @@ static inline void coopos_job_undo(struct coopos_job *job)
         (void)close((int)job->rc);
         break;
     case COOPOS_SETLK:
-        (void)coopos_job_lock(job, F_UNLCK);
+        (void)coopos_job_lock(job, F_SETLK, F_UNLCK);
         break;
     case COOPOS_FLOCK:
         (void)flock(job->fd, LOCK_UN);
@@ -761,11 +776,16 @@ static inline void coopos_pool_in_child(void)
 {
     static const pthread_mutex_t unlocked = PTHREAD_MUTEX_INITIALIZER;
     static const pthread_cond_t nobody = PTHREAD_COND_INITIALIZER;
+    struct coopos_lock *lock;
     coopos_pool.lock = unlocked;
     coopos_pool.is_let_go = nobody;
     coopos_pool.idle = NULL;
     coopos_pool.first = coopos_pool.last = NULL;
     coopos_pool.at_disks = coopos_pool.threads = coopos_pool.begun = coopos_pool.is_held = 0;
+    /* It has none of the parent's locks, but shares its open files. */
+    for (lock = coopos_locks; lock != NULL; lock = lock->next)
+        if (lock->operation == COOPOS_SETLK)
+            lock->holders = 0;
 }
 
 /* The lock is held while the process forks, so that the child finds whole jobs. */

@@ -35,6 +35,7 @@ cdef extern from "_workers.h" nogil:
         int err
     ctypedef struct coopos_pool_t "struct coopos_pool":
         int begun
+        int is_ending
     coopos_pool_t coopos_pool
     CMailbox *coopos_mailbox_new()
     void coopos_mailbox_shut(CMailbox *mailbox)
@@ -43,6 +44,7 @@ cdef extern from "_workers.h" nogil:
     CJob *coopos_job_new(size_t room)
     void coopos_job_free(CJob *job)
     void coopos_job_make(CJob *job)
+    void coopos_job_poll(CJob *job)
     int coopos_job_submit(CJob *job, CMailbox *mailbox)
     bint coopos_job_take_back(CJob *job)
     coopos_state coopos_job_state(CJob *job)
@@ -70,7 +72,6 @@ cdef class Job(Call):
     cdef object mailbox            # of its hub
     cdef int born                  # generation in which it was submitted
     cdef coopos_state found        # what a forked child found it in
-    cdef bint has_begun            # it was submitted
     cdef bint is_late
     cdef bint is_left_behind       # nobody waits any more, and its worker is still at it
     cdef int arrive(self) except -1
@@ -90,4 +91,4 @@ cdef int run(Job job) except -1
 cdef int give_back(Job job, ssize_t n) except -1
 cdef int tell(ex, str name, value) except -1
 cdef ssize_t move_guarded(const Move *move) noexcept
-cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1
+cdef int wait_semaphore(sem_t *semaphore, object subject) except -1

@@ -9,6 +9,8 @@ The threads are C alone (_workers.h): a job has its operation, its descriptors a
    the rest alone.
 4. Work for a disk is limited to COOPOS_THREADS at once. What waits for another party isn't counted among it.
 5. A forked child has no workers. What was under way is asked again there, unless the parent's worker may have moved bytes.
+6. A hub that is gone gets nothing. When its thread ends, its jobs are given up as those of killed greenlets are. A thread that
+   destroys its hub and lives on tells nobody: the next call that needs a worker, in any thread, gives them up.
 
 In a thread that has no hub the call is made plainly. The module knows libc and `_parking`. Arguments are right when they come here.
 """
@@ -16,7 +18,8 @@ In a thread that has no hub the call is made plainly. The module knows libc and 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EINTR, ENXIO, errno
+from cpython.pythread cimport PyThread_get_thread_ident
+from libc.errno cimport EACCES, EAGAIN, EBADF, EINTR, ENOSYS, ENXIO, errno
 from libc.stdio cimport SEEK_CUR, SEEK_END, SEEK_SET
 from libc.string cimport memcpy
 from posix.fcntl cimport AT_FDCWD, F_GETFD, F_SETFL, F_WRLCK, O_NONBLOCK, O_RDWR, fcntl, openat
@@ -28,13 +31,14 @@ from coopos._parking cimport (
     wrong_switch)
 from coopos._posix cimport (
     ECANCELED, Closing, Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_ISCHR, S_ISFIFO, S_ISREG, coopos_current_greenlet,
-    coopos_import_greenlet, coopos_switch, fstat, idtype_t, sem_t, stat_t)
+    coopos_import_greenlet, coopos_now_us, coopos_switch, fstat, idtype_t, sem_t, stat_t)
 
 import atexit
 import os
 import sys
 
-from gevent.hub import _get_hub as get_hub_if_exists
+from gevent.hub import _get_hub as get_hub_if_exists, sleep
+from gevent.monkey import get_original
 
 
 coopos_import_greenlet()
@@ -50,6 +54,9 @@ cdef long _calls_made = 0
 
 #: A call that has begun when its greenlet is killed is waited for so long, where something would be lost otherwise.
 cdef double LAST_WORD_S = 1.0
+
+#: Before what another party has is asked for again, where there is no thread, or no descriptor, to wait by.
+cdef double PAUSE_S = 0.01
 
 
 def count_calls():
@@ -92,6 +99,28 @@ cdef dict _mailboxes = {}
 
 @cython.final
 @cython.internal
+cdef class ThreadEnd:
+    """Goes with the thread that it belongs to."""
+
+    def __dealloc__(self):
+        cdef unsigned long thread = PyThread_get_thread_ident()
+        cdef Mailbox mailbox
+        if coopos_pool.is_ending:
+            return                 # with all threads, and the interpreter
+        for mailbox in list(_mailboxes.values()):
+            if mailbox.thread == thread and mailbox.born == generation:
+                mailbox.shut()
+
+
+_here = get_original("_thread", "_local")()
+
+
+class NoWorker(Exception):
+    """There is no thread, or no descriptor, to wait by. Carries what is to be raised if that can't be helped."""
+
+
+@cython.final
+@cython.internal
 cdef class Mailbox(Wait):
     """The jobs of one hub. It has a descriptor only while there are some: a hub that is done leaves none open."""
     cdef object loop
@@ -99,14 +128,18 @@ cdef class Mailbox(Wait):
     cdef set jobs                  # that have been submitted, and not arrived
     cdef int waiting               # greenlets
     cdef int born                  # generation
+    cdef unsigned long thread      # its hub's
 
     def __cinit__(self, loop):
         self.loop = loop
         self.born = generation
+        self.thread = PyThread_get_thread_ident()
+        if not hasattr(_here, "end"):
+            _here.end = ThreadEnd()
         self.jobs = set()
         self.box = coopos_mailbox_new()
         if self.box == NULL:
-            raise os_error(errno, "eventfd", "")
+            raise NoWorker(os_error(errno, "eventfd", ""))
         self.fd, self.events = self.box.bell[0], READ
         _mailboxes[loop] = self
 
@@ -152,28 +185,42 @@ cdef class Mailbox(Wait):
         return self.rest()
 
     cdef int shut(self) except -1:
-        """It is empty, or its loop is destroyed; or it is the parent's, in a forked child."""
+        """It is empty; its loop is destroyed, or its thread has ended; or it is the parent's, in a forked child.
+
+        What its workers are still at stays in the registry: a close waits for them. So a hub that is gone calls for this again and
+        again, until they are done.
+        """
         cdef CMailbox *box = self.box
+        cdef long long until_us = coopos_now_us() + <long long>(LAST_WORD_S * 1e6)
         cdef Job job
         self.box = NULL
-        if _mailboxes.get(self.loop) is self:
-            del _mailboxes[self.loop]
-        for job in self.jobs:
-            job.leave()
         if self.set is not None:
             self.set.leave(self)
         if box != NULL:
             coopos_mailbox_shut(box)
+        for job in list(self.jobs):
+            if self.born == generation and not coopos_job_take_back(job.job):
+                coopos_job_abandon(job.job)
+                if job.job.waits_for_peer and coopos_now_us() < until_us:
+                    coopos_job_interrupt(job.job)
+                if coopos_job_state(job.job) == COOPOS_BEGUN:
+                    job.is_left_behind = True
+                    continue
+            self.jobs.discard(job)
+            job.leave()
+        if not self.jobs and _mailboxes.get(self.loop) is self:
+            del _mailboxes[self.loop]
         return 0
 
 
 cdef Mailbox mailbox_of(loop):
     cdef Mailbox mailbox = <Mailbox>_mailboxes.get(loop)
     cdef Mailbox other
-    if mailbox is None or mailbox.born != generation:
+    if mailbox is None or len(_mailboxes) > 1:
         for other in list(_mailboxes.values()):
-            if not is_alive(other.loop):
+            if other.box == NULL or not is_alive(other.loop):
                 other.shut()
+    if mailbox is None or mailbox.born != generation:
         mailbox = Mailbox(loop)
     try:
         mailbox.listen()
@@ -319,8 +366,25 @@ cdef Mailbox submit(Job job, loop):
     cdef int err = coopos_job_submit(job.job, mailbox.box)
     if err:
         mailbox.rest()
-        raise os_error(err, "pthread_create", job.name)
+        raise NoWorker(RuntimeError("can't start new thread"))
     return mailbox
+
+
+cdef bint make_anyhow(Job job, ex) except -1:
+    """Without a worker; whether it is over. What can't be asked for without waiting is refused."""
+    if not job.job.waits_for_peer:
+        make_here(job)             # a disk comes to an end
+        return True
+    coopos_job_poll(job.job)
+    if job.job.rc >= 0:
+        return True
+    if job.job.err == ENOSYS:
+        raise ex.args[0] from None
+    if job.job.err not in (EAGAIN, EACCES, EINTR):
+        return True
+    job.job.err = 0
+    sleep(PAUSE_S)
+    return False
 
 
 cdef bint wait_for(Job job, object hub) except -1:
@@ -332,12 +396,8 @@ cdef bint wait_for(Job job, object hub) except -1:
         return True
     try:
         mailbox = submit(job, hub.loop)
-    except OSError:
-        if job.job.waits_for_peer:
-            raise
-        make_here(job)             # without a thread, or a descriptor, to wait by: a disk comes to an end
-        return True
-    job.has_begun = True
+    except NoWorker as ex:
+        return make_anyhow(job, ex)
     job.mailbox = mailbox
     job.born = generation
     job.waiter = current
@@ -641,18 +701,11 @@ def random(Py_ssize_t size, Py_ssize_t flags):
     return PyBytes_FromStringAndSize(job.job.buf, result_of(job, size))
 
 
-cdef bint wait_semaphore(sem_t *semaphore, object subject) except -1:
-    """sem_wait(3). False: there was no thread, or no descriptor, to wait by. A greenlet that is killed or timed out has taken
-    nothing from it.
-    """
+cdef int wait_semaphore(sem_t *semaphore, object subject) except -1:
+    """sem_wait(3). A greenlet that is killed or timed out has taken nothing from it."""
     cdef Job job = new_job(COOPOS_SEM_WAIT, "sem_wait")
     job.job.semaphore = semaphore
     job.job.waits_for_peer = True
-    try:
-        run(job)
-    except OSError:
-        if job.has_begun:          # thrown in
-            raise
-        return False
+    run(job)
     result_of(job, subject)
-    return True
+    return 0
