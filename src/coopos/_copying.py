@@ -65,7 +65,7 @@ def _appends(fd: int) -> bool:
 def _chunks(call: InFlight, in_fd: int, start: int, count: int) -> Iterator[bytes]:
     while count > 0:
         call.check()
-        data = _core.pread(in_fd, min(count, CHUNK), start)
+        data = _core.pread_for(in_fd, min(count, CHUNK), start, "sendfile")
         if not data:
             break
         call.check()
@@ -80,7 +80,7 @@ def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, pieces: Iterable[Any]
     told: list[int] = []
     try:
         for data in pieces:
-            written = _core.write_telling(out_fd, data, told, False)
+            written = _core.write_telling(out_fd, data, told, False, "sendfile")
             sent += written
             if written < len(data):
                 break
@@ -192,9 +192,9 @@ if _sendfile and not _TAKES_HEADERS:
                     return _send_by_hand(call, out_fd, in_fd, _chunks(call, in_fd, start, count), moved)
                 chunk = min(count, CHUNK)
                 # Both ends of it: then the kernel has read ahead what stands in between.
-                _core.pread(in_fd, 1, start)
+                _core.pread_for(in_fd, 1, start, "sendfile")
                 call.check()
-                _core.pread(in_fd, 1, start + chunk - 1)
+                _core.pread_for(in_fd, 1, start + chunk - 1, "sendfile")
                 call.check()
                 if os.get_blocking(out_fd):
                     continue

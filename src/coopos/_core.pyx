@@ -25,7 +25,7 @@ from libc.limits cimport INT_MAX
 from libc.stdio cimport SEEK_CUR
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from posix.fcntl cimport F_GETFL, F_SETFL, O_APPEND, O_NONBLOCK, fcntl
+from posix.fcntl cimport F_GETFL, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NONBLOCK, fcntl, open as c_open
 from posix.types cimport off_t
 from posix.unistd cimport isatty, lseek
 
@@ -34,7 +34,7 @@ from coopos._parking cimport (
     take_turns)
 from coopos._posix cimport (
     COOPOS_ASKED, COOPOS_DONTWAIT, COOPOS_GUARDED, COOPOS_IO_MAX, COOPOS_NOWAIT, COOPOS_PLAIN, COOPOS_REFUSED, IOV_MAX, RWF_NOWAIT,
-    Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISREG, S_ISSOCK, coopos_bytes_there,
+    Move, PyErr_CheckSignals, PyObject_AsFileDescriptor, S_IFMT, S_ISBLK, S_ISCHR, S_ISFIFO, S_ISREG, S_ISSOCK, coopos_bytes_there,
     coopos_can_poll, coopos_copy_buffers, coopos_gathers, coopos_is_in_background, coopos_may_move, coopos_move, coopos_now_us,
     fstat, iovec, stat_t)
 from coopos._workers cimport COOPOS_MOVE, Job, give_back, move_guarded, new_job, run, tell
@@ -686,6 +686,31 @@ def make_nonblocking(fd):
     raise os_error(errno, "make_nonblocking", number)
 
 
+def in_blocking_mode(int fd, list reopened not None):
+    """A descriptor for a child of the file *fd*, in the mode that programs expect of their standard streams.
+
+    gevent's files and sockets aren't in it. A pipe is opened once more, without waiting for its other end: the mode is the open
+    file's, and the parent may go on with it. That descriptor is added to *reopened*. Other files are put into blocking mode, as
+    gevent's Popen does, and a pipe to be written to that nobody reads. What is no descriptor the child says.
+
+    Not in Python: a signal's handler would run in between, and what it raises look like an error of these calls.
+    """
+    cdef int flags = fcntl(fd, F_GETFL)
+    cdef int again = -1
+    cdef stat_t st
+    cdef bytes path
+    if flags < 0 or not flags & O_NONBLOCK:
+        return fd
+    if fstat(fd, &st) == 0 and S_ISFIFO(st.st_mode):
+        path = b"/proc/self/fd/%d" % fd
+        again = c_open(path, (flags & (O_ACCMODE | O_APPEND)) | O_CLOEXEC | O_NONBLOCK)
+    if again >= 0:                 # else no /proc, another user's pipe, or no reader
+        reopened.append(again)
+        fd, flags = again, fcntl(again, F_GETFL)
+    fcntl(fd, F_SETFL, flags & ~O_NONBLOCK)
+    return fd
+
+
 # ---- the os functions --------------------------------------------------------------------------------------------------------
 
 def read(Py_ssize_t fd, Py_ssize_t length, /):
@@ -875,10 +900,15 @@ def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
 
     .. versionadded:: 0.1.0
     """
+    return pread_for(fd, length, offset, "pread")
+
+
+def pread_for(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, str call):
+    """pread, whose errors are those of *call*."""
     cdef Move move = move_of(as_int(fd), False, <off_t>offset, 0)
     if offset < 0:
-        raise os_error(EINVAL, "pread", fd)
-    return read_bytes(&move, length, "pread")
+        raise os_error(EINVAL, call, fd)
+    return read_bytes(&move, length, call)
 
 
 def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
@@ -1074,9 +1104,9 @@ def write_all(Py_ssize_t fd, data, /):
     write_telling(fd, data, None)
 
 
-def write_telling(Py_ssize_t fd, data, list told, bint is_all=True):
-    """write_all, or write, which also appends to *told* how much was written if anything is raised: an exception may refuse
-    attributes.
+def write_telling(Py_ssize_t fd, data, list told, bint is_all=True, str call="write_all"):
+    """write_all, or write, for *call*, which also appends to *told* how much was written if anything is raised: an exception may
+    refuse attributes.
     """
     cdef int number = as_int(fd)
     cdef Move move
@@ -1091,7 +1121,7 @@ def write_telling(Py_ssize_t fd, data, list told, bint is_all=True):
             iov.iov_base = <char *>view.buf + done
             iov.iov_len = <size_t>min(view.len - done, <Py_ssize_t>COOPOS_IO_MAX)
             give_one(&move, &iov)
-            done += write_from(&move, "write_all", &late)
+            done += write_from(&move, call, &late)
             if done >= view.len or not is_all:
                 return done
     except BaseException as ex:

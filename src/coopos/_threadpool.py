@@ -349,9 +349,9 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
 def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     """Take, test or release a lock on a part of a file, letting other greenlets run while another process has it.
 
-    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread, or, where none can be
-    started, by asking again and again, in which it finds no deadlock. As ever the process has the lock, not the greenlet, and to close
-    any descriptor of the file releases it.
+    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread. Where no thread can be
+    started it asks again and again, and finds no deadlock. As ever the process has the lock, not the greenlet, and to close any
+    descriptor of the file releases it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method: open for writing. The part begins at its position.
@@ -391,8 +391,8 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
 def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     """Take or release a lock on an open file, letting other greenlets run while somebody else has it.
 
-    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread, or, where
-    none can be started, by asking again and again. The open file has the lock, and whoever has a duplicate of the descriptor shares it.
+    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread. Where no thread
+    can be started it asks again and again. The open file has the lock, and whoever has a duplicate of the descriptor shares it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method.
