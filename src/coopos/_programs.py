@@ -301,7 +301,7 @@ def _shells() -> tuple[Any, Any]:
 
 
 def _is_of_the_start(ex: BaseException) -> bool:
-    """Whether the code that starts programs has raised *ex*, and no signal's handler that ran there: that has a frame of its own."""
+    """Whether the code that starts programs has raised *ex*, and no signal's handler that ran there: such a one has a frame."""
     traceback = ex.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in ("coopos", "subprocess"):
