@@ -397,20 +397,26 @@ def test_waitpid_child_of_another_thread(spawn):
         assert one.call(error_of, coopos.waitpid, pid, 0) == no_child
 
 
-ENDED_THREAD = (
-    HAS_WAITED
-    + """
-import threading
+#: For scripts: a child of *fork* that lives until *writer* is closed, or its parent ends.
+FORK_LIVING = """
+import os, gevent, coopos
 
-def fork_living():
+def fork_living(fork=coopos.fork):
     reader, writer = os.pipe()
-    pid = coopos.fork()
+    pid = fork()
     if pid == 0:
         os.close(writer)
         os.read(reader, 1)
         os._exit(7)
     os.close(reader)
     return pid, writer
+"""
+
+ENDED_THREAD = (
+    HAS_WAITED
+    + FORK_LIVING
+    + """
+import threading
 
 def in_a_thread(function):
     results = []
@@ -1188,8 +1194,10 @@ def test_questions_are_asked_again():
 
 def test_questions_where_no_thread_is_left():
     """Where no thread can be made the kernel is asked again and again."""
-    run_seccomp("""
-import threading, gevent, coopos
+    run_seccomp(
+        FORK_LIVING
+        + """
+import threading
 refuse("clone3", errno.EAGAIN)
 try:
     threading.Thread(target=int).start()
@@ -1201,12 +1209,7 @@ else:
 
 for fork in (coopos.fork, coopos.fork_gevent):
     for question, options in ((-1, 0), (None, os.WUNTRACED)):
-        reader, writer = os.pipe()
-        pid = fork()
-        if pid == 0:
-            os.close(writer)
-            os.read(reader, 1)
-            os._exit(7)
+        pid, writer = fork_living(fork)
         waiter = gevent.spawn(coopos.waitpid, question or pid, options)
         gevent.sleep(0)
         other = gevent.spawn(coopos.waitpid, question or pid, options)
@@ -1215,7 +1218,8 @@ for fork in (coopos.fork, coopos.fork_gevent):
         assert not waiter.ready()
         os.close(writer)
         assert waiter.get(timeout=30) == (pid, 7 << 8)
-""")
+"""
+    )
 
 
 def test_exit_with_living_children():
@@ -1409,21 +1413,10 @@ def test_waitpid_beside_a_busy_hub(question):
 # ---- where there is no pidfd -------------------------------------------------------------------------------------------------
 
 FALLBACK = """
-import gevent, coopos
 from gevent.hub import get_hub
 
-def fork_living():
-    reader, writer = os.pipe()
-    pid = fork()
-    if pid == 0:
-        os.close(writer)
-        os.read(reader, 1)
-        os._exit(7)
-    os.close(reader)
-    return pid, writer
-
 for fork in (coopos.fork, coopos.fork_gevent):
-    pid, writer = fork_living()
+    pid, writer = fork_living(fork)
     waiters = [gevent.spawn(coopos.waitpid, pid, 0)]
     gevent.sleep(0)
     assert not waiters[0].ready()
@@ -1439,7 +1432,7 @@ for fork in (coopos.fork, coopos.fork_gevent):
 
 
 def run_refused(source, **kwargs):
-    return run_seccomp(source.replace("FALLBACK", FALLBACK), **kwargs)
+    return run_seccomp(source.replace("FALLBACK", FORK_LIVING + FALLBACK), **kwargs)
 
 
 @needs_pidfds

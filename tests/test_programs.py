@@ -91,6 +91,60 @@ def test_what_a_signal_handler_raises_while_the_shell_starts_comes_out():
     )
 
 
+@pytest.mark.parametrize("call", ["system", "Popen"])
+@pytest.mark.parametrize("error", ['OSError(errno.ENOMEM, "raised")', 'FileNotFoundError(errno.ENOENT, "raised", "/bin/sh")'])
+def test_error_that_is_raised_on_any_line_while_a_shell_starts_comes_out(error, call):
+    """As a signal's handler raises it: it may look like one of the start's own."""
+    run_script(
+        f"""
+        import errno, gc, os, sys, coopos, coopos.subprocess
+        gc.disable()               # a __del__ that it runs would be traced
+
+        def start():
+            if {call!r} == "system":
+                return coopos.system("exit 4")
+            return coopos.subprocess.Popen("exit 4", shell=True, stdin=reader)
+
+        def trace(frame, event, arg):
+            global left
+            if frame.f_globals.get("__name__") not in ("coopos._programs", "coopos.subprocess"):
+                return None
+            if frame.f_code.co_name == "__del__":
+                return None        # out of which nothing comes
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise error
+            return trace
+
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        start()
+        tried = 0
+        while True:
+            tried += 1
+            left, error = tried, {error}
+            sys.settrace(trace)
+            try:
+                result = start()
+            except OSError as ex:
+                assert ex is error, ex
+            else:
+                assert left > 0, (tried, result)
+                break
+            finally:
+                sys.settrace(None)
+        assert tried > 15, tried
+        while True:
+            try:
+                coopos.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+        """,
+        may_complain=True,
+    )
+
+
 @pytest.mark.parametrize(
     "arguments", [(), (None,), (1,), ("a\0b",), (b"a\0b",), ("\ud800",), (bytearray(b"x"),), (["x"],), ("x", "y")], ids=repr
 )

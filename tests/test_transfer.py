@@ -739,6 +739,24 @@ def test_sendfile_with_headers_killed_tells_how_much_was_sent(tmp_path):
         assert drain(ends.reader) == b""
 
 
+@pytest.mark.parametrize("send", [coopos.sendfile, sendfile_with_headers])
+def test_sendfile_that_is_made_of_other_calls_has_errors_of_its_own(send, tmp_path):
+    with make_file(LARGE) as file, make_ends("socketpair", tmp_path, True) as ends:
+        coopos.close(ends.reader)
+        with pytest.raises(BrokenPipeError, match=rf": sendfile\({ends.writer}\)$"):
+            send(ends.writer, file, 0, 10)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file here whose reads fail")
+@pytest.mark.parametrize("send", [coopos.sendfile, sendfile_with_headers])
+@each_mode
+def test_sendfile_that_can_not_read_says_so_of_its_file(send, blocking, tmp_path):
+    with make_ends("socketpair", tmp_path, blocking) as ends, open("/proc/self/mem", "rb", buffering=0) as file:
+        with pytest.raises(OSError, match=rf": sendfile\({file.fileno()}\)$") as caught:
+            send(ends.writer, file.fileno(), 0, 10)
+        assert caught.value.errno == errno.EIO
+
+
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="no os.splice here")
 @each_of(["pipe", "FIFO", "socketpair"])
 @each_mode

@@ -67,7 +67,7 @@ def _appends(fd: int) -> bool:
 def _chunks(call: InFlight, in_fd: int, start: int, count: int) -> Iterator[bytes]:
     while count > 0:
         call.check()
-        data = _core.pread(in_fd, min(count, CHUNK), start)
+        data = _core.pread_of_sendfile(in_fd, min(count, CHUNK), start)
         if not data:
             break
         call.check()
@@ -82,7 +82,7 @@ def _send_by_hand(call: InFlight, out_fd: int, in_fd: int, pieces: Iterable[Any]
     told: list[int] = []
     try:
         for data in pieces:
-            written = _core.write_telling(out_fd, data, told, False)
+            written = _core.write_telling(out_fd, data, told, False, "sendfile")
             sent += written
             if written < len(data):
                 break
@@ -190,9 +190,9 @@ if _sendfile and not _TAKES_HEADERS:
                     return _send_by_hand(call, out_fd, in_fd, _chunks(call, in_fd, start, count), moved)
                 chunk = min(count, CHUNK)
                 # Read both ends of the chunk: then the kernel has read ahead what lies in between.
-                _core.pread(in_fd, 1, start)
+                _core.pread_of_sendfile(in_fd, 1, start)
                 call.check()
-                _core.pread(in_fd, 1, start + chunk - 1)
+                _core.pread_of_sendfile(in_fd, 1, start + chunk - 1)
                 call.check()
                 if os.get_blocking(out_fd):
                     continue

@@ -361,6 +361,7 @@ def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | N
 
     Raises:
         OSError: as open(2).
+        RuntimeError: it would have to wait, and no thread can be started, as :meth:`threading.Thread.start` says it.
         TypeError, ValueError, OverflowError: an argument is of another type, has a null in it, or is too large.
 
     Keeps :ref:`what every function promises <promises>`. Switches greenlets only for a FIFO or character device, or while another
@@ -407,8 +408,9 @@ def _gets_lock(lock: Callable[..., None], number: int, *args: int) -> bool:
 def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
     """Take, test or release a lock on a part of a file, letting other greenlets run while another process has it.
 
-    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread. As always the process owns
-    the lock, not the greenlet, and closing any descriptor of the file releases it.
+    Like :func:`os.lockf`. Only F_LOCK waits, and only if F_TLOCK finds the lock taken: then in a thread. Where no thread can be
+    started it asks again and again, and finds no deadlock. As always the process owns the lock, not the greenlet, and closing any
+    descriptor of the file releases it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method: open for writing. The part begins at its position.
@@ -442,8 +444,8 @@ def lockf(fd: FileDescriptorLike, command: int, length: int, /) -> None:
 def flock(fd: FileDescriptorLike, operation: int, /) -> None:
     """Take or release a lock on an open file, letting other greenlets run while somebody else has it.
 
-    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread. The open file
-    owns the lock, and every duplicate of the descriptor shares it.
+    Like :func:`fcntl.flock`. It waits only if the lock is taken and *operation* has no LOCK_NB: then in a thread. Where no thread
+    can be started it asks again and again. The open file owns the lock, and every duplicate of the descriptor shares it.
 
     Args:
         fd: int, or an object with a ``fileno()`` method.

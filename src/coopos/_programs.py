@@ -304,6 +304,16 @@ def _shells() -> tuple[Any, Any]:
     return Shell, SystemShell
 
 
+def _is_of_the_start(ex: BaseException) -> bool:
+    """Whether the code that starts programs has raised *ex*, and no signal's handler that ran there: such a one has a frame."""
+    traceback = ex.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in ("coopos", "subprocess"):
+            return False
+        traceback = traceback.tb_next
+    return True
+
+
 def system(command: StrOrBytesPath) -> int:
     """Run a shell command, letting other greenlets run until it has ended.
 
@@ -332,11 +342,13 @@ def system(command: StrOrBytesPath) -> int:
     try:
         pid = shell(("sh", "-c", argument), executable="/bin/sh", close_fds=False, restore_signals=False).pid
     except OSError as ex:
+        if not _is_of_the_start(ex):
+            raise
         if ex.filename == "/bin/sh":
             return 127 << 8
         if ex.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             return -1
-        raise  # a signal's handler has raised it
+        raise
     return _core.outright(_status_of, pid)
 
 

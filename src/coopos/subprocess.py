@@ -16,7 +16,6 @@ import inspect
 import io as _io
 import os
 import signal
-import stat
 import subprocess as _original
 import termios
 import warnings
@@ -350,33 +349,11 @@ class Popen(_Base[AnyStr]):
     def _watch(self, pid: int) -> _core.Child | None:
         return _core.watch_new(pid, _Ended(self), None, True, needs_hub=False)
 
-    def _in_blocking_mode(self, fd: int) -> int:
-        """A descriptor for the child of the file *fd*, in the mode that programs expect of their standard streams.
-
-        gevent's files and sockets aren't in it. A pipe is opened once more, without waiting for its other end: the mode is the
-        open file's, and the parent may go on with it. Other files are put into blocking mode, as gevent's Popen does, and a pipe to
-        be written to that nobody reads. What is no descriptor the child says.
-        """
-        try:
-            if fd < 0 or os.get_blocking(fd):
-                return fd
-            if stat.S_ISFIFO(os.fstat(fd).st_mode):
-                flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
-                with contextlib.suppress(OSError):  # no /proc, another user's pipe, or no reader
-                    again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
-                    self._reopened.append(again)
-                    fd = again
-            os.set_blocking(fd, True)
-        except OSError as ex:
-            if ex.errno is None:  # a signal's handler has raised it
-                raise
-        return fd
-
     def _execute_child(self, *args: Any, **kwargs: Any) -> None:
         self._pipes = tuple(file for file in (self.stdin, self.stdout, self.stderr) if file is not None)
         given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
         for name in ("p2cread", "c2pwrite", "errwrite"):
-            given[name] = self._in_blocking_mode(given[name])
+            given[name] = _core.in_blocking_mode(given[name], self._reopened)
         if self._master is not None:
             self.pty = _Terminal(self._master, "r+")
             if self.text_mode:
