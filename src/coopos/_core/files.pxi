@@ -164,8 +164,8 @@ def write(Py_ssize_t fd, data, /):
     """Write a buffer to any descriptor, letting other greenlets run while it would block.
 
     Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As write(2)
-    does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once; for more room
-    it waits on the hub. A worker thread writes to files on a disk.
+    does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once; for more
+    room it waits on the hub. A worker thread writes to files on a disk.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
