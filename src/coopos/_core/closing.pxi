@@ -10,19 +10,22 @@
 def close(Py_ssize_t fd):
     """Close a file descriptor.
 
-    Like :func:`os.close`, and done when it returns: the number is free and the other end sees end-of-file. Greenlets that wait
-    in a function of this module for *fd*, in any thread's hub, get ``OSError(EBADF)``. Only while a watcher of somebody else (a
-    gevent socket or selector) is active on *fd* is the system call put off to the next turn of that loop, which comes at once,
-    because closing a descriptor under an active watcher can abort the process; and while a thread uses *fd* for a call that it has
-    begun, until that is over. Without epoll, greenlets of other threads that wait for *fd* put it off in the same way. Even then
-    *fd* is EBADF for whoever comes later. A call that no thread has begun yet is not made, and gets ``OSError(EBADF)``.
+    Like :func:`os.close`. When it returns, the number is free and the other end sees end-of-file. Greenlets that wait for *fd* in a
+    function of this module, in any thread's hub, get ``OSError(EBADF)``. So does a call that no worker has begun; it is not made.
+
+    In three cases the system call comes later. Even then *fd* is EBADF for all later calls as soon as :func:`close` has returned.
+
+    * A watcher of somebody else, of a gevent socket for one, is active on *fd* or about to be called. To close a descriptor under
+      it can abort the process. The system call is made in the next turn of the loop, which comes at once.
+    * A worker has begun a call that uses *fd*. The system call is made when that one is over.
+    * There is no epoll, and greenlets of other threads wait for *fd*. It is made when their loops have stopped the watchers.
 
     Args:
         fd: int, the descriptor.
 
     Raises:
-        OSError: EBADF if *fd* is not open, or is closed already and only waits for the loop, or is the set by which coopos
-            waits; EIO as close(2).
+        OSError: EBADF if *fd* is not open, or was closed before and its system call is still to come, or is the set by which
+            coopos waits; EIO as close(2).
         TypeError, OverflowError: *fd* is not an int, or too large for one.
 
     Doesn't switch greenlets. Safe in any thread and after a fork.

@@ -23,8 +23,7 @@ def nb_read(Py_ssize_t fd, Py_ssize_t n):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *n* is negative;
             otherwise as read(2).
 
-    Switches greenlets only when there is nothing to read. Killed or timed out while it waits, it has taken no byte. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: read(2); ``gevent.os.nb_read``.
 
@@ -52,8 +51,7 @@ def nb_write(Py_ssize_t fd, buf):
             otherwise as write(2).
         TypeError, BufferError: *buf* is not bytes-like, or not contiguous.
 
-    Switches greenlets only when nothing fits. Killed or timed out while it waits, it has written no byte. Works in any thread's
-    hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: write(2); ``gevent.os.nb_write``.
 
@@ -73,7 +71,7 @@ def nb_write(Py_ssize_t fd, buf):
 def make_nonblocking(fd):
     """Put a descriptor into non-blocking mode.
 
-    The flag belongs to the open file description: everybody who shares it, other processes too, sees it.
+    The flag belongs to the open file description. Everybody who shares it sees the change, other processes included.
 
     Args:
         fd: int, or an object with a ``fileno()`` method.
@@ -130,9 +128,9 @@ def in_blocking_mode(int fd, list reopened not None):
 def read(Py_ssize_t fd, Py_ssize_t length, /):
     """Read up to *length* bytes from any descriptor, letting other greenlets run while there are none.
 
-    Like :func:`os.read`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. What is there
-    already, the page cache included, is read at once; what can be waited for is waited for on the hub; the rest is read by a
-    worker thread.
+    Like :func:`os.read`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. Bytes that are
+    there already, in a pipe or in the page cache, are read at once. For pipes, sockets and terminals it waits on the hub; a worker
+    thread reads files from a disk.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -145,8 +143,7 @@ def read(Py_ssize_t fd, Py_ssize_t length, /):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *length* is negative;
             otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: preadv2(2), RWF_NOWAIT; read(2).
 
@@ -172,8 +169,7 @@ def readinto(Py_ssize_t fd, buffer, /):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as read(2).
         TypeError, BufferError: *buffer* is not a writable bytes-like object, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: preadv2(2), RWF_NOWAIT; read(2).
 
@@ -198,9 +194,9 @@ def readinto(Py_ssize_t fd, buffer, /):
 def write(Py_ssize_t fd, data, /):
     """Write a buffer to any descriptor, letting other greenlets run while it would block.
 
-    Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As
-    write(2) does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once, and
-    the hub waits for room; other files are written by a worker thread.
+    Like :func:`os.write`, and cooperative on every kind of descriptor. Its flags don't matter and are not touched. As write(2)
+    does, it writes all of *data* to a descriptor in blocking mode. What fits into a pipe or socket is written at once; for more
+    room it waits on the hub. A worker thread writes to files on a disk.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -214,8 +210,7 @@ def write(Py_ssize_t fd, data, /):
             otherwise as write(2).
         TypeError, BufferError: *data* is not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: pwritev2(2), RWF_NOWAIT; write(2).
 
@@ -248,8 +243,7 @@ def readv(Py_ssize_t fd, buffers, /):
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as readv(2).
         TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
 
-    Switches greenlets only if it has to wait. Killed or timed out while it waits on the hub, it has taken no byte. Works in any
-    thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: preadv2(2), RWF_NOWAIT; readv(2).
 
@@ -278,8 +272,7 @@ def writev(Py_ssize_t fd, buffers, /):
             otherwise as writev(2).
         TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: pwritev2(2), RWF_NOWAIT; writev(2).
 
@@ -307,8 +300,7 @@ def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
     Raises:
         OSError: EBADF if *fd* is not open for reading; EINVAL if *length* or *offset* is negative; ESPIPE if *fd* has no offset.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has moved nothing. Works in any thread's hub and in a forked
-    child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: preadv2(2), RWF_NOWAIT; pread(2).
 
@@ -332,7 +324,7 @@ def pread_of_sendfile(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset):
 def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
     """Write a buffer to a place in a file, letting other greenlets run while it would block.
 
-    Like :func:`os.pwrite`. Where the kernel can't tell whether that would block, a worker thread does it.
+    Like :func:`os.pwrite`. If the kernel can't tell whether the write would block, a worker thread makes it.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -347,8 +339,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
             pwrite(2).
         TypeError, BufferError: *buffer* is not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: pwritev2(2), RWF_NOWAIT; pwrite(2).
 
@@ -386,8 +377,7 @@ def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
             file doesn't know; ESPIPE if *fd* has no offset.
         TypeError, BufferError: *buffers* is no sequence, or one of them not a writable bytes-like object.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it has moved nothing. Works in any thread's hub and in a forked
-    child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: preadv2(2), RWF_NOWAIT.
 
@@ -420,8 +410,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
             file doesn't know; ESPIPE if *fd* has no offset; otherwise as pwritev(2).
         TypeError, BufferError: *buffers* is no sequence, or one of them not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out before anything was written, it has written nothing; after a part
-    was, the exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: pwritev2(2), RWF_NOWAIT.
 
@@ -440,7 +429,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
 def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
     """Read *n* bytes from any descriptor, letting other greenlets run until they are there.
 
-    As :func:`read` again and again.
+    Calls :func:`read` until it has them all.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -450,12 +439,12 @@ def read_exactly(Py_ssize_t fd, Py_ssize_t n, /):
         bytes: *n* bytes long.
 
     Raises:
-        EOFError: the file ended before. What was read is in its attribute ``partial``.
+        EOFError: the file ended before that. What was read is in the exception's attribute ``partial``.
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; EINVAL if *n* is negative;
             otherwise as read(2).
 
-    Switches greenlets only if it has to wait. Killed or timed out, or if an error comes in between, the exception has what was
-    read until then as an attribute ``partial``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. If anything is raised, the exception has what was read until then
+    as its attribute ``partial``.
 
     Source: preadv2(2), RWF_NOWAIT; read(2).
 
@@ -498,7 +487,7 @@ def read_telling(Py_ssize_t fd, Py_ssize_t n, list partial, /):
 def write_all(Py_ssize_t fd, data, /):
     """Write all of a buffer to any descriptor, letting other greenlets run until it is written.
 
-    As :func:`write` again and again: on a descriptor in non-blocking mode, too, all is written when it returns.
+    Calls :func:`write` until all is written, on a descriptor in non-blocking mode too.
 
     Args:
         fd: int, an open descriptor, in blocking mode or not.
@@ -512,8 +501,8 @@ def write_all(Py_ssize_t fd, data, /):
             otherwise as write(2).
         TypeError, BufferError: *data* is not bytes-like, or not contiguous.
 
-    Switches greenlets only if it has to wait. Killed or timed out, or if an error comes in between, after a part was written, the
-    exception has an attribute ``characters_written``. Works in any thread's hub and in a forked child.
+    Keeps :ref:`what every function promises <promises>`. If anything is raised after a part was written, an error too, the
+    exception has an attribute ``characters_written``.
 
     Source: pwritev2(2), RWF_NOWAIT; write(2).
 

@@ -206,9 +206,9 @@ cdef int wait_by_pid(str call, int pid, int flags, Report *report) except -1:
 def waitpid(Py_ssize_t pid, options):
     """Wait for a child process, letting other greenlets run until it ends.
 
-    Like :func:`os.waitpid`, for any child: forked here, by the plain :func:`os.fork` or by a C library, in any thread. Of several
-    who wait for one child, one gets its status and the others ChildProcessError. The status of a watched child (see
-    :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again.
+    Like :func:`os.waitpid`, for any child, whoever has forked it: this module, :func:`os.fork` or a C library, in any thread. If
+    several greenlets or threads wait for one child, one gets its status and the others get ChildProcessError. The status of a
+    watched child (see :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again.
 
     Args:
         pid: int, a child's pid; -1 any child, 0 any of the caller's process group, ``-pgid`` any of that group.
@@ -218,11 +218,12 @@ def waitpid(Py_ssize_t pid, options):
         (pid, status): int and int, the raw wait status; (0, 0) under WNOHANG when there is none yet.
 
     Raises:
-        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once. It says so if the child
-            was watched here and somebody else collected it on a kernel (before Linux 6.15) that doesn't tell the status.
+        ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once. If other code has
+            collected a child that was watched here, and the kernel doesn't tell the status (Linux does since 6.15), the message
+            says so.
         OSError: EINVAL, unknown options.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: waitpid(2), pidfd_open(2), waitid(2); ``gevent.os.waitpid``.
 
@@ -244,7 +245,7 @@ def wait():
     Raises:
         ChildProcessError: ECHILD, there is no child to wait for. Raised at once.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it leaves the children waitable. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: wait(2).
 
@@ -277,7 +278,7 @@ cdef tuple pid_status_usage(Report *report):
 
 
 def wait3(options):
-    """Wait for any child process, letting other greenlets run until one ends, and tell what it has used: ``wait4(-1, options)``.
+    """Wait for any child process, letting other greenlets run until one ends, and return what it used: ``wait4(-1, options)``.
 
     Like :func:`os.wait3`.
 
@@ -291,7 +292,7 @@ def wait3(options):
         ChildProcessError: ECHILD, there is no child to wait for. Raised at once.
         OSError: EINVAL, unknown options.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it leaves the children waitable. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: wait3(2).
 
@@ -303,7 +304,7 @@ def wait3(options):
 
 
 def wait4(Py_ssize_t pid, options):
-    """Wait for a child process, letting other greenlets run until it ends, and tell what it has used.
+    """Wait for a child process, letting other greenlets run until it ends, and return its status and what it used.
 
     Like :func:`os.wait4`; otherwise as :func:`waitpid`.
 
@@ -313,12 +314,12 @@ def wait4(Py_ssize_t pid, options):
 
     Returns:
         (pid, status, usage): int, int and :class:`resource.struct_rusage`, the child's own as the kernel counted it (times in
-        seconds, ``ru_maxrss`` in KiB on Linux and bytes on macOS). All zero of a child that somebody else had collected.
+        seconds, ``ru_maxrss`` in KiB on Linux and bytes on macOS). All zero if other code had collected the child.
 
     Raises:
         ChildProcessError, OSError: as :func:`waitpid`.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: wait4(2), getrusage(2).
 
@@ -336,20 +337,20 @@ def waitid(idtype, Py_ssize_t id, options):
 
     Args:
         idtype: int, P_PID, P_PGID, P_ALL or, on Linux, P_PIDFD.
-        id: int, a pid, a process group (0 is the caller's), anything, or a pidfd.
+        id: int: with P_PID a pid, with P_PGID a process group (0 is the caller's), with P_PIDFD a pidfd; ignored with P_ALL.
         options: int, at least one of WEXITED, WSTOPPED and WCONTINUED; WNOHANG; WNOWAIT, which leaves the child as it is, so that
             it can be waited for again.
 
     Returns:
         :class:`os.waitid_result` (si_pid, si_uid, si_signo, si_status, si_code), or None under WNOHANG when there is nothing to
-        report. The uid of a child that somebody else had collected is this process's.
+        report. If other code had collected the child, si_uid is this process's user.
 
     Raises:
         ChildProcessError: ECHILD, there is no such child, or somebody has waited for it. Raised at once.
         BlockingIOError: EAGAIN, the pidfd is in non-blocking mode and its process has not ended.
         OSError: EINVAL, unknown options, idtype or id; EBADF, not a pidfd.
 
-    Switches greenlets only if it has to wait. Killed or timed out, it leaves the child waitable. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: waitid(2).
 
@@ -379,9 +380,9 @@ def waitid(idtype, Py_ssize_t id, options):
 
 
 def wait_exit(Py_ssize_t pid):
-    """Wait until a process has ended, whosever child it is, letting other greenlets run meanwhile.
+    """Wait until a process has ended, whoever its parent is, letting other greenlets run meanwhile.
 
-    Nobody's status is taken: a child of this process is left to be waited for.
+    The status stays where it is: a child of this process can still be waited for.
 
     Args:
         pid: int, of any process.
@@ -391,7 +392,7 @@ def wait_exit(Py_ssize_t pid):
         OSError: EINVAL, *pid* is not positive; EMFILE or ENFILE, no descriptor is left.
         NotImplementedError: not Linux.
 
-    Switches greenlets unless the process has ended already. Works in any thread's hub.
+    Keeps :ref:`what every function promises <promises>`.
 
     Source: pidfd_open(2).
 
