@@ -1,7 +1,7 @@
 """The compiled core of coopos: reads and writes, close, the bookkeeping of children, the wait family, fork.
 
 This page is the table of contents. The chapters are in _core/, from the bottom up: a chapter names nothing that a later one defines
-(tests/source/test_layers.py checks that). All of them share one namespace, and the imports on this page.
+(tests/source/test_chapters.py checks that). All of them share one namespace, and the imports on this page.
 
     basics      errors, arguments, tables by descriptor
     hub         giving way to gevent's hub and coming back; what is thrown into a greenlet; other threads' loops
@@ -52,12 +52,12 @@ from libc.errno cimport (
     E2BIG, EACCES, EAGAIN, EBADF, ECHILD, EINTR, EINVAL, ENOSYS, ENXIO, EOPNOTSUPP, EPERM, ESRCH, errno)
 from libc.limits cimport INT_MAX
 from libc.signal cimport SIGCHLD, SIG_IGN
-from libc.stdio cimport SEEK_CUR, SEEK_END, SEEK_SET
+from libc.stdio cimport SEEK_CUR, SEEK_END
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset, strerror
 from posix.fcntl cimport (
-    AT_FDCWD, F_GETFD, F_GETFL, F_RDLCK, F_SETFL, F_UNLCK, F_WRLCK, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NONBLOCK, O_RDWR, fcntl, open as c_open,
-    openat)
+    AT_FDCWD, F_GETFD, F_GETFL, F_RDLCK, F_SETFL, F_UNLCK, F_WRLCK, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NONBLOCK, O_RDWR, fcntl,
+    open as c_open, openat)
 from posix.signal cimport kill, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t
 from posix.types cimport id_t, mode_t, off_t
 from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp, getuid, isatty, lseek

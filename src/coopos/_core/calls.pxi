@@ -1,9 +1,7 @@
 # The operations of workers, as the Python modules call them: fsync, open, locks, sendfile and their kin.
 
-# ---- for Python --------------------------------------------------------------------------------------------------------------
-
 cdef int check_fd(int fd, str name) except -1:
-    """Before anything waits."""
+    """Refuse a descriptor that is not open, before anything waits."""
     check_open(fd, name)
     if fcntl(fd, F_GETFD) < 0:
         raise os_error(errno, name, fd)
@@ -37,7 +35,7 @@ cdef Job new_path_job(coopos_operation operation, str name, int fd, bytes path):
 
 
 def truncate(bytes path not None, Py_ssize_t length, subject):
-    """truncate(2). What it raises names *subject* as the file."""
+    """truncate(2). Its error has *subject* as the file name."""
     cdef Job job = new_path_job(COOPOS_TRUNCATE, "truncate", -1, path)
     job.job.length = length
     run(job)
@@ -45,7 +43,7 @@ def truncate(bytes path not None, Py_ssize_t length, subject):
 
 
 def open_at_once(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, subject):
-    """openat(2) of what nobody has to be waited for. -1: somebody has, who keeps a lease on the file; or it is a FIFO by now."""
+    """openat(2) without waiting. -1: it would wait for another process, which has a lease or the FIFO's other end."""
     cdef int number = AT_FDCWD if dir_fd is None else as_int(dir_fd)
     cdef int how = as_int(flags)
     cdef mode_t bits = <mode_t>as_int(mode)
@@ -70,7 +68,7 @@ def open_at_once(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd,
 
 
 def wait_open(bytes path not None, Py_ssize_t flags, Py_ssize_t mode, dir_fd, subject):
-    """openat(2) that may wait for somebody at the other end. What it raises names *subject* as the file."""
+    """openat(2) that may wait for another process. Its error has *subject* as the file name."""
     cdef Job job = new_path_job(COOPOS_OPEN, "open", AT_FDCWD if dir_fd is None else as_int(dir_fd), path)
     job.job.flags = as_int(flags)
     job.job.mode = <mode_t>as_int(mode)
@@ -103,7 +101,7 @@ cdef list locks_held(int fd):
 
 
 cdef int claim(Job job, Range wanted, list held) except -1:
-    """Say what a job is to lock, of which others of this process hold some."""
+    """Tell a job what to lock, and what of it this process holds already."""
     cdef Range range
     if not coopos_job_claim(job.job, wanted):
         raise os_error(errno, job.name, job.fd)
@@ -114,7 +112,7 @@ cdef int claim(Job job, Range wanted, list held) except -1:
 
 
 cdef Range range_of(int fd, int kind, Py_ssize_t length, Py_ssize_t start, int whence):
-    """The bytes that fcntl(2) means, now: the offset and the end of the file may move."""
+    """The bytes that fcntl(2) would lock now. The offset and the end of the file may move later."""
     cdef stat_t st
     if whence == SEEK_CUR:
         start += max(lseek(fd, 0, SEEK_CUR), 0)
@@ -124,7 +122,7 @@ cdef Range range_of(int fd, int kind, Py_ssize_t length, Py_ssize_t start, int w
 
 
 def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, kind=None):
-    """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out has no lock by it."""
+    """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out holds no lock."""
     cdef Job job = new_job(COOPOS_SETLK, "lockf", as_int(fd))
     claim(job, range_of(job.fd, F_WRLCK if kind is None else as_int(kind), length, start, as_int(whence)), locks_held(job.fd))
     job.job.waits_for_peer = True
@@ -133,16 +131,17 @@ def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t w
 
 
 def note_lock(Py_ssize_t fd, kind, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1):
-    """A range was locked (F_RDLCK, F_WRLCK) or released (F_UNLCK) without waiting. Those who wait for it in this process have to know:
-    they must not release it if they are killed.
+    """Record that a range was locked (F_RDLCK, F_WRLCK) or released (F_UNLCK) without waiting. A greenlet that waits for the same
+    bytes must not release it if it is killed.
     """
     coopos_locks_note(False, as_int(fd), range_of(as_int(fd), as_int(kind), length, start, as_int(whence)))
 
 
 def wait_flock(Py_ssize_t fd, Py_ssize_t operation):
-    """flock(2). A greenlet that is killed or timed out has no lock by it."""
+    """flock(2). A greenlet that is killed or timed out holds no lock."""
     cdef Job job = new_job(COOPOS_FLOCK, "flock", as_int(fd))
-    # A lock that the open file has is gone, as long as it waits for another: flock(2).
+    # While it waits, the open file has no lock: flock(2) releases the old one first.
+    # https://man7.org/linux/man-pages/man2/flock.2.html
     claim(job, coopos_range_of(F_WRLCK, 0, 0), [])
     job.job.flags = as_int(operation)
     job.job.waits_for_peer = True
@@ -162,7 +161,7 @@ def transfer(
     str name not None, Py_ssize_t source, offset, Py_ssize_t target, target_offset, Py_ssize_t count, Py_ssize_t flags=0,
     bint waits_for_peer=False,
 ):
-    """copy_file_range(2), sendfile(2) or splice(2); an offset of None is the descriptor's own. How many bytes."""
+    """copy_file_range(2), sendfile(2) or splice(2). An offset of None is the descriptor's own. Returns the number of bytes."""
     cdef Job job = new_job(<coopos_operation><int>_transfers[name], name, as_int(source))
     job.job.other = job.other = as_int(target)
     job.job.offset = -1 if offset is None else <off_t>offset

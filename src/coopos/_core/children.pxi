@@ -140,7 +140,7 @@ cdef class Child(Record):
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
     cdef bint is_parents(self) except -1:
-        """Whether the record is from before a fork, so that the child is the parent's. If so it becomes LOST, and notifies nobody."""
+        """Whether the record is from before a fork, so that the child is the parent's. Then it becomes LOST, without a callback."""
         if self.born == generation:
             return False
         if self.state == ALIVE:

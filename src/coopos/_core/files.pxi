@@ -512,8 +512,8 @@ def write_all(Py_ssize_t fd, data, /):
 
 
 def write_telling(Py_ssize_t fd, data, list written, bint is_all=True, str call="write_all"):
-    """write_all(), or write() if *is_all* is false; its errors name *call*. If it raises, it also appends how many bytes were written
-    to *written*: not every exception can have attributes.
+    """write_all(), or write() if *is_all* is false; its errors name *call*. If it raises, it also appends how many bytes were
+    written to *written*: not every exception can have attributes.
     """
     cdef int number = as_int(fd)
     cdef Move move

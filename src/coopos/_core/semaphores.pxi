@@ -1,19 +1,19 @@
 # Semaphores that processes share, the base of multiprocessing's locks, for greenlets.
 #
-# 1. A semaphore that is free is taken without waiting. Otherwise a worker waits, one for each hub and semaphore: the greenlets of a hub
-#    take turns, so that a thousand of them cost one thread.
+# 1. A semaphore that is free is taken without waiting. Otherwise a worker waits, one for each hub and semaphore: the greenlets of a
+#    hub take turns, so that a thousand of them cost one thread.
 # 2. The owner of a lock is a greenlet, not a thread: two greenlets of one thread exclude each other.
-# 3. Nothing switches between the moment a greenlet gets a semaphore and the return to its caller. A greenlet that is killed or timed
-#    out has taken nothing.
+# 3. Nothing switches between the moment a greenlet gets a semaphore and the return to its caller. A greenlet that is killed or
+#    timed out has taken nothing.
 # 4. In the hub, and in a thread without a hub, the stdlib's object waits plainly.
 #
-# A Semaphore has the stdlib's object inside, which creates, names and closes the kernel's object. Its counting of threads is unused.
+# A Semaphore contains the stdlib's object, which creates, names and closes the kernel's. The stdlib's count of threads is unused.
 
 # multiprocessing's number for a lock that its owner may take again; the other kind is 1.
 cdef enum:
     RECURSIVE_MUTEX = 0
 
-#: Nobody is told of a later end, and every loop can count so far.
+#: A longer timeout counts as this one: every loop can count so far.
 cdef double LONGEST_S = 1e9
 
 
@@ -26,10 +26,10 @@ cdef class Semaphore:
     cdef sem_t *sem
     cdef bint is_recursive
     cdef int maximum
-    cdef int held              # how many times somebody of this process has taken it, less how many times it was given back
-    cdef object owner          # the greenlet that was last to take it
+    cdef int held              # how often this process has taken it, minus how often it has released it
+    cdef object owner          # the greenlet that took it last
     cdef dict turns            # {hub: [turns, how many of its greenlets wait]}
-    cdef int born              # generation: in a forked child the turn may be one's who isn't there
+    cdef int born              # generation: in a forked child a greenlet of the parent may have the turn
 
     def __cinit__(self, plain):
         self.plain = plain
@@ -60,7 +60,7 @@ cdef class Semaphore:
         return self.plain.name
 
     def acquire(self, block=True, timeout=None):
-        """Take one, waiting for it if *block*, up to *timeout* seconds; whether there was one to take."""
+        """Take it, waiting if *block*, up to *timeout* seconds. Returns whether it was taken."""
         cdef double seconds = -1
         if self.is_recursive and self.held > 0 and self.owner is this_greenlet():
             self.held += 1
@@ -83,11 +83,11 @@ cdef class Semaphore:
         return True
 
     cdef bint wait(self, double seconds) except -1:
-        """Wait for one; whether it came in time. Negative: for ever."""
+        """Wait until it can be taken, and take it. Returns whether that was in time. A negative number of seconds: no limit."""
         cdef bint has_one = False
         if reachable_hub() is None:
             has_one = self.plain.acquire(True, None if seconds < 0 else min(seconds, LONGEST_S))
-            self.plain._after_fork()               # it forgets who has taken it
+            self.plain._after_fork()               # which resets its count
             return has_one
         if seconds < 0:
             self.wait_in_turn()
@@ -124,7 +124,7 @@ cdef class Semaphore:
             self.take() or self.wait(-1)
         else:
             while not self.take():
-                # Nothing is thrown into a greenlet that nobody else knows.
+                # A greenlet of its own, into which no other code can throw.
                 other = Greenlet.spawn(self.wait_for_other)
                 while not other.ready():
                     try:
@@ -145,7 +145,7 @@ cdef class Semaphore:
         return True
 
     def release(self):
-        """Give one back."""
+        """Release it."""
         cdef int value
         if self.is_recursive:
             if not (self.held > 0 and self.owner is this_greenlet()):
@@ -158,7 +158,7 @@ cdef class Semaphore:
                 raise ValueError("semaphore or lock released too many times")
         elif errno != ENOSYS:
             raise os_error(errno, "sem_getvalue", self.plain.name)
-        elif self.maximum == 1 and self.take():      # the system doesn't tell a value
+        elif self.maximum == 1 and self.take():      # the system has no sem_getvalue(3)
             sem_post(self.sem)
             raise ValueError("semaphore or lock released too many times")
         if sem_post(self.sem) < 0:
@@ -174,22 +174,22 @@ cdef class Semaphore:
         self.release()
 
     def _count(self):
-        """How many times somebody of this process has taken it, less how many times it was given back."""
+        """How often this process has taken it, minus how often it has released it."""
         return self.held
 
     def _is_mine(self):
-        """Whether the greenlet that asks was the last to take it, and it was not given back."""
+        """Whether the current greenlet took it last, and it was not released since."""
         return self.held > 0 and self.owner is this_greenlet()
 
     def _get_value(self):
-        """How many can be taken now. NotImplementedError where the system doesn't tell."""
+        """How often it can be taken now. NotImplementedError if the system has no sem_getvalue(3)."""
         return self.plain._get_value()
 
     def _is_zero(self):
-        """Whether none can be taken now."""
+        """Whether it can't be taken now."""
         return self.plain._is_zero()
 
     def _after_fork(self):
-        """In a child: nobody here has taken it, or waits for it."""
+        """In a forked child: none of its greenlets has taken it or waits for it."""
         self.held = 0
         self.owner = None

@@ -1,20 +1,20 @@
 # Calls that only a thread can make: the one door into threads.
 #
-# The threads are C alone (c/workers.h): a job has its operation, its descriptors and its own buffer. Five rules:
+# The threads are C alone (c/workers.h): a job has its operation, its descriptors and its own buffer. Six rules:
 #
 # 1. A Job is in the registry of calls in flight from before it is submitted until it is over. close() asks there.
 # 2. The jobs of a hub arrive in its Mailbox, behind one descriptor in the loop's set. Only that hub's thread takes them out.
-# 3. A greenlet that is killed or timed out takes back a job that has not begun. A job that has begun is interrupted if it waits for a
-#    peer; it is waited for if a byte or an offset would be lost; otherwise its result is undone. All that takes a bounded time. After
-#    it the worker does the rest alone.
-# 4. At most COOPOS_THREADS jobs are at the disks at once. A job that waits for a peer, which may take for ever, is not counted.
+# 3. A greenlet that is killed or timed out takes back a job that has not begun. A job that has begun is interrupted if it waits
+#    for a peer; it is waited for if a byte or an offset would be lost; otherwise its result is undone. All that takes a bounded
+#    time. After it the worker does the rest alone.
+# 4. At most COOPOS_THREADS jobs use the disks at once. A job that waits for a peer (another process, possibly for ever) is not counted.
 # 5. A forked child has no workers. A job that was under way is asked again there, unless the parent's worker may have moved bytes.
-# 6. A hub that is gone gets nothing: when its thread ends, its jobs are given up as those of killed greenlets are. If a thread destroys
-#    its hub and lives on, the next call that needs a worker, in any thread, gives them up.
+# 6. The jobs of a hub that is gone are given up, like those of killed greenlets: when its thread ends, or, if the thread destroyed its
+#    hub and lives on, at the next call of any thread that needs a worker.
 #
 # A thread without a hub makes the call itself. Arguments have been checked when they come here.
 
-# At the disks at once.
+# How many jobs use the disks at once.
 cdef int _limit = max(int(os.environ.get("COOPOS_THREADS") or 64), 1)
 coopos_pool_set_limit(_limit)
 
@@ -23,10 +23,10 @@ if coopos_pool_hear_of_forks():
 
 cdef long _calls_made = 0
 
-#: A call that has begun when its greenlet is killed is waited for so long, where something would be lost otherwise.
+#: How long a killed greenlet waits for its job if a byte or an offset would be lost otherwise.
 cdef double LAST_WORD_S = 1.0
 
-#: Before what another party has is asked for again, where there is no thread, or no descriptor, to wait by.
+#: How long until a lock or semaphore is tried again, if no thread or no descriptor is left to wait with.
 cdef double PAUSE_S = 0.01
 
 
@@ -36,7 +36,7 @@ def count_calls():
 
 
 def set_limit(int limit):
-    """For tests: work at so many jobs at the disks at once, 0 or more; what was the limit."""
+    """For tests: set how many jobs use the disks at once, 0 or more. Returns the limit before."""
     global _limit
     before, _limit = _limit, limit
     coopos_pool_set_limit(limit)
@@ -44,12 +44,12 @@ def set_limit(int limit):
 
 
 def hold(bint is_held):
-    """For tests: let workers stand still just before the system call; or go on."""
+    """For tests: make workers stop just before their system call, or let them go on."""
     coopos_pool_hold(is_held)
 
 
 def count_begun():
-    """For tests: how many jobs workers have begun, and not ended."""
+    """For tests: how many jobs the workers are at."""
     return coopos_pool.begun
 
 
@@ -62,24 +62,24 @@ def end_workers():
 atexit.register(end_workers)
 
 
-# ---- where a hub's jobs arrive -----------------------------------------------------------------------------------------------
+# ---- the mailbox of a hub -----------------------------------------------------------------------------------------------------
 
 # {loop: its Mailbox}, while it has jobs
 cdef dict _mailboxes = {}
 
 
 class NoWorker(Exception):
-    """There is no thread, or no descriptor, to wait by. Carries what is to be raised if that can't be helped."""
+    """No thread or no descriptor is left to wait with. Its argument is the exception to raise if nothing else helps."""
 
 
 @cython.final
 @cython.internal
 cdef class Mailbox(Wait):
-    """The jobs of one hub. It has a descriptor only while there are some: a hub that is done leaves none open."""
+    """Where the finished jobs of one hub arrive. It has a descriptor only while there are jobs, so an idle hub has none open."""
     cdef object loop
     cdef CMailbox *box
-    cdef set jobs                  # that have been submitted, and not arrived
-    cdef int waiting               # greenlets
+    cdef set jobs                  # submitted and not yet arrived
+    cdef int waiting               # how many greenlets wait for one of them
     cdef int born                  # generation
 
     def __cinit__(self, loop):
@@ -97,13 +97,13 @@ cdef class Mailbox(Wait):
             coopos_mailbox_shut(self.box)
 
     cdef int listen(self) except -1:
-        """Have the loop tell of what arrives, and live until then."""
+        """Join the loop's set, which also keeps the loop alive until something arrives."""
         if self.set is None:
             set_of_loop(self.loop).enter(self, True, "eventfd")
         return 0
 
     cdef int stop_if_idle(self) except -1:
-        """Nobody waits any more. What is left to its worker is looked at with the next job."""
+        """No greenlet waits any more: leave the set. A job that was left to its worker is looked at when the next one arrives."""
         if self.waiting or self.box == NULL or self.born != generation or not is_alive(self.loop):
             return 0
         if not self.jobs:
@@ -113,14 +113,14 @@ cdef class Mailbox(Wait):
         return 0
 
     cdef int on_ready(self) except -1:
-        """In the hub: some jobs are over."""
+        """In the hub: jobs have arrived."""
         cdef CJob *done
         cdef Job job
         if self.born != generation:
-            self.shut()            # in the child of C code that runs no at-fork hooks
+            self.shut()            # C code forked, and ran no at-fork hooks
         if self.box == NULL:
             return 0
-        self.set.leave(self)       # which has told once, and no more
+        self.set.leave(self)       # it is armed for one event
         coopos_bell_hush(self.box.bell)
         while self.box != NULL and (done := coopos_mailbox_take(self.box)) != NULL:
             job = <Job>done.owner
@@ -137,10 +137,10 @@ cdef class Mailbox(Wait):
         return self.shut()
 
     cdef int shut(self) except -1:
-        """It is empty; its loop is destroyed, or its thread has ended; or it is the parent's, in a forked child.
+        """Close it: it is empty, its hub is gone, or this is a forked child and it belongs to the parent.
 
-        What its workers are still at stays in the registry: a close waits for them. So a hub that is gone calls for this again and
-        again, until they are done.
+        A job that its worker has not ended stays in the registry, since close() has to wait for it. Then the next call that needs a
+        worker calls shut() again.
         """
         cdef CMailbox *box = self.box
         cdef long long until_us = coopos_now_us() + <long long>(LAST_WORD_S * 1e6)
@@ -183,7 +183,7 @@ cdef Mailbox mailbox_of(loop):
 
 
 cdef int ask_again() except -1:
-    """In a forked child whose loop has been re-initialised: whoever waited for a worker looks what has become of it."""
+    """In a forked child whose loop was re-initialised: wake every greenlet that waited for a worker, so that it asks again."""
     global _mailboxes
     cdef dict parents = _mailboxes
     cdef Mailbox mailbox
@@ -202,7 +202,7 @@ cdef int ask_again() except -1:
         if mailbox.loop is loop:
             mailbox.shut()
         elif mailbox.box != NULL:
-            # Of a thread that isn't here, whose loop is left alone.
+            # Its thread is not in the child, and the loop must not be touched.
             coopos_mailbox_shut(mailbox.box)
             mailbox.box = NULL
     for inquiry in list(_inquiries):
@@ -218,11 +218,11 @@ cdef class Job(Call):
     cdef CJob *job
     cdef str name
     cdef object waiter             # the greenlet, while it waits
-    cdef object mailbox            # of its hub
+    cdef object mailbox            # its hub's Mailbox
     cdef int born                  # generation in which it was submitted
-    cdef coopos_state found        # what a forked child found it in
+    cdef coopos_state found        # its state at the fork, in a forked child
     cdef bint is_late
-    cdef bint is_left_behind       # nobody waits any more, and its worker is still at it
+    cdef bint is_left_behind       # its greenlet is gone, and its worker not done
 
     def __dealloc__(self):
         if self.job != NULL:
@@ -237,7 +237,7 @@ cdef class Job(Call):
         return 0
 
     def wake(self):
-        """In the hub: for its greenlet to look what has become of it."""
+        """In the hub: switch to its greenlet, which looks at the job's state."""
         cdef object args = (self,)
         if self.waiter is not None:
             coopos_switch(self.waiter, <PyObject *>args, NULL)
@@ -255,7 +255,7 @@ cdef class Job(Call):
             post(self.loop, self.wake)
         elif coopos_job_keep_open(self.job, fd != self.fd, closing, is_useless):
             if not self.is_left_behind:
-                self.error = EBADF     # unless it comes to something
+                self.error = EBADF     # unless it has a result: has_answer()
                 if self.job.waits_for_peer:
                     coopos_job_interrupt(self.job)
         elif is_useless or coopos_job_state(self.job) == COOPOS_IDLE:
@@ -277,7 +277,7 @@ cdef Job new_job(coopos_operation operation, str name, int fd=-1, size_t room=0)
 
 
 cdef int make_here(Job job) except -1:
-    """In a thread that has no other greenlets."""
+    """Make the call in this thread, which has no other greenlets."""
     while True:
         with nogil:
             coopos_job_make(job.job)
@@ -298,7 +298,7 @@ cdef int run(Job job) except -1:
     job.job.rc, job.job.err = -1, 0
     if hub is None:
         if get_hub_if_exists() is not None:
-            # Before a worker is asked: what it would move then would be nobody's.
+            # Refuse before a worker moves bytes for a call that can't wait for them.
             raise in_hub_error()
         return make_here(job)
     _calls_made += 1
@@ -315,7 +315,7 @@ cdef int run(Job job) except -1:
 
 
 cdef bint has_answer(Job job) noexcept:
-    """Whether a call whose descriptor was closed has come to something. A lock got by the number is of no use to anybody."""
+    """Whether a call whose descriptor was closed has a result all the same. A lock is useless without its descriptor."""
     if job.job.rc < 0:
         return job.job.err != 0 and job.job.err != EINTR
     return moves_bytes(job) or not job.job.waits_for_peer
@@ -331,9 +331,9 @@ cdef Mailbox submit(Job job, loop):
 
 
 cdef bint make_anyhow(Job job, ex) except -1:
-    """Without a worker; whether it is over. What can't be asked for without waiting is refused."""
+    """Do without a worker. True: it is over. False: try again. What can't be tried without waiting raises *ex*'s exception."""
     if not job.job.waits_for_peer:
-        make_here(job)             # a disk comes to an end
+        make_here(job)             # blocks, but a disk answers
         return True
     coopos_job_poll(job.job)
     if job.job.rc >= 0:
@@ -348,7 +348,7 @@ cdef bint make_anyhow(Job job, ex) except -1:
 
 
 cdef bint wait_for(Job job, object hub) except -1:
-    """Whether it is over, or has to be asked once more."""
+    """Submit the job and wait for it. True: it is over. False: it has to be submitted again."""
     cdef Mailbox mailbox
     cdef bint has_arrived = False
     cdef object current = coopos_current_greenlet()
@@ -372,18 +372,18 @@ cdef bint wait_for(Job job, object hub) except -1:
         job.waiter = None
         thrown = give_up(job, hub, current)
         if thrown is not None:
-            raise thrown           # the latest word, as of who is killed again in a `finally`
+            raise thrown           # as if the greenlet had been killed again in a `finally`
         raise
     finally:
         job.waiter = None
         mailbox.waiting -= 1
-        if not has_arrived:        # else look() goes on when this greenlet gives way
+        if not has_arrived:        # else on_ready() does so, when this greenlet gives way
             mailbox.stop_if_idle()
     return True if job.born == generation else is_over_in_child(job)
 
 
 cdef bint is_over_in_child(Job job) except -1:
-    """In a forked child, which has no worker for it."""
+    """In a forked child, which has no worker for the job: whether it needn't be submitted again."""
     if job.found == COOPOS_DONE or job.error:
         return True
     if job.found == COOPOS_BEGUN and moves_bytes(job) and (job.job.writes or job.job.operation != COOPOS_MOVE):
@@ -392,7 +392,7 @@ cdef bint is_over_in_child(Job job) except -1:
 
 
 cdef object give_up(Job job, object hub, object current):
-    """Its greenlet goes: see rule 3. Returns what is thrown in meanwhile, or None."""
+    """Its greenlet was killed or timed out: see rule 3. Returns the exception that was thrown in meanwhile, or None."""
     thrown = None
     if job.born != generation:
         return None
@@ -413,7 +413,7 @@ cdef object give_up(Job job, object hub, object current):
 
 
 cdef object last_word(Job job, object hub, object current):
-    """Wait for what has begun; but not for ever. Returns what is thrown in meanwhile, or None."""
+    """Wait up to LAST_WORD_S for a job that has begun. Returns the exception that was thrown in meanwhile, or None."""
     thrown = None
     timer = hub.loop.timer(LAST_WORD_S)
     timer.start(job.run_out)
@@ -433,7 +433,7 @@ cdef object last_word(Job job, object hub, object current):
 
 
 cdef int give_back(Job job, ssize_t n) except -1:
-    """Of what a read has brought, the last *n* bytes."""
+    """Move the offset back by the last *n* bytes that a read has brought."""
     job.job.rc = n
     if not job.job.is_closed:
         coopos_job_undo(job.job)
@@ -455,7 +455,7 @@ cdef int attach_progress(ex, str name, value) except -1:
 
 
 cdef object result_of(Job job, object subject, object path=None):
-    """What the system call has returned, once it was run; or its error."""
+    """What the system call returned; its error is raised."""
     if job.job.rc >= 0:
         return job.job.rc
     if path is not None:
@@ -464,23 +464,23 @@ cdef object result_of(Job job, object subject, object path=None):
 
 
 cdef ssize_t move_guarded(const Move *move) noexcept:
-    """One read or write of what poll(2) calls ready; a signal ends it, should it block. The signal that interrupts workers, too."""
+    """One read or write under a guard: a signal ends it if it blocks. The workers' interrupts use the same signal."""
     return coopos_move_guarded(move)
 
 
-# ---- what concerns more than one hub -----------------------------------------------------------------------------------------
+# ---- questions of more than one hub ------------------------------------------------------------------------------------------
 
-# Those that are under way, or whose answer somebody has still to hear.
+# Inquiries that have begun and not ended.
 cdef set _inquiries = set()
 
 
 cdef class Inquiry:
-    """A waitid(2) that a worker makes, for any number of loops and threads. Its bell rings, for good, when there is an answer.
+    """A waitid(2) that a worker makes for any number of loops and threads. Its bell stays readable once there is an answer.
 
     Nothing is lost if nobody waits for it any more: it has to be asked with WNOWAIT.
     """
     cdef CJob *job
-    cdef CMailbox *box             # NULL: nobody is asking
+    cdef CMailbox *box             # NULL: it has ended
     cdef int born                  # generation
 
     cdef bint begin(self, idtype_t idtype, id_t id, int options) except -1:
@@ -501,7 +501,7 @@ cdef class Inquiry:
         return True
 
     cdef int end(self) noexcept:
-        """Nobody wants to know any more."""
+        """No loop and no thread wants the answer any more."""
         cdef CJob *job = self.job
         cdef CMailbox *box = self.box
         self.job, self.box = NULL, NULL

@@ -1,10 +1,10 @@
 /* Threads of C that make the system calls which may block, and never touch Python or its GIL.
  *
- * A job is a struct with its operation, its descriptors and its own buffer. The thread that submits it and the worker that makes it
- * share it under one lock. Work for a disk is bounded in number and made in order of arrival. Work that waits for another party is
- * handed to a worker at once, however many there are. A worker that finds nothing more to do lingers, then ends.
+ * A job is a struct with its operation, its descriptors and its own buffer. The thread that submits it and its worker share it under
+ * one lock. The number of jobs that use a disk at once is limited; the others wait in order of arrival. A job that waits for a peer
+ * gets a worker at once, however many there are. An idle worker waits for COOPOS_LINGER_S, then ends.
  *
- * For one compiled module alone, since the state here is static.
+ * The state here is static, so only one compiled module may include this file.
  */
 #ifndef COOPOS_WORKERS_H
 #define COOPOS_WORKERS_H
@@ -22,30 +22,30 @@ enum coopos_operation {
 
 enum coopos_state { COOPOS_IDLE, COOPOS_QUEUED, COOPOS_BEGUN, COOPOS_DONE };
 
-/* Where the jobs of one hub arrive when they are done. */
+/* Where the finished jobs of one hub arrive. */
 struct coopos_mailbox {
     struct coopos_job *first, *last;
     int bell[2];
     int refs;                  /* its hub's, and one for each job */
-    int is_shut;               /* its hub is gone: nobody is told */
+    int is_shut;               /* its hub is gone: finished jobs do not arrive */
 };
 
 struct coopos_job {
     struct coopos_job *next;   /* in the queue, later in the mailbox */
     struct coopos_mailbox *mailbox;
-    void *owner;               /* of whoever submits it */
+    void *owner;               /* the Python object that submitted it */
     struct coopos_closing *closing[2];   /* closes of *fd* and *other* that wait for its end */
     pthread_t thread;
     int has_thread;
     enum coopos_operation operation;
     enum coopos_state state;
     int refs;                  /* its owner's, and its worker's or the queue's */
-    int waits_for_peer;        /* and not for a disk; then it can be interrupted */
-    int is_abandoned;          /* nobody wants the result: its worker undoes it */
+    int waits_for_peer;        /* and not for a disk: it may take for ever, and can be interrupted */
+    int is_abandoned;          /* its greenlet is gone: the worker undoes it */
     int is_interrupted;
     int is_closed;             /* the number may be another file's once the job is over */
     int is_undone;
-    int signal;                /* that interrupts it */
+    int signal;                /* interrupts it */
     int fd, other;
     int flags;
     mode_t mode;
@@ -55,38 +55,38 @@ struct coopos_job {
     sem_t *semaphore;
     struct coopos_claim *claim;          /* to the lock that it waits for, or NULL */
     int writes;
-    int is_undoable;           /* a move that nobody wants is undone: the offset goes back */
+    int is_undoable;           /* to undo a move, the offset is moved back */
     size_t size;               /* bytes to be moved */
     size_t room;               /* in *buf* */
     char *buf;                 /* aligned to COOPOS_ALIGNMENT; or a path */
     ssize_t rc;
     int err;
-    off_t end;                 /* where an undoable move has left the descriptor's own offset; -1: there is none */
+    off_t end;                 /* the descriptor's own offset after an undoable move, or -1 */
 };
 
 enum { COOPOS_ALIGNMENT = 4096, COOPOS_LINGER_S = 1 };
 
-/* One buffer of such a size is kept for the next job: pages that are new to the process cost more than to copy what is in them. */
+/* One buffer of such a size is kept for the next job: a new page costs more than the copy of its bytes. */
 enum { COOPOS_SPARE_MIN = 32 * 1024, COOPOS_SPARE_MAX = 1024 * 1024 };
 
 struct coopos_worker {
-    struct coopos_worker *next;          /* that is idle, too */
+    struct coopos_worker *next;          /* the next idle one */
     struct coopos_job *job;
     pthread_cond_t has_job;
 };
 
 static struct coopos_pool {
     pthread_mutex_t lock;
-    struct coopos_worker *idle;          /* the last to have become so comes first: the others may end */
-    struct coopos_job *first, *last;     /* that wait for their turn at the disks */
-    int limit;                           /* of jobs at the disks at once */
+    struct coopos_worker *idle;          /* the one that became idle last comes first, so that the others can end */
+    struct coopos_job *first, *last;     /* the queue for the disks */
+    int limit;                           /* of jobs that use the disks at once */
     int at_disks;
     int threads;
-    int begun;                           /* jobs of either kind that a worker makes */
-    int is_ending;                       /* the process is: idle workers end at once */
-    int is_held;                         /* for tests: workers stand still before the system call */
+    int begun;                           /* jobs of either kind that have a worker */
+    int is_ending;                       /* the process exits: idle workers end at once */
+    int is_held;                         /* for tests: workers stop before the system call */
     pthread_cond_t is_let_go;
-    char *spare;                         /* a buffer that no job has, or NULL */
+    char *spare;                         /* an unused buffer, or NULL */
     size_t spare_room;
 } coopos_pool = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, NULL, 64, 0, 0, 0, 0, 0, PTHREAD_COND_INITIALIZER, NULL, 0};
 
@@ -157,7 +157,7 @@ static inline ssize_t coopos_job_call(struct coopos_job *job)
     return -1;
 }
 
-/* Make it, in any thread. It ends with EINTR only where somebody has to look at signals, or has interrupted it. */
+/* Make the system call, in any thread. EINTR: signal handlers have to run, or the job was interrupted. */
 static inline void coopos_job_make(struct coopos_job *job)
 {
     job->end = -1;
@@ -165,7 +165,7 @@ static inline void coopos_job_make(struct coopos_job *job)
     job->err = job->rc < 0 ? errno : 0;
 }
 
-/* Make a job that waits for another party without waiting. EAGAIN, EACCES: it would have to. ENOSYS: there is no way to ask so. */
+/* Try a job that waits for a peer, without waiting. EAGAIN, EACCES: it would have to wait. ENOSYS: it can't be tried so. */
 static inline void coopos_job_poll(struct coopos_job *job)
 {
     errno = ENOSYS;
@@ -183,7 +183,7 @@ static inline void coopos_job_poll(struct coopos_job *job)
     }
 }
 
-/* Give back what was got for somebody who is not there to have it. The offset stays if others have moved it since. */
+/* Give back what a job has got, because its greenlet is gone. The offset stays where it is if others have moved it since. */
 static inline void coopos_job_undo(struct coopos_job *job)
 {
     if (job->rc < 0 || job->is_undone)
@@ -211,7 +211,7 @@ static inline void coopos_job_undo(struct coopos_job *job)
 
 /* ---- jobs and mailboxes ---- */
 
-/* Leave the low numbers to the program: what it closes and opens again gets the lowest one that is free. */
+/* Use high numbers, and leave the low ones to the program: open(2) takes the lowest that is free. */
 static inline void coopos_mailbox_step_aside(struct coopos_mailbox *mailbox)
 {
     const int lowest = 512, is_one = mailbox->bell[0] == mailbox->bell[1];
@@ -299,7 +299,7 @@ static inline void coopos_job_free(struct coopos_job *job)
     coopos_pool_unlock();
 }
 
-/* With the lock held: the job and its mailbox have done with each other. Whoever made the job may still have it. */
+/* With the lock held: separate the job from its mailbox. Its owner may still have the job. */
 static inline void coopos_job_part(struct coopos_job *job)
 {
     struct coopos_mailbox *mailbox = job->mailbox;
@@ -308,7 +308,7 @@ static inline void coopos_job_part(struct coopos_job *job)
     coopos_job_drop(job);
 }
 
-/* With the lock held: the next one that has arrived, or NULL. */
+/* With the lock held: the next job that has arrived, or NULL. */
 static inline struct coopos_job *coopos_mailbox_next(struct coopos_mailbox *mailbox)
 {
     struct coopos_job *job = mailbox->first;
@@ -330,7 +330,7 @@ static inline struct coopos_job *coopos_mailbox_take(struct coopos_mailbox *mail
     return job;
 }
 
-/* Its hub is gone, or the process was forked, or nobody wants to know any more: the descriptor is closed now, and nobody is told. */
+/* Close the mailbox's descriptor: its hub is gone, the process was forked, or no loop wants the answer. */
 static inline void coopos_mailbox_shut(struct coopos_mailbox *mailbox)
 {
     coopos_pool_lock();
@@ -342,7 +342,7 @@ static inline void coopos_mailbox_shut(struct coopos_mailbox *mailbox)
     coopos_pool_unlock();
 }
 
-/* Take a job out that has arrived, and was not taken; whether it was there. */
+/* Take a certain job out of its mailbox; whether it was there. */
 static inline int coopos_mailbox_recall(struct coopos_job *job)
 {
     struct coopos_mailbox *mailbox;
@@ -366,7 +366,7 @@ static inline int coopos_mailbox_recall(struct coopos_job *job)
 
 /* ---- workers ---- */
 
-/* With the lock held: a job is over. Its closes are handed over in *closing*, to be made once the lock is released. */
+/* With the lock held: a job is over. The caller makes the closes in *closing* once it has released the lock. */
 static inline void coopos_job_arrive(struct coopos_job *job, struct coopos_closing **closing)
 {
     struct coopos_mailbox *mailbox = job->mailbox;
@@ -390,7 +390,7 @@ static inline void coopos_job_arrive(struct coopos_job *job, struct coopos_closi
     (void)coopos_bell_ring(mailbox->bell);
 }
 
-/* With the lock held: the next one that waits for the disks, if there is room, or NULL. */
+/* With the lock held: the next job in the queue for the disks, or NULL if there is none or no room. */
 static inline struct coopos_job *coopos_pool_next(void)
 {
     struct coopos_job *job = coopos_pool.first;
@@ -402,7 +402,7 @@ static inline struct coopos_job *coopos_pool_next(void)
     return job;
 }
 
-/* With the lock held: from here on it is not taken back. */
+/* With the lock held: from here on the job can't be taken back. */
 static inline void coopos_job_begin(struct coopos_job *job)
 {
     job->state = COOPOS_BEGUN;
@@ -411,7 +411,7 @@ static inline void coopos_job_begin(struct coopos_job *job)
         coopos_pool.at_disks++;
 }
 
-/* With the lock held: wait for a job; NULL when it has lingered long enough. */
+/* With the lock held: wait for a job. NULL: none came within COOPOS_LINGER_S. */
 static inline struct coopos_job *coopos_worker_linger(struct coopos_worker *self)
 {
     struct coopos_worker **link;
@@ -482,7 +482,7 @@ static inline void *coopos_worker_run(void *arg)
     return NULL;
 }
 
-/* With the lock held: have a worker make the job that has begun; 0 or an errno. */
+/* With the lock held: give a job that has begun to a worker. 0 or an errno. */
 static inline int coopos_pool_hand_over(struct coopos_job *job)
 {
     struct coopos_worker *worker = coopos_pool.idle;
@@ -502,7 +502,7 @@ static inline int coopos_pool_hand_over(struct coopos_job *job)
     return err;
 }
 
-/* A job for a lock. 0: the descriptor is not open, or there is no memory. */
+/* Say what the job is to lock. 0: the descriptor is not open, or there is no memory. */
 static inline int coopos_job_claim(struct coopos_job *job, struct coopos_range wanted)
 {
     coopos_pool_lock();
@@ -511,7 +511,7 @@ static inline int coopos_job_claim(struct coopos_job *job, struct coopos_range w
     return job->claim != NULL;
 }
 
-/* What others of this process have of the file: before the job waits, and while it does. */
+/* Record a lock that this process holds on the job's file. */
 static inline void coopos_job_note_held(struct coopos_job *job, struct coopos_range range)
 {
     coopos_pool_lock();
@@ -526,7 +526,7 @@ static inline void coopos_locks_note(int is_flock, int fd, struct coopos_range r
     coopos_pool_unlock();
 }
 
-/* Have the job made, and put into the mailbox when it is over. 0, or an errno: there is no thread to make it. */
+/* Queue the job or start it; it arrives in the mailbox when it is over. 0, or an errno: no thread can be started. */
 static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbox *mailbox)
 {
     int err = 0;
@@ -561,7 +561,7 @@ static inline int coopos_job_submit(struct coopos_job *job, struct coopos_mailbo
     return err;
 }
 
-/* The limit has grown: begin what has room now. */
+/* Set the limit, and begin the jobs that have room now. */
 static inline void coopos_pool_set_limit(int limit)
 {
     struct coopos_job *job;
@@ -591,7 +591,7 @@ static inline void coopos_pool_hold(int is_held)
     coopos_pool_unlock();
 }
 
-/* Take a job out of the queue; whether it was there: it will not be made, and does not arrive. */
+/* Take a job out of the queue; whether it was there. Then it is not made, and does not arrive. */
 static inline int coopos_job_take_back(struct coopos_job *job)
 {
     struct coopos_job *before = NULL, *each;
@@ -623,8 +623,8 @@ static inline enum coopos_state coopos_job_state(struct coopos_job *job)
     return state;
 }
 
-/* The number of a job's descriptor is being closed. A job that has begun keeps it open until it is over; whether it does. A result
- * that nobody has taken yet, and that is useless without the descriptor, is undone while the number is still this file's.
+/* The number of a job's descriptor is being closed. Returns whether the job keeps it open: it has begun, and is not over. If it is over
+ * and has not arrived, a result that is useless without the descriptor is undone now, while the number is still this file's.
  */
 static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct coopos_closing *closing, int is_useless)
 {
@@ -644,11 +644,12 @@ static inline int coopos_job_keep_open(struct coopos_job *job, int which, struct
     return has_to;
 }
 
-/* Have the system call of a job that waits for another party fail with EINTR. With the GIL held, and for no longer than a moment:
- * a call that hears of no signal is left to its worker. Whether it is over.
+/* Make the system call of a job that waits for a peer fail with EINTR. The GIL is held, so this takes a moment at most: a call that
+ * no signal interrupts is left to its worker. Returns whether the job is over.
  *
- * Not pthread_cancel: in glibc before 2.41 it also takes effect when the call has just succeeded, and what was got is lost. A
- * signal that comes before the thread is in its system call ends nothing, hence the loop.
+ * Not pthread_cancel(3): in glibc before 2.41 it also takes effect when the call has just succeeded, and its result is lost:
+ * https://sourceware.org/bugzilla/show_bug.cgi?id=12683. A signal that comes before the thread is in its system call ends nothing,
+ * so it is sent again.
  */
 enum { COOPOS_INTERRUPT_US = 50, COOPOS_INTERRUPTS = 300 };
 
@@ -656,7 +657,7 @@ static inline int coopos_job_interrupt(struct coopos_job *job)
 {
     struct timespec pause = {0, COOPOS_INTERRUPT_US * 1000L};
     int attempt, is_over = 0;
-    /* The program may have come to handle it. */
+    /* Meanwhile the program may have installed a handler of its own. */
     const int attempts = job->signal && job->signal == coopos_signal_take() ? COOPOS_INTERRUPTS : 0;
     for (attempt = 0; attempt <= attempts && !is_over; attempt++) {
         if (attempt)
@@ -675,7 +676,7 @@ static inline int coopos_job_interrupt(struct coopos_job *job)
     return is_over;
 }
 
-/* Nobody wants the result. If the job is over it is undone here, else by its worker. */
+/* The greenlet is gone. If the job is over it is undone here, otherwise by its worker. */
 static inline void coopos_job_abandon(struct coopos_job *job)
 {
     coopos_pool_lock();
@@ -690,7 +691,7 @@ static inline void coopos_job_abandon(struct coopos_job *job)
 
 /* ---- the process's end, and forks ---- */
 
-/* At exit: let what has begun at the disks come to its end, for no longer than a second or so. */
+/* At exit: wait for the jobs that use the disks, for about a second at most. */
 static inline void coopos_pool_end(void)
 {
     const struct timespec pause = {0, 1000000L};
@@ -720,13 +721,13 @@ static inline void coopos_pool_in_child(void)
     coopos_claims_in_child();
 }
 
-/* The lock is held while the process forks, so that the child finds whole jobs. */
+/* The lock is held during a fork, so that no job is half changed in the child. */
 static inline int coopos_pool_hear_of_forks(void)
 {
     return pthread_atfork(coopos_pool_lock, coopos_pool_unlock, coopos_pool_in_child);
 }
 
-/* In a forked child, which has no workers: the job is its owner's alone. What was its state? */
+/* In a forked child, which has no workers: make the job its owner's alone. Returns the state that it had. */
 static inline enum coopos_state coopos_job_orphan(struct coopos_job *job)
 {
     enum coopos_state state = job->state;
