@@ -7,10 +7,11 @@
 # 3. A greenlet that is killed or timed out takes back a job that has not begun. A job that has begun is interrupted if it waits
 #    for a peer; it is waited for if a byte or an offset would be lost; otherwise its result is undone. All that takes a bounded
 #    time. After it the worker does the rest alone.
-# 4. At most COOPOS_THREADS jobs use the disks at once. A job that waits for a peer (another process, possibly for ever) is not counted.
+# 4. At most COOPOS_THREADS jobs use the disks at once. A job that waits for a peer (another process, possibly for ever) is not
+#    counted.
 # 5. A forked child has no workers. A job that was under way is asked again there, unless the parent's worker may have moved bytes.
-# 6. The jobs of a hub that is gone are given up, like those of killed greenlets: when its thread ends, or, if the thread destroyed its
-#    hub and lives on, at the next call of any thread that needs a worker.
+# 6. The jobs of a hub that is gone are given up, like those of killed greenlets: when its thread ends, or, if the thread destroyed
+#    its hub and lives on, at the next call of any thread that needs a worker.
 #
 # A thread without a hub makes the call itself. Arguments have been checked when they come here.
 
