@@ -15,7 +15,18 @@ import pytest
 import coopos
 
 from ..helpers.children import STATUS, TELLS_REAPED_STATUS, children, has_no_child, needs_proc, no_child, until
-from ..helpers.support import HubThread, error_of, make_pipe, needs_libev, open_fds, parked, result_of, run_script, ticking, turn_loop
+from ..helpers.support import (
+    HubThread,
+    error_of,
+    make_pipe,
+    needs_libev,
+    open_fds,
+    parked,
+    result_of,
+    run_script,
+    ticking,
+    turn_loop,
+)
 
 
 @pytest.fixture(autouse=True)

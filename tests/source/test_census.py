@@ -20,7 +20,18 @@ import coopos
 
 from ..helpers.children import until
 from ..helpers.descriptors import StandingWorkers
-from ..helpers.support import DEADLINE_S, HubThread, closing, error_of, make_pipe, open_fds, parked, result_of, run_script, turn_loop
+from ..helpers.support import (
+    DEADLINE_S,
+    HubThread,
+    closing,
+    error_of,
+    make_pipe,
+    open_fds,
+    parked,
+    result_of,
+    run_script,
+    turn_loop,
+)
 
 CENSUS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "census.rst"
 
