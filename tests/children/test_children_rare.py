@@ -7,9 +7,8 @@ import os
 
 import pytest
 
-from ..helpers.children import needs_p_pidfd
+from ..helpers.children import may_choose_pids, needs_p_pidfd, run_used_pid
 from ..helpers.support import HAS_WAITED, LOOP, needs_libev, run_script
-from .test_children import may_choose_pids, run_used_pid
 
 SETUP = """
 import ctypes, gc, os, signal, subprocess, sys, threading

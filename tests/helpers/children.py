@@ -8,16 +8,17 @@ import errno
 import functools
 import gc
 import os
+import shutil
 import signal
 import struct
+import sys
 
-import gevent
 import psutil
 import pytest
 
 import coopos
 
-from .support import closing, error_of
+from .support import HAS_WAITED, closing, error_of, run_script, until
 
 no_child = (ChildProcessError, errno.ECHILD)
 STATUS = 7 << 8  # of every child here, unless the test says otherwise
@@ -112,12 +113,6 @@ def until_stopped(pid):
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
 
-def until(holds):
-    """Let the hub run until holds(). It sleeps in between: a hub that never does leaves other threads no GIL for many seconds."""
-    while not holds():
-        gevent.sleep(0.001)
-
-
 def dead_child(spawn=coopos.posix_spawn, script="exit 7", watch=None, **kwargs):
     """The pid of a child that is dead, and of which the hub knows nothing yet."""
     pid = start(spawn, script, watch, **kwargs)
@@ -182,3 +177,201 @@ def children():
 def has_no_child():
     """Whether there is none, living or dead; psutil would look through all processes for that."""
     return error_of(os.waitid, os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) == no_child
+
+
+def question_about(pid, kind):
+    return {"pid": pid, "any": -1, "group": -os.getpgid(pid), "own group": 0}[kind]
+
+
+ENDED_THREAD = (
+    HAS_WAITED
+    + """
+import threading
+
+def fork_living():
+    reader, writer = os.pipe()
+    pid = coopos.fork()
+    if pid == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(7)
+    os.close(reader)
+    return pid, writer
+
+def in_a_thread(function):
+    results = []
+    def run():
+        try:
+            results.append(function())
+        finally:
+            gevent.get_hub().destroy(destroy_loop=True)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results[0]
+
+wait_once()
+fds = sorted(os.listdir("/dev/fd"))
+"""
+)
+
+USED_PID = """
+import os, gevent, coopos
+LAST_PID = "/proc/sys/kernel/ns_last_pid"
+
+def fork_as(fork, pid, status):
+    '''fork() until the child gets *pid*.'''
+    for _ in range(200):
+        try:
+            with open(LAST_PID, "w") as last:
+                last.write(str(pid - 1))
+        except OSError:
+            print("skip: may not choose pids")
+            raise SystemExit
+        got = fork()
+        if got == 0:
+            os._exit(status if os.getpid() == pid else 0)
+        if got == pid:
+            return
+        coopos.waitpid(got, 0)
+    print("skip: the pid is taken")
+    raise SystemExit
+
+ended = []
+pid = coopos.fork_and_watch(ended.append)
+if pid == 0:
+    os._exit(1)
+"""
+# In a namespace of its own: who chooses pids gives others pids that they had before.
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+may_choose_pids = pytest.mark.skipif(
+    not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK) or shutil.which("unshare") is None, reason="may not choose pids"
+)
+
+
+def run_used_pid(source):
+    output = run_script(USED_PID + source, under=NAMESPACE)
+    if output.startswith("skip: "):
+        pytest.skip(output[6:].strip())
+
+
+NOBODY = 2**31 - 1
+
+
+def tells_pidfds_apart():
+    """Whether each process's pidfds have an inode of their own (pidfs), by which a collected child is found."""
+    inodes = set()
+    with contextlib.suppress(OSError, AttributeError):
+        for pid in (os.getpid(), os.getppid()):
+            with closing(os.pidfd_open(pid)) as (pidfd,):
+                inodes.add(os.fstat(pidfd).st_ino)
+    return len(inodes) == 2
+
+
+FINDS_BY_PIDFD = HAS_PIDFDS and tells_pidfds_apart()
+needs_pidfs = pytest.mark.skipif(not FINDS_BY_PIDFD, reason="no pidfs here, or COOPOS_CHILDREN=thread")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pidfds")
+
+
+@contextlib.contextmanager
+def asked(idtype, pid, spawn=None):
+    """(idtype, id) for waitid, of a child that leads its own group; *spawn* is told where coopos may collect it meanwhile."""
+    if idtype == "pidfd":
+        if spawn is coopos.posix_spawn and not FINDS_BY_PIDFD:
+            pytest.skip("without pidfs, or with COOPOS_CHILDREN=thread, a collected child is not found by its pidfd")
+        with closing(os.pidfd_open(pid)) as (pidfd,):
+            yield os.P_PIDFD, pidfd
+    else:
+        yield {"pid": (os.P_PID, pid), "group": (os.P_PGID, pid), "all": (os.P_ALL, 0)}[idtype]
+
+
+def until_collected(pid):
+    """Let the hub run until it has collected a watched child that is dead."""
+    until(lambda: error_of(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) == no_child)
+
+
+def ended(result):
+    """(pid, raw status) of any answer that tells of an exit."""
+    if isinstance(result, os.waitid_result):
+        assert result.si_code == os.CLD_EXITED
+        return result.si_pid, result.si_status << 8
+    return result[:2]
+
+
+def by_pidfd(pid, options):
+    with asked("pidfd", pid) as question:
+        return coopos.waitid(*question, options)
+
+
+#: Every way to wait for the end of a child that leads its own group.
+WAITS = {
+    "wait": lambda pid: coopos.wait(),
+    "wait3": lambda pid: coopos.wait3(0),
+    "wait3 stops": lambda pid: coopos.wait3(os.WCONTINUED),
+    "wait4": lambda pid: coopos.wait4(pid, 0),
+    "wait4 any": lambda pid: coopos.wait4(-1, 0),
+    "wait4 group": lambda pid: coopos.wait4(-pid, 0),
+    "wait4 stops": lambda pid: coopos.wait4(pid, os.WUNTRACED | os.WCONTINUED),
+    "waitid pid": lambda pid: coopos.waitid(os.P_PID, pid, os.WEXITED),
+    "waitid group": lambda pid: coopos.waitid(os.P_PGID, pid, os.WEXITED),
+    "waitid all": lambda pid: coopos.waitid(os.P_ALL, 0, os.WEXITED),
+    "waitid stops": lambda pid: coopos.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED),
+    "waitid all stops": lambda pid: coopos.waitid(os.P_ALL, 0, os.WEXITED | os.WCONTINUED),
+    "waitid pidfd": lambda pid: by_pidfd(pid, os.WEXITED),
+    "waitid pidfd stops": lambda pid: by_pidfd(pid, os.WEXITED | os.WSTOPPED),
+}
+
+SOURCES = """
+import contextlib, ctypes, multiprocessing, os, signal, subprocess, sys, threading, gevent, coopos
+
+def forked(fork):
+    pid = fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    return pid
+
+def spawned(posix_spawn):
+    return posix_spawn("/bin/sh", ["sh", "-c", "exec sleep 1000"], os.environ)
+
+def by_c_library():
+    # What comes back from fork() in C knows nothing of the interpreter's hooks: it may only wait for its end.
+    libc = ctypes.PyDLL(None)
+    pid = libc.fork()
+    if pid == 0:
+        while True:
+            libc.pause()
+    return pid
+
+def by_multiprocessing():
+    process = multiprocessing.get_context("fork").Process(target=signal.pause)
+    process.start()
+    processes.append(process)
+    return process.pid
+
+def by_subprocess():
+    process = subprocess.Popen(["sh", "-c", "exec sleep 1000"])
+    processes.append(process)
+    return process.pid
+
+def end(pid):
+    os.kill(pid, signal.SIGKILL)
+
+def leave():
+    for process in processes:
+        process.returncode = 0  # it was waited for, and need not warn
+    os._exit(0)
+
+processes = []
+sources = {
+    "coopos.fork": lambda: forked(coopos.fork),
+    "coopos.fork_gevent": lambda: forked(coopos.fork_gevent),
+    "os.fork": lambda: forked(os.fork),
+    "os.posix_spawn": lambda: spawned(os.posix_spawn),
+    "a C library": by_c_library,
+    "multiprocessing": by_multiprocessing,
+    "subprocess": by_subprocess,
+}
+"""
+SOURCE_NAMES = [line.split('"')[1] for line in SOURCES.splitlines() if line.startswith('    "')]
+every_source = pytest.mark.parametrize("source", SOURCE_NAMES)

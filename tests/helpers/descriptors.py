@@ -21,13 +21,12 @@ import tempfile
 import tty
 from collections.abc import Callable
 
-import gevent
 import pytest
 
 import coopos
 from coopos import _core
 
-from .support import DEADLINE_S, TookTooLong, closing
+from .support import DEADLINE_S, TookTooLong, closing, until
 
 #: Whether coopos asks the kernel per call: it does not where it was told so. Files know the flag since Linux 4.14, pipes since 6.3.
 USES_NOWAIT = hasattr(os, "RWF_NOWAIT") and os.environ.get("COOPOS_NOWAIT") != "0"
@@ -384,12 +383,6 @@ class StandingWorkers:
         """Let the hub run until so many calls have begun; False if *greenlet* is over without."""
         until(lambda: _core.count_begun() >= count or greenlet.ready())
         return not greenlet.ready()
-
-
-def until(holds):
-    """Let the hub run until holds(); it sleeps in between, so that other threads get the GIL."""
-    while not holds():
-        gevent.sleep(0.001)
 
 
 def let_threads_end():

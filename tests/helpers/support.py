@@ -26,6 +26,8 @@ DEADLINE_S = 30
 #: For a whole test: more than a script is given, less than pytest's faulthandler_timeout.
 TEST_DEADLINE_S = 100
 
+INT_MAX = 2**31 - 1
+
 LOOP = type(get_hub().loop).__module__.split(".")[1]
 #: Whether coopos can ask the kernel if a read or write would block. It can where the kernel says so of a pipe.
 HAS_RWF_NOWAIT = False
@@ -124,6 +126,12 @@ def parked(function, *args):
     return greenlet
 
 
+def until(holds):
+    """Let the hub run until holds(). It sleeps in between: a hub that never does leaves other threads no GIL for many seconds."""
+    while not holds():
+        gevent.sleep(0.001)
+
+
 @contextlib.contextmanager
 def ticking():
     """A greenlet that runs whenever it may; a list of its turns."""
@@ -153,6 +161,47 @@ def error_of(function, *args, **kwargs):
     except Exception as ex:
         return type(ex), getattr(ex, "errno", None)
     return None, result
+
+
+def outcomes(functions, *args, **kwargs):
+    return [error_of(function, *args, **kwargs) for function in functions]
+
+
+def in_hub(function, *args):
+    """What error_of() says of ``function(*args)`` in a callback of the event loop."""
+    results = []
+    get_hub().loop.run_callback(lambda: results.append(error_of(function, *args)))
+    turn_loop()
+    [result] = results
+    return result
+
+
+class Index:
+    """An integer by __index__, which os takes, and which has no bits to be asked for."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __index__(self):
+        return self.number
+
+    def __repr__(self):
+        return f"Index({self.number})"
+
+
+class Int:
+    """An integer by __int__ only, which os refuses."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __int__(self):
+        return self.number
+
+
+class Broken:
+    def __index__(self):
+        raise ZeroDivisionError
 
 
 class HubThread:
@@ -414,6 +463,11 @@ def leftovers(fds_before):
     found = [f"descriptor {fd} ({name}) is open" for fd, name in fds.items() if fds_before.get(fd) != name]
     found += [f"descriptor {fd} ({name}) was closed" for fd, name in fds_before.items() if fd not in fds]
     found += [f"{watcher!r} is active" for watcher in active_watchers()]
+    # The status of a watched child is kept until somebody asks: no test leaves one to the next.
+    with contextlib.suppress(ChildProcessError):
+        pid, _status = coopos.waitpid(-1, os.WNOHANG)
+        if pid:
+            found.append(f"nobody asked for the status of child {pid}")
     if any_child():
         found.append("a child process was not waited for")
     return found

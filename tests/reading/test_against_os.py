@@ -21,27 +21,7 @@ from hypothesis import strategies
 
 import coopos
 
-from ..helpers.support import closing, error_of, make_pipe, run_script, turn_loop
-
-
-class Index:
-    """An integer by __index__, which os takes."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def __index__(self):
-        return self.number
-
-
-class Int:
-    """An integer by __int__ only, which os refuses."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def __int__(self):
-        return self.number
+from ..helpers.support import INT_MAX, Broken, Index, Int, closing, error_of, make_pipe, outcomes, run_script, turn_loop
 
 
 class Number(int):
@@ -55,12 +35,6 @@ class Fileno:
         return 10**6
 
 
-class Broken:
-    def __index__(self):
-        raise ZeroDivisionError
-
-
-INT_MAX = 2**31 - 1
 #: What os says about them doesn't depend on what is open.
 BAD_FDS = {
     "-1": -1,
@@ -91,8 +65,8 @@ BAD_FDS = {
     "Fileno": Fileno(),
     "type": int,
 }
-each_bad_fd = pytest.mark.parametrize("fd", BAD_FDS.values(), ids=BAD_FDS.keys())
 
+each_bad_fd = pytest.mark.parametrize("fd", BAD_FDS.values(), ids=BAD_FDS.keys())
 READERS = {"nb_read": (coopos.nb_read, gevent.os.nb_read), "tp_read": (coopos.tp_read, gevent.os.tp_read)}
 WRITERS = {"nb_write": (coopos.nb_write, gevent.os.nb_write), "tp_write": (coopos.tp_write, gevent.os.tp_write)}
 each_reader = pytest.mark.parametrize(("ours", "gevents"), READERS.values(), ids=READERS.keys())
@@ -103,10 +77,6 @@ each_writer = pytest.mark.parametrize(("ours", "gevents"), WRITERS.values(), ids
 def _quiet_threadpool(monkeypatch):
     """What fails in gevent's threadpool is also reported by its hub."""
     monkeypatch.setattr(gevent.get_hub(), "NOT_ERROR", (Exception,))
-
-
-def outcomes(functions, *args, **kwargs):
-    return [error_of(function, *args, **kwargs) for function in functions]
 
 
 def check_same(functions, *args):
@@ -410,84 +380,6 @@ def test_arguments_by_name(name, kwargs):
 
 def test_close_takes_its_argument_by_name():
     assert outcomes((coopos.close, os.close), fd=10**6) == [(OSError, errno.EBADF)] * 2
-
-
-# ---- waitpid -----------------------------------------------------------------------------------------------------------------
-
-PIDS = {
-    "-1": -1,
-    "0": 0,
-    "own": os.getpid(),
-    "parent": os.getppid(),
-    "own group": -os.getpgrp(),
-    "1": 1,
-    "none": 2**22 + 1,  # above Linux's highest pid_max
-    "no group": -(2**22) - 1,
-    "highest": INT_MAX,
-    "lowest": -INT_MAX - 1,
-    "lowest but one": -INT_MAX,
-    "too high": INT_MAX + 1,
-    "huge": 2**70,
-    "float": 1.0,
-    "Int": Int(1),
-    "Index": Index(2**22 + 1),
-    "Broken": Broken(),
-    "None": None,
-    "str": "1",
-    "True": True,
-    "False": False,
-}
-OPTIONS = {
-    "0": 0,
-    "WNOHANG": os.WNOHANG,
-    "WUNTRACED": os.WUNTRACED,
-    "all": os.WNOHANG | os.WUNTRACED | os.WCONTINUED,
-    "unknown": 0x10000,
-    "unknown and WNOHANG": 0x10000 | os.WNOHANG,
-    "waitid's WEXITED": os.WEXITED,
-    "waitid's WNOWAIT": os.WNOWAIT,
-    "__WALL": 0x40000000,
-    "__WCLONE": -0x80000000,
-    "-1": -1,
-    "too high": INT_MAX + 1,
-    "huge": 2**70,
-    "float": 0.0,
-    "Int": Int(0),
-    "None": None,
-    "str": "",
-    "False": False,
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_waitpid_without_children(options):
-    """At once, whatever pid is asked for: there is nothing to wait for."""
-    different = {}
-    for name, pid in PIDS.items():
-        functions = [coopos.waitpid, os.waitpid]
-        if type(pid) is int and pid != -1:
-            functions.append(gevent.os.waitpid)  # which compares pids of any type, and waits for ever for -1
-        ours, *others = outcomes(functions, pid, options)
-        if [ours] * len(others) != others or ours[0] is None:
-            different[name] = ours, *others
-    assert not different
-
-
-@pytest.mark.parametrize("options", [0, os.WNOHANG, 0x10000, 0.0], ids=["0", "WNOHANG", "unknown", "float"])
-def test_waitpid_for_a_child_that_ended(options):
-    """A child of each, forked and ended the same way; what is wrong with the options is said before the child is looked at."""
-    found = []
-    for waitpid in (coopos.waitpid, os.waitpid):
-        pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], {})
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        kind, result = error_of(waitpid, pid, options)
-        if kind is None:
-            assert result == (pid, 7 << 8)
-            result = "waited for"
-        else:
-            assert os.waitpid(pid, 0) == (pid, 7 << 8)
-        found.append((kind, result))
-    assert found[0] == found[1]
 
 
 # ---- a property --------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from gevent.exceptions import BlockingSwitchOutError
 
 import coopos
 
-from ..helpers.descriptors import KINDS, READS, by_name, frozen_hub_is_an_error, libc, make_ends, until
+from ..helpers.descriptors import KINDS, READS, by_name, frozen_hub_is_an_error, libc, make_ends
 from ..helpers.support import (
     DEADLINE_S,
     clog,
@@ -33,6 +33,7 @@ from ..helpers.support import (
     run_seccomp,
     ticking,
     turn_loop,
+    until,
 )
 
 

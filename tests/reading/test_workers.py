@@ -18,9 +18,9 @@ import pytest
 
 import coopos
 from coopos import _core
-from coopos._threadpool import lock_range
 
-from ..helpers.descriptors import HeldPool, StandingWorkers, until
+from ..helpers.descriptors import HeldPool, StandingWorkers
+from ..helpers.files import HOLDER
 from ..helpers.support import (
     DEADLINE_S,
     HubThread,
@@ -33,11 +33,13 @@ from ..helpers.support import (
     result_of,
     run_script,
     turn_loop,
+    until,
 )
 
 BAD_FD = (OSError, errno.EBADF)
 #: A file system in memory takes a thread for each read and write: it knows no RWF_NOWAIT, or is so on every kernel that was seen.
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies memory so that it can fail")
 
 
@@ -71,6 +73,7 @@ ON_FILES = {
     }.items()
     if hasattr(coopos, name)
 }
+
 each_on_file = pytest.mark.parametrize("name", ON_FILES)
 
 
@@ -164,10 +167,6 @@ def test_call_in_its_fairness_turn_when_its_descriptor_is_closed():
         """,
         COOPOS_FAIRNESS="1",
     )
-
-
-#: Has both kinds of lock on a file until its input ends.
-HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); fcntl.lockf(f, 2); print(flush=True); sys.stdin.read()"
 
 
 def test_close_wakes_who_waits_for_a_lock():
@@ -652,252 +651,6 @@ def test_large_write_is_whole():
         assert coopos.pread(fd, len(data), 5)[:2_000_000] == data[:2_000_000]
 
 
-# ---- open --------------------------------------------------------------------------------------------------------------------
-
-
-def test_open_of_a_fifo_that_takes_the_place_of_a_file(tmp_path, monkeypatch):
-    """Between the look and the open."""
-    path = tmp_path / "file"
-    stat = os.stat
-
-    def replace(*args, **kwargs):
-        try:
-            return stat(*args, **kwargs)
-        finally:
-            if not path.is_fifo():
-                path.unlink(missing_ok=True)
-                os.mkfifo(path)
-
-    for exists in (True, False):
-        for flags in (os.O_RDONLY, os.O_WRONLY):
-            path.unlink(missing_ok=True)
-            if exists:
-                path.touch()
-            with monkeypatch.context() as patch:
-                patch.setattr("posix.stat", replace)
-                greenlet = parked(coopos.open, path, flags)
-            assert path.is_fifo()
-            other = coopos.open(path, os.O_RDWR)
-            with closing(other, result_of(greenlet)):
-                pass
-
-
-@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="no leases")
-def test_open_of_a_file_that_another_process_has_a_lease_on(tmp_path):
-    path = tmp_path / "file"
-    path.touch()
-    program = (
-        "import fcntl, os, signal, sys; f = os.open(sys.argv[1], os.O_RDONLY); signal.signal(signal.SIGIO, lambda *a: None);"
-        "fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_RDLCK); print(flush=True); sys.stdin.readline();"
-        "fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_UNLCK); print(flush=True); sys.stdin.readline()"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        greenlet = parked(coopos.open, path, os.O_WRONLY)
-        holder.stdin.write(b"\n")
-        holder.stdin.flush()
-        with closing(result_of(greenlet)) as (fd,):
-            assert os.get_blocking(fd)
-        holder.stdin.close()
-
-
-def test_open_has_the_flags_that_were_asked_for(tmp_path):
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND, os.O_RDONLY, getattr(os, "O_NOATIME", 0) | os.O_RDWR):
-        ours, theirs = coopos.open(tmp_path / "file", flags), os.open(tmp_path / "file", flags)
-        with closing(ours, theirs):
-            assert fcntl.fcntl(ours, fcntl.F_GETFL) == fcntl.fcntl(theirs, fcntl.F_GETFL)
-            assert fcntl.fcntl(ours, fcntl.F_GETFD) == fcntl.fcntl(theirs, fcntl.F_GETFD)
-
-
-# ---- flock -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.touch()
-    return path
-
-
-@pytest.fixture
-def two(path):
-    with closing(os.open(path, os.O_RDWR), os.open(path, os.O_RDWR)) as fds:
-        yield fds
-
-
-def is_locked(path):
-    with closing(os.open(path, os.O_RDWR)) as (fd,):
-        return error_of(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB) == (BlockingIOError, errno.EAGAIN)
-
-
-def test_flock_waits_while_others_run(path, two):
-    first, second = two
-    coopos.flock(first, fcntl.LOCK_EX)
-    greenlet = parked(coopos.flock, second, fcntl.LOCK_SH)
-    coopos.flock(first, fcntl.LOCK_UN)
-    assert result_of(greenlet) is None
-    assert is_locked(path)
-
-
-def test_flock_killed(path, two):
-    first, second = two
-    coopos.flock(first, fcntl.LOCK_EX)
-    greenlet = parked(coopos.flock, second, fcntl.LOCK_EX)
-    greenlet.kill()
-    coopos.flock(first, fcntl.LOCK_UN)
-    turn_loop()
-    assert not is_locked(path)
-
-
-def test_flock_killed_in_the_moment_of_success(path, two):
-    first, second = two
-    coopos.flock(first, fcntl.LOCK_EX)
-    greenlet = parked(coopos.flock, second, fcntl.LOCK_EX)
-    coopos.flock(first, fcntl.LOCK_UN)
-    greenlet.kill()
-    assert not is_locked(path)
-
-
-class Index:
-    """An integer by __index__, which fcntl takes, and which has no bits to be asked for."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def __index__(self):
-        return self.number
-
-
-def test_lock_by_an_object_that_is_an_index(path, two):
-    first, _ = two
-    for operation in (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN, fcntl.LOCK_EX):
-        assert coopos.flock(first, Index(operation)) is None
-        assert is_locked(path) == (operation != fcntl.LOCK_UN)
-        assert lock_range(first, Index(operation)) is None
-    for command in (os.F_LOCK, os.F_ULOCK, os.F_TLOCK, os.F_TEST):
-        assert coopos.lockf(first, Index(command), 0) is None
-
-
-def have_locked(path):
-    """Whether this process has fcntl(2)'s lock on a file."""
-    script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    return subprocess.run([sys.executable, "-c", script, path], stderr=subprocess.DEVNULL).returncode != 0
-
-
-def let_go_in_one_turn(holder):
-    """Have a HOLDER end, and workers get what it had, while the hub has no turn."""
-    holder.stdin.close()
-    holder.wait()
-    deadline = time.monotonic() + DEADLINE_S
-    while _core.count_begun() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not _core.count_begun()
-
-
-@pytest.mark.parametrize("kind", ["flock", "lockf"])
-def test_lock_that_two_have_got_stays_when_one_is_killed(kind, path, two):
-    """It is the process's, or the open file's, and not the greenlet's."""
-    first, second = two if kind == "lockf" else (two[0], two[0])
-    lock, *args = (coopos.lockf, os.F_LOCK, 0) if kind == "lockf" else (coopos.flock, fcntl.LOCK_EX)
-    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        killed, other, last = (gevent.spawn(lock, fd, *args) for fd in (first, second, second))
-        until(lambda: _core.count_begun() == 3)
-        let_go_in_one_turn(holder)
-    killed.kill()
-    assert result_of(other) is None
-    assert have_locked(path) if kind == "lockf" else is_locked(path)
-    last.kill()
-    assert have_locked(path) if kind == "lockf" else is_locked(path)
-    coopos.lockf(first, os.F_ULOCK, 0) if kind == "lockf" else coopos.flock(first, fcntl.LOCK_UN)
-    assert not (have_locked(path) if kind == "lockf" else is_locked(path))
-
-
-def test_lockf_of_a_killed_greenlet_is_undone_where_it_was(path, two):
-    fd, _ = two
-    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        greenlet = gevent.spawn(coopos.lockf, fd, os.F_LOCK, 10)
-        until(lambda: _core.count_begun() == 1)
-        os.lseek(fd, 50, os.SEEK_SET)
-        let_go_in_one_turn(holder)
-    greenlet.kill()
-    assert not have_locked(path)
-
-
-def test_lock_of_a_closed_number_is_undone_before_the_number_is_used_again(path, two, tmp_path):
-    (tmp_path / "other").touch()
-    holder, _ = two
-    number = os.open(path, os.O_RDWR)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    with StandingWorkers() as workers:     # which hear of no signal
-        greenlet = gevent.spawn(coopos.flock, number, fcntl.LOCK_EX)
-        until(_core.count_begun)
-        fcntl.flock(holder, fcntl.LOCK_UN)
-        workers.go_on()
-        deadline = time.monotonic() + DEADLINE_S
-        while _core.count_begun() and time.monotonic() < deadline:
-            time.sleep(0.001)
-    coopos.close(number)
-    assert os.open(tmp_path / "other", os.O_RDWR) == number
-    with closing(number):
-        fcntl.flock(number, fcntl.LOCK_EX)
-        greenlet.join()
-        assert is_locked(tmp_path / "other")
-
-
-def test_flock_that_does_not_wait(two):
-    first, second = two
-    coopos.flock(first, fcntl.LOCK_EX)
-    assert error_of(coopos.flock, second, fcntl.LOCK_EX | fcntl.LOCK_NB) == (BlockingIOError, errno.EAGAIN)
-
-
-@pytest.mark.parametrize("args", [(-1, 2), ("x", 2), (1.5, 2), (1 << 40, 2), (0, "x"), (0, 0), (0, 99), (0, 1 << 40), (0,), ()])
-def test_flock_wrong_arguments_are_refused_as_by_fcntl(args):
-    assert error_of(coopos.flock, *args) == error_of(fcntl.flock, *args)
-
-
-def test_patch_puts_the_locks_into_fcntl(path):
-    run_script(f"""
-        from gevent import monkey; monkey.patch_all()
-        import fcntl, os, pickle, subprocess, sys, gevent, coopos
-        before = fcntl.flock, fcntl.lockf
-        coopos.patch()
-        assert fcntl.flock is coopos.flock
-        holder = subprocess.Popen([sys.executable, "-c", {HOLDER!r}, {str(path)!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        holder.stdout.readline()
-        with open({str(path)!r}, "r+") as file:
-            waiters = [gevent.spawn(fcntl.flock, file, fcntl.LOCK_EX), gevent.spawn(fcntl.lockf, file, fcntl.LOCK_EX, 5, 2, 0)]
-            gevent.sleep(0.01)
-            assert not any(each.ready() for each in waiters)
-            holder.stdin.close()
-            gevent.joinall(waiters, timeout=20, raise_error=True)
-            holder.wait()
-            holder.stdout.close()
-            fcntl.lockf(file, fcntl.LOCK_UN)
-        coopos.unpatch()
-        assert (fcntl.flock, fcntl.lockf) == before
-    """)
-
-
-def test_write_without_a_descriptor_or_a_thread_to_wait_by_is_made_all_the_same():
-    run_script("""
-        import os, resource, tempfile, gevent, coopos
-        from coopos import _core
-        gevent.get_hub()
-        with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-            lowest = os.dup(file.fileno())
-            os.close(lowest)
-            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most))
-            assert coopos.write(file.fileno(), b"content") == 7
-            coopos.fsync(file.fileno())
-            assert coopos.pread(file.fileno(), 100, 0) == b"content"
-            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, most))
-            coopos.fsync(file.fileno())
-    """)
-
-
 # ---- what was shared ---------------------------------------------------------------------------------------------------------
 
 
@@ -979,3 +732,21 @@ def test_signal_during_a_call_of_a_worker():
             assert seen == [1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_write_without_a_descriptor_or_a_thread_to_wait_by_is_made_all_the_same():
+    run_script("""
+        import os, resource, tempfile, gevent, coopos
+        from coopos import _core
+        gevent.get_hub()
+        with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+            lowest = os.dup(file.fileno())
+            os.close(lowest)
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most))
+            assert coopos.write(file.fileno(), b"content") == 7
+            coopos.fsync(file.fileno())
+            assert coopos.pread(file.fileno(), 100, 0) == b"content"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, most))
+            coopos.fsync(file.fileno())
+    """)
