@@ -434,10 +434,12 @@ def test_forks_of_a_thread_without_a_hub_while_sigchld_is_ignored():
 def test_a_child_without_hooks_has_no_children():
     """C code that forks and doesn't tell the interpreter: the parent's records are not its own."""
     run("""
-        first = fork()
+        collected = []
+        first = fork(collected.append)
         if first == 0:
             os._exit(5)
-        gevent.sleep(0.05)  # the hub collects it
+        while not collected:
+            gevent.sleep(0.001)
         pid = ctypes.PyDLL(None).fork()
         if pid == 0:
             run_and_exit(lambda: [raises(ChildProcessError, coopos.waitpid, asked, os.WNOHANG) for asked in (-1, first)])
@@ -595,13 +597,14 @@ def test_an_exception_from_the_wait_before_a_fork_comes_out():
         def hold():
             _imp.acquire_lock()
             try:
-                gevent.sleep(0.05)
+                go_on.wait()
             finally:
                 _imp.release_lock()
 
         class Stop(Exception):
             pass
 
+        go_on = gevent.event.Event()
         holder = gevent.spawn(hold)
         gevent.sleep(0)
         forker = gevent.spawn(lambda: coopos.fork() or os._exit(0))
@@ -610,6 +613,7 @@ def test_an_exception_from_the_wait_before_a_fork_comes_out():
         forker.join()
         assert isinstance(forker.exception, Stop), forker
         assert raises(ChildProcessError, coopos.waitpid, -1, os.WNOHANG)
+        go_on.set()
         holder.join()
         in_child(lambda: None, coopos.fork)
     """, may_complain=True)

@@ -205,7 +205,8 @@ def test_a_signal_watcher_of_the_parent_is_not_called_in_the_child():
             os._exit(0)
         assert exit_code(pid) == -signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
-        gevent.sleep(0.01)
+        while not trace.parents:
+            gevent.sleep(0.001)
         assert trace.of_children() == [] and trace.parents == 1
         """
     )
@@ -360,35 +361,48 @@ def test_a_child_that_keeps_the_greenlets_has_all_that_gevent_gives_it(fork):
         f"""
         import gevent.os
 
-        def wait(event):
+        seen = []
+
+        def add(what):
+            seen.append(what)
+            trace.add(what)
+
+        def until_seen(count):
+            with gevent.Timeout(30, False):
+                while len(seen) < count:
+                    gevent.sleep(0.001)
+
+        def wait():
             event.wait()
-            trace.add("event")
+            add("event")
 
         def child():
             event.set()
+            has_forked.set()
             os.kill(os.getpid(), signal.SIGUSR1)
-            gevent.sleep(0.05)
+            until_seen(7)
             os._exit(7)
 
         def parent():
-            gevent.spawn(trace.add, "queued spawn")
-            get_hub().loop.run_callback(trace.add, "callback")
+            gevent.spawn(add, "queued spawn")
+            get_hub().loop.run_callback(add, "callback")
+            gevent.spawn_later(0.01, add, "spawned later")
+            timer.start(add, "timer")
             pid = {fork}()
             if pid == 0:
                 child()
-            gevent.sleep(0.1)
+            has_forked.set()
+            until_seen(5)
             assert {fork.rpartition(".")[0]}.waitpid(pid, 0) == (pid, 7 << 8)
 
-        event = gevent.event.Event()
-        waiting = gevent.spawn(wait, event)
-        gevent.signal_handler(signal.SIGUSR1, trace.add, "signal")
+        event, has_forked = gevent.event.Event(), gevent.event.Event()
+        waiting = gevent.spawn(wait)
+        gevent.signal_handler(signal.SIGUSR1, add, "signal")
         gevent.sleep(0)
-        gevent.spawn_later(0.01, trace.add, "spawned later")
         timer = get_hub().loop.timer(0.01)
-        timer.start(trace.add, "timer")
         forking = gevent.spawn(parent)
-        gevent.sleep(0.02)
-        trace.add("main")
+        has_forked.wait()
+        add("main")
         forking.get()
         assert [line.split(None, 1)[1] for line in sorted(trace.of_children())] == [
             "callback", "event", "main", "queued spawn", "signal", "spawned later", "timer",
@@ -519,8 +533,15 @@ def test_a_pool_thread_of_the_parent_does_not_hold_the_child_up():
         """
         reader, writer = os.pipe()
         pool = gevent.threadpool.ThreadPool(1)
-        tasks = [each.spawn(os.read, reader, 1) for each in (pool, get_hub().threadpool)]
-        gevent.sleep(0.01)
+        has_begun = threading.Semaphore(0)
+
+        def read():
+            has_begun.release()
+            return os.read(reader, 1)
+
+        tasks = [each.spawn(read) for each in (pool, get_hub().threadpool)]
+        for _ in tasks:
+            has_begun.acquire()
 
         def child():
             assert get_hub().threadpool.apply(os.getpid) == os.getpid()

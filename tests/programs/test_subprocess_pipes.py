@@ -10,6 +10,7 @@ import warnings
 
 import gevent
 import gevent.socket
+import psutil
 import pytest
 
 import coopos
@@ -358,7 +359,7 @@ def test_standard_streams_are_in_blocking_mode_for_the_child():
     with ours, theirs:
         process = subprocess.Popen(["cat"], stdin=theirs, stdout=theirs)
         theirs.close()
-        gevent.sleep(0.02)
+        until(lambda: psutil.Process(process.pid).status() in (psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE))
         ours.sendall(b"data")
         ours.shutdown(socket.SHUT_WR)
         assert ours.recv(10) == b"data"

@@ -534,7 +534,8 @@ def test_popen_of_the_parent_tells_nobody_in_a_forked_child():
             assert process.poll() is None
             process.kill()
             process.wait()
-        gevent.sleep(0.01)
+        while not told:
+            gevent.sleep(0.001)
         assert told == processes[:1]
     """)
 

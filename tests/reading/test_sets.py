@@ -546,11 +546,12 @@ def test_greenlet_that_was_timed_out_is_not_switched_to():
         def read_in_time():
             with gevent.Timeout(0.001, False):
                 outcomes.append(coopos.nb_read(reader, 1))
+            has_timed_out.set()
             outcomes.append(event.wait())
 
-        event = gevent.event.Event()
+        event, has_timed_out = gevent.event.Event(), gevent.event.Event()
         reading = gevent.spawn(read_in_time)
-        gevent.sleep(0.01)
+        has_timed_out.wait()
         os.write(writer, b"x")
         waiting = parked(coopos.nb_read, mine, 1)
         assert outcomes == []

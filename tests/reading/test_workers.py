@@ -411,8 +411,10 @@ def test_exit_does_not_wait_for_another_party(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     run_script(f"""
         import gevent, os, coopos
+        from coopos import _core
         greenlet = gevent.spawn(coopos.open, {str(tmp_path / "fifo")!r}, os.O_RDONLY)
-        gevent.sleep(0.01)
+        while not _core.count_begun():
+            gevent.sleep(0.001)
     """)
 
 
