@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
-from .children import Gate
-from .support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, leftovers, open_fds, turn_loop
+from .helpers.children import Gate
+from .helpers.support import TEST_DEADLINE_S, deadline, end_what_runs, forget_the_past, leftovers, open_fds, turn_loop
 
 
 def pytest_addoption(parser):

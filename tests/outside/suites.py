@@ -21,7 +21,7 @@ _NAMELESS = (
 _CODE_OF_GEVENTS_POPEN = "tests a private static method of gevent's Popen, which closes descriptors after a fork in Python"
 
 _PRIVATE_GREENLETS = (
-    "looks at the private list of greenlets in which gevent's Popen communicates; tests/test_subprocess.py has what it is about: "
+    "looks at the private list of greenlets in which gevent's Popen communicates; tests/programs/ has what it is about: "
     "to leave the with block while another greenlet reads raises nothing and leaves nobody waiting"
 )
 

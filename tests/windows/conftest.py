@@ -19,8 +19,7 @@ import os, sys
 import gevent.os, gevent.subprocess
 if hasattr(os, "fork"):
     del os.fork
-    for name in ("_parking", "_core", "_workers", "_owned", "_children", "_forking", "_wait"):
-        sys.modules["coopos." + name] = None
+    sys.modules["coopos._core"] = None
     gevent.os.__implements__[:] = []
     gevent.os.__extensions__[:] = gevent.os.__all__[:] = ["tp_read", "tp_write"]
 """

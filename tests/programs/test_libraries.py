@@ -1,0 +1,204 @@
+"""Libraries that start programs run on coopos as they are: pexpect, ptyprocess, plumbum, sh, GitPython.
+
+Each in a fresh interpreter, patched before the library is imported, as a program does it. A greenlet that ticks meanwhile shows
+that the hub goes on; no child is left, and no SIGCHLD handler is there.
+"""
+
+import importlib.util
+import shutil
+import textwrap
+
+import pytest
+
+from ..helpers.support import run_script
+
+
+def needs(name):
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+
+
+PROGRAM = """
+from gevent import monkey
+monkey.patch_all()
+import coopos
+coopos.patch()
+import os, signal, sys, tempfile, warnings
+import gevent
+
+turns = []
+
+
+def turn():
+    while True:
+        turns.append(1)
+        gevent.sleep(0.001)
+
+
+gevent.spawn(turn)
+warnings.simplefilter("ignore", DeprecationWarning)  # of the libraries'
+
+
+def others_ran():
+    '''Whether they did since this was asked last.'''
+    count = len(turns)
+    turns.clear()
+    return count > 3
+
+
+others_ran()
+"""
+
+END = """
+assert monkey.get_original("signal", "getsignal")(signal.SIGCHLD) is signal.SIG_DFL
+try:
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    raise AssertionError("a child is left")
+except ChildProcessError:
+    pass
+"""
+
+
+def run(script):
+    run_script(PROGRAM + textwrap.dedent(script) + END)
+
+
+@needs("pexpect")
+def test_pexpect():
+    """A dialogue with an interpreter, a timeout, an end, and exit statuses."""
+    run("""
+        import pexpect
+        script = "sleep 0.05; printf 'name? '; read name; echo hello $name; read line; exit 7"
+        child = pexpect.spawn("sh", ["-c", script], encoding="utf-8")
+        child.expect_exact("name? ")
+        assert others_ran()
+        child.sendline("coopos")
+        child.expect("hello (\\\\w+)")
+        assert child.match.group(1) == "coopos"
+        assert child.expect(["never", pexpect.TIMEOUT], timeout=0.05) == 1
+        assert others_ran()
+        child.sendline("")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert (child.exitstatus, child.signalstatus) == (7, None)
+        output, status = pexpect.run("sh -c 'sleep 0.05; echo out; exit 3'", withexitstatus=True)
+        assert (output, status) == (b"out\\r\\n", 3)
+        assert others_ran()
+        child = pexpect.spawn("sleep 100")
+        assert child.isalive()
+        child.terminate(force=True)
+        assert not child.isalive()
+    """)
+
+
+@needs("ptyprocess")
+def test_ptyprocess():
+    """Its reads are those of a plain file, which nobody replaces and others wait for; its forks and waits are ours."""
+    run("""
+        from ptyprocess import PtyProcess
+        script = "stty size; read line; echo got $line; read line; sleep 0.05; exit 7"
+        process = PtyProcess.spawn(["sh", "-c", script], dimensions=(12, 34))
+        assert process.readline() == b"12 34\\r\\n"
+        process.write(b"data\\n")
+        assert process.readline() == b"data\\r\\n"
+        assert process.readline() == b"got data\\r\\n"
+        others_ran()
+        process.write(b"\\n")
+        assert process.wait() == 7
+        assert others_ran()
+        process.close()
+        try:
+            PtyProcess.spawn(["/nonexistent/program"])
+        except FileNotFoundError:
+            pass
+        else:
+            raise AssertionError("it was started")
+    """)
+
+
+@needs("plumbum")
+def test_plumbum():
+    """A command, a pipeline, a failure, a timeout, and one in the background."""
+    run("""
+        from plumbum import BG, ProcessExecutionError, ProcessTimedOut, local
+        sh = local["sh"]
+        assert sh("-c", "sleep 0.05; echo out") == "out\\n"
+        assert others_ran()
+        assert (local["seq"]["1000"] | local["tail"]["-n", "1"])() == "1000\\n"
+        try:
+            sh("-c", "echo err >&2; exit 7")
+        except ProcessExecutionError as ex:
+            assert (ex.retcode, ex.stderr) == (7, "err\\n")
+        else:
+            raise AssertionError("no error")
+        others_ran()
+        try:
+            sh("-c", "exec sleep 100", timeout=0.1)
+        except ProcessTimedOut:
+            pass
+        else:
+            raise AssertionError("no timeout")
+        assert others_ran()
+        future = sh["-c", "sleep 0.05; echo late; exit 3"] & BG(retcode=3)
+        future.wait()
+        assert future.stdout == "late\\n"
+        assert others_ran()
+    """)
+
+
+@needs("sh")
+def test_sh():
+    """It forks by itself and waits in threads, which are greenlets here: a command, its input, a failure, a kill, lines."""
+    run("""
+        import sh
+        assert str(sh.sh("-c", "sleep 0.05; echo out", _tty_out=False)) == "out\\n"
+        assert others_ran()
+        assert str(sh.cat(_in="x" * 200_000)) == "x" * 200_000
+        try:
+            sh.sh("-c", "exit 7")
+        except sh.ErrorReturnCode_7:
+            pass
+        else:
+            raise AssertionError("no error")
+        lines = []
+        running = sh.sh("-c", "echo one; sleep 0.05; echo two", _out=lines.append, _bg=True)
+        running.wait()
+        assert lines == ["one\\n", "two\\n"]
+        running = sh.sleep("100", _bg=True, _bg_exc=False)
+        running.kill()
+        try:
+            running.wait()
+        except sh.SignalException_SIGKILL:
+            pass
+    """)
+
+
+@needs("git")
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_gitpython(tmp_path):
+    """A repository is made, committed to, cloned and read, object by object through a git that keeps running."""
+    run(f"""
+        os.environ.update(
+            GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.com", GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.com",
+            GIT_CONFIG_GLOBAL=os.devnull,
+        )
+        import git
+        repo = git.Repo.init({str(tmp_path / "repo")!r})
+        for n in range(5):
+            with open({str(tmp_path / "repo" / "file")!r}, "w") as file:
+                file.write("x" * 100_000 + str(n))
+            repo.index.add(["file"])
+            repo.index.commit(f"commit {{n}}")
+        assert [commit.message for commit in repo.iter_commits()] == [f"commit {{n}}" for n in reversed(range(5))]
+        assert repo.head.commit.tree["file"].data_stream.read() == b"x" * 100_000 + b"4"
+        clone = repo.clone({str(tmp_path / "clone")!r})
+        assert clone.head.commit == repo.head.commit
+        assert others_ran()
+        try:
+            repo.git.rev_parse("no-such-thing", verify=True)
+        except git.GitCommandError as ex:
+            assert ex.status == 128
+        else:
+            raise AssertionError("no error")
+        repo.close()
+        clone.close()
+    """)

@@ -1,0 +1,220 @@
+"""Who may import whom, and shapes that the source of the package must not have. Reads the source; skipped where there is none."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+SOURCE = pathlib.Path(__file__).resolve().parent.parent.parent / "src" / "coopos"
+
+pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's source is not beside the tests")
+
+#: From the bottom up. A module imports from lower layers only, lazily too. A package stands above its parts, which it imports.
+LAYERS = [
+    {"_core"},
+    {"_fork", "_files"},
+    {"io", "_copying"},
+    {"_stdlib"},
+    {"subprocess"},
+    {"_programs"},
+    {"_patch._import_lock", "_patch._connections", "_patch._processes", "_patch._managers"},
+    {"_patch._os", "_patch._subprocess", "_patch._multiprocessing"},
+    {"_patch", "_doctor"},
+    {"__init__"},
+    {"__main__"},
+]
+#: What each may have of gevent and greenlet, at most; a module that isn't here has none.
+GEVENT = {
+    "_core": {
+        "gevent",
+        "gevent._config",
+        "gevent._hub_local",
+        "gevent.event",
+        "gevent.exceptions",
+        "gevent.greenlet",
+        "gevent.hub",
+        "gevent.lock",
+        "gevent.monkey",
+        "greenlet",
+    },
+    "_fork": {"gevent.os", "gevent._config", "gevent.hub"},
+    "_files": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
+    "_stdlib": {"gevent", "gevent.monkey"},
+    "subprocess": {"gevent.event", "gevent.monkey"},
+    "_programs": {"gevent.monkey"},
+    "_patch": {"gevent.monkey"},
+    "_patch._os": {"gevent", "gevent.monkey", "gevent.os"},
+    "_patch._subprocess": {"gevent.monkey", "gevent.os", "gevent.subprocess"},
+    "_patch._multiprocessing": {"gevent.monkey"},
+    "_patch._connections": {"gevent.exceptions", "gevent.monkey"},
+    "_patch._processes": set(),
+    "_patch._managers": {"gevent"},
+    "_patch._import_lock": {"gevent.hub", "greenlet"},
+    "__init__": {"gevent._config"},
+    "_doctor": {"gevent", "gevent.hub"},
+    "__main__": {"gevent.monkey"},
+}
+
+
+def module_of(path):
+    """ "_patch/_os.py" is "_patch._os", "_patch/__init__.py" is "_patch"."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = {module_of(path): path for path in sorted(SOURCE.rglob("*.py*")) if path.suffix in (".py", ".pyx")}
+MODULES = list(PATHS)
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def text_of(module):
+    return PATHS[module].read_text()
+
+
+def layer_of(module):
+    [layer] = [number for number, layer in enumerate(LAYERS) if module in layer]
+    return layer
+
+
+def own_name(module, name):
+    """ "coopos._core" and "coopos" + "_core" are "_core"; what else is taken from "coopos" is the façade's."""
+    whole, part = (source.removeprefix("coopos").removeprefix(".") for source in (module, f"{module}.{name}"))
+    return part if part in MODULES else whole or "__init__"
+
+
+def python_imports(text):
+    """{(module, name or None, whether it stands in a function)} of Python source, imports for types left out."""
+    found = set()
+
+    def visit(node, in_function):
+        if isinstance(node, ast.Import):
+            found.update((alias.name, None, in_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found.update((node.module, alias.name, in_function) for alias in node.names)
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child, in_function or isinstance(node, (ast.FunctionDef, ast.Lambda)))
+
+    visit(ast.parse(text), False)
+    return found
+
+
+def cython_imports(text):
+    """The same of Cython source, whose imports stand in lines of their own; a list in parentheses may go on over several."""
+    found = set()
+    pattern = r"^([ \t]*)(?:from[ \t]+([\w.]+)[ \t]+)?c?import[ \t]+(\([^)]*\)|[^\n]*)"
+    for indent, module, names in re.findall(pattern, re.sub(r'"""[\s\S]*?"""|#.*', "", text), re.MULTILINE):
+        for name in names.strip("()").split(","):
+            name = name.split(" as ")[0].strip()
+            if name:
+                found.add((module, name, bool(indent)) if module else (name, None, bool(indent)))
+    return found
+
+
+def imports_of(module):
+    text = text_of(module)
+    return cython_imports(text) if PATHS[module].suffix == ".pyx" else python_imports(text)
+
+
+@each_module
+def test_module_has_a_layer(module):
+    assert sum(module in layer for layer in LAYERS) == 1, "say in LAYERS where it belongs"
+
+
+@each_module
+def test_module_imports_only_from_below(module):
+    for source, name, _is_lazy in imports_of(module):
+        if source.split(".")[0] != "coopos":
+            continue
+        other = own_name(source, name)
+        if other == "_posix":
+            continue  # declarations of C
+        if module == other == "__main__":
+            continue  # it runs in a second copy of itself
+        assert layer_of(other) < layer_of(module), f"{module} imports {other}"
+
+
+@each_module
+def test_module_takes_from_gevent_what_its_layer_may(module):
+    taken = {
+        (source if name is None or source != "gevent" else f"gevent.{name}" if name in ("hub", "os", "subprocess") else source)
+        for source, name, _is_lazy in imports_of(module)
+        if source.split(".")[0] in ("gevent", "greenlet")
+    }
+    assert taken <= GEVENT.get(module, set())
+
+
+def test_compiled_modules_import_nothing_else_of_python():
+    for module in ("_parking", "_workers", "_core", "_owned", "_children", "_wait"):
+        others = {
+            source.split(".")[0]
+            for source, _name, _is_lazy in imports_of(module)
+            if source.split(".")[0] not in ("cython", "cpython", "libc", "posix", "coopos", "gevent", "greenlet")
+        }
+        assert others <= {"atexit", "contextlib", "os", "time", "resource", "signal", "sys"}
+
+
+@each_module
+def test_module_opens_with_its_role(module):
+    assert text_of(module).startswith('"""')
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------------------
+
+CYTHON = sorted(path.name for path in SOURCE.glob("*.p[yx][xd]"))
+each_cython_file = pytest.mark.parametrize("name", CYTHON)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in ("_doctor", "__main__")])
+def test_module_asks_for_no_platforms_name(module):
+    """What differs is asked of a name in os or of an int in _compat.h. (The doctor prints the name.)"""
+    assert not re.search(r"sys\.platform|os\.name|platform\.\w+\(|os\.uname", text_of(module))
+
+
+@each_cython_file
+def test_cython_source_has_no_include_and_no_compile_time_names(name):
+    text = (SOURCE / name).read_text()
+    assert not re.search(r'^\s*include\s+["\']|^\s*(DEF|IF|ELIF|ELSE)\b', text, re.MULTILINE)
+
+
+@each_cython_file
+def test_cython_source_says_nothing_to_distutils(name):
+    """A line of macros there silently replaces those of setup.py."""
+    assert not re.search(r"^#\s*(distutils|cython)\s*:", (SOURCE / name).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in CYTHON if name.endswith(".pyx")])
+def test_cdef_functions_say_how_they_raise(name):
+    """One that returns an object can't do otherwise."""
+    text = (SOURCE / name).read_text()
+    pattern = r"^[ \t]*cdef[ \t]+(?!class\b)(?:inline[ \t]+)?([\w ]+?[ *]+)(\w+)\(([^()]*(?:\([^()]*\)[^()]*)*)\)([^\n]*):[ \t]*$"
+    functions = re.findall(pattern, text, re.MULTILINE)
+    assert functions
+    classes = [found for other in CYTHON for found in re.findall(r"^cdef class (\w+)", (SOURCE / other).read_text(), re.MULTILINE)]
+    objects = {"object", "bytes", "dict", "list", "tuple", "str", *classes}
+    silent = [
+        function
+        for kind, function, _arguments, tail in functions
+        if kind.strip() not in objects | {"class"} and not re.search(r"\b(except|noexcept)\b", tail)
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", ["_posix.pxd"])
+def test_c_functions_are_declared_without_the_gil(name):
+    """But for those of the interpreter itself, and what goes through its objects."""
+    blocks = re.findall(r'^cdef extern from "([^"]+)"(.*):$', (SOURCE / name).read_text(), re.MULTILINE)
+    assert blocks
+    interpreters = ("Python.h", "greenlet.h", "_greenlets.h")
+    assert [header for header, tail in blocks if header not in interpreters and "nogil" not in tail] == []
+
+
+def test_only_compat_h_asks_the_preprocessor_for_a_platform():
+    asking = [
+        path.name
+        for path in SOURCE.iterdir()
+        if path.suffix in (".h", ".pxd", ".pyx") and re.search(r"__linux__|__APPLE__|__FreeBSD__|_WIN32", path.read_text())
+    ]
+    assert asking in ([], ["_compat.h"])
