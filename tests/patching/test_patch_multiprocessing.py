@@ -25,7 +25,7 @@ def test_unpatch_gives_multiprocessing_back():
     coopos.unpatch()
     assert [dict(vars(owner)) for owner in owners] == before
     coopos.patch()
-    assert _multiprocessing.SemLock.__module__ == "coopos._multiprocessing"
+    assert _multiprocessing.SemLock.__module__ == "coopos._patch._processes"
     """)
 
 
@@ -55,7 +55,7 @@ def test_patch_imports_no_more_of_multiprocessing_than_the_program():
     coopos.patch()
     assert not [name for name in set(sys.modules) - before if name.startswith("multiprocessing")]
     from multiprocessing import connection
-    assert connection.Connection._send_bytes.__module__ == "coopos._multiprocessing"
+    assert connection.Connection._send_bytes.__module__ == "coopos._patch._connections"
     coopos.unpatch()
     assert connection.Connection._send_bytes.__module__ == "multiprocessing.connection"
     from multiprocessing import popen_fork

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from coopos import _multiprocessing as coopos_multiprocessing
+from coopos._patch import _multiprocessing as coopos_multiprocessing
 
 from ..helpers.support import run_script
 
@@ -109,7 +109,7 @@ def test_patch_with_an_unknown_module_patches_the_rest():
     import multiprocessing
     assert multiprocessing.Lock().acquire()
     from multiprocessing import synchronize
-    assert synchronize.Condition.wait.__module__ == "coopos._multiprocessing"
+    assert synchronize.Condition.wait.__module__ == "coopos._patch._processes"
     """)
 
 
@@ -119,7 +119,7 @@ def test_import_of_an_unknown_module_after_the_patch_raises():
     monkey.patch_all()
     import coopos
     coopos.patch()
-    from coopos import _multiprocessing
+    from coopos._patch import _multiprocessing
     wanted = _multiprocessing._WANTED
     wanted["multiprocessing.synchronize"] = wanted["multiprocessing.synchronize"]._replace(names=("Condition.new_name",))
     import multiprocessing, multiprocessing.connection

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ..helpers.files import HOLDER
-from ..helpers.support import run_script, run_seccomp
+from ..helpers.support import LOOP, run_script, run_seccomp
 
 #: Has a lock of fcntl(2) on ten bytes of a file until its input ends.
 PART_HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, 2, 10); print(flush=True); sys.stdin.read()"

@@ -17,7 +17,7 @@ from gevent.hub import get_hub
 
 import coopos
 from coopos import _core
-from coopos._threadpool import lock_range
+from coopos._files import lock_range
 
 from ..helpers.descriptors import StandingWorkers
 from ..helpers.files import HOLDER

@@ -82,7 +82,7 @@ def test_cooperative_is_sorted_and_our_own():
     assert set(coopos.__cooperative__) <= set(coopos.__all__)
 
 
-FORMS = sorted(name for name in coopos.__cooperative__ if getattr(coopos, name).__module__ == "coopos._threadpool")
+FORMS = sorted(name for name in coopos.__cooperative__ if getattr(coopos, name).__module__ == "coopos._files")
 
 
 @pytest.mark.parametrize("name", FORMS)

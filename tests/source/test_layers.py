@@ -1,4 +1,4 @@
-"""Who may import whom, and shapes that the source of the package must not have. Reads the source; skipped where there is none."""
+"""Who may import whom. Reads the source; skipped where there is none. The chapters of the core are in test_chapters.py."""
 
 import ast
 import pathlib
@@ -146,14 +146,19 @@ def test_module_takes_from_gevent_what_its_layer_may(module):
     assert taken <= GEVENT.get(module, set())
 
 
-def test_compiled_modules_import_nothing_else_of_python():
-    for module in ("_parking", "_workers", "_core", "_owned", "_children", "_wait"):
-        others = {
-            source.split(".")[0]
-            for source, _name, _is_lazy in imports_of(module)
-            if source.split(".")[0] not in ("cython", "cpython", "libc", "posix", "coopos", "gevent", "greenlet")
-        }
-        assert others <= {"atexit", "contextlib", "os", "time", "resource", "signal", "sys"}
+def test_core_imports_little_of_the_standard_library():
+    others = {
+        source.split(".")[0]
+        for source, _name, _is_lazy in imports_of("_core")
+        if source.split(".")[0] not in ("cython", "cpython", "libc", "posix", "coopos", "gevent", "greenlet")
+    }
+    assert others <= {"atexit", "contextvars", "gc", "os", "resource", "signal", "sys"}
+
+
+def test_nothing_imports_the_facade():
+    """But for the command line, which is a program that uses it."""
+    importing = {module for module in MODULES for source, name, _ in imports_of(module) if own_name(source, name) == "__init__"}
+    assert {module for module in importing if module != "__main__"} == set()
 
 
 @each_module
@@ -161,60 +166,7 @@ def test_module_opens_with_its_role(module):
     assert text_of(module).startswith('"""')
 
 
-# ---- shapes ------------------------------------------------------------------------------------------------------------------
-
-CYTHON = sorted(path.name for path in SOURCE.glob("*.p[yx][xd]"))
-each_cython_file = pytest.mark.parametrize("name", CYTHON)
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if module not in ("_doctor", "__main__")])
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in ("_core", "_doctor", "__main__")])
 def test_module_asks_for_no_platforms_name(module):
-    """What differs is asked of a name in os or of an int in _compat.h. (The doctor prints the name.)"""
+    """What differs is asked of a name in os. (The doctor prints the name.)"""
     assert not re.search(r"sys\.platform|os\.name|platform\.\w+\(|os\.uname", text_of(module))
-
-
-@each_cython_file
-def test_cython_source_has_no_include_and_no_compile_time_names(name):
-    text = (SOURCE / name).read_text()
-    assert not re.search(r'^\s*include\s+["\']|^\s*(DEF|IF|ELIF|ELSE)\b', text, re.MULTILINE)
-
-
-@each_cython_file
-def test_cython_source_says_nothing_to_distutils(name):
-    """A line of macros there silently replaces those of setup.py."""
-    assert not re.search(r"^#\s*(distutils|cython)\s*:", (SOURCE / name).read_text(), re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", [name for name in CYTHON if name.endswith(".pyx")])
-def test_cdef_functions_say_how_they_raise(name):
-    """One that returns an object can't do otherwise."""
-    text = (SOURCE / name).read_text()
-    pattern = r"^[ \t]*cdef[ \t]+(?!class\b)(?:inline[ \t]+)?([\w ]+?[ *]+)(\w+)\(([^()]*(?:\([^()]*\)[^()]*)*)\)([^\n]*):[ \t]*$"
-    functions = re.findall(pattern, text, re.MULTILINE)
-    assert functions
-    classes = [found for other in CYTHON for found in re.findall(r"^cdef class (\w+)", (SOURCE / other).read_text(), re.MULTILINE)]
-    objects = {"object", "bytes", "dict", "list", "tuple", "str", *classes}
-    silent = [
-        function
-        for kind, function, _arguments, tail in functions
-        if kind.strip() not in objects | {"class"} and not re.search(r"\b(except|noexcept)\b", tail)
-    ]
-    assert silent == []
-
-
-@pytest.mark.parametrize("name", ["_posix.pxd"])
-def test_c_functions_are_declared_without_the_gil(name):
-    """But for those of the interpreter itself, and what goes through its objects."""
-    blocks = re.findall(r'^cdef extern from "([^"]+)"(.*):$', (SOURCE / name).read_text(), re.MULTILINE)
-    assert blocks
-    interpreters = ("Python.h", "greenlet.h", "_greenlets.h")
-    assert [header for header, tail in blocks if header not in interpreters and "nogil" not in tail] == []
-
-
-def test_only_compat_h_asks_the_preprocessor_for_a_platform():
-    asking = [
-        path.name
-        for path in SOURCE.iterdir()
-        if path.suffix in (".h", ".pxd", ".pyx") and re.search(r"__linux__|__APPLE__|__FreeBSD__|_WIN32", path.read_text())
-    ]
-    assert asking in ([], ["_compat.h"])
