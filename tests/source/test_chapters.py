@@ -17,7 +17,7 @@ CYTHON = ["_core.pyx", "_posix.pxd", *(f"_core/{chapter}.pxi" for chapter in CHA
 each_cython_file = pytest.mark.parametrize("name", CYTHON)
 
 #: The aim is 500; what is longer says so here, with its limit.
-LONG = {"sets": 640, "moving": 580, "files": 540, "children": 540}
+LONG = {"sets": 660, "moving": 590, "files": 560, "children": 550, "workers": 530}
 
 DEFINITION = re.compile(
     r"""^(?:

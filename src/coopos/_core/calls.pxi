@@ -111,7 +111,7 @@ cdef int claim(Job job, Range wanted, list held) except -1:
     return 0
 
 
-cdef Range range_of(int fd, int kind, Py_ssize_t length, Py_ssize_t start, int whence):
+cdef Range range_of(int fd, int kind, Py_ssize_t length, Py_ssize_t start, int whence) noexcept:
     """The bytes that fcntl(2) would lock now. The offset and the end of the file may move later."""
     cdef stat_t st
     if whence == SEEK_CUR:

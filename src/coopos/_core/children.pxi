@@ -140,7 +140,7 @@ cdef class Child(Record):
         return f"<coopos child {self.pid} {state} status={self.report.status}>"
 
     cdef bint is_parents(self) except -1:
-        """Whether the record is from before a fork, so that the child is the parent's. Then it becomes LOST, without a callback."""
+        """Whether the record is from before a fork, so that the child is the parent's. It is LOST then, and notifies nobody."""
         if self.born == generation:
             return False
         if self.state == ALIVE:
@@ -372,9 +372,8 @@ cdef object lost_child(Child child):
     if child.born != generation:
         return error_with_message(ECHILD, f"{child.pid} is a child of the process that has forked this one")
     return error_with_message(
-        ECHILD,
-        f"somebody else in this process collected child {child.pid}, and this kernel doesn't tell its status. gevent.subprocess "
-        f"does that unless coopos.patch() was called; so does whoever calls waitpid(-1), and ignoring SIGCHLD")
+        ECHILD, f"somebody else in this process collected child {child.pid}, and this kernel doesn't tell its status. "
+        f"gevent.subprocess does that unless coopos.patch() was called; so does whoever calls waitpid(-1), and ignoring SIGCHLD")
 
 
 cdef bint is_used_again(int pid) except -1:

@@ -225,7 +225,7 @@ cdef class Leaving:
         for part in list(getattr(watcher, "_multiplex_watchers", ())):
             part.stop()
         if type(watcher).__name__ == "async_" and hasattr(loop, "_keepaliveset"):
-            watcher.close()        # to stop a uv_async_t is not enough: libuv has no call for that
+            watcher.close()        # libuv can't stop a uv_async_t: https://docs.libuv.org/en/v1.x/async.html
         elif watcher.active or watcher.pending:
             watcher.stop()
         return 0
