@@ -3,9 +3,9 @@
 A call is made at once if the kernel can say that it would not block. If not, the hub waits for the descriptor where readiness means
 anything. Only the rest goes to `_core`'s worker threads, or to the hub's threadpool if it runs Python or a directory service.
 
-Three things of which there is one: what refuses to wait in the hub, what makes an OSError, and what notes how much was written. On
-Windows there is no core: tp_read and tp_write go to the threadpool, and the rest of this module isn't used. Functions of os are
-called as `posix.x`, the builtin module, because others replace names in os.
+All Python modules make an OSError by os_error(), and note how much was written by note_written(). Only this one refuses to wait in
+the hub. Functions of os are called as `posix.x`, the builtin module, because others replace names in os. On Windows there is no
+core: tp_read and tp_write go to the threadpool, and the rest of this module isn't used.
 """
 
 from __future__ import annotations

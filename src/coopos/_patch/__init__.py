@@ -22,10 +22,10 @@ _Place = tuple[Any, str, Any, Any]
 
 # {name: function}, what the façade offers in place of those of os and gevent.os.
 _ours: dict[str, Any] = {}
-# What patch() may replace, whether or not it has: found by the first one, while every name still holds what gevent and Python gave
-# it. First the names that hold something of gevent's. They tell by themselves whether gevent.monkey has patched their module.
+# What patch() may replace, whether or not it has. The first call finds it, while every name still holds what gevent and Python gave
+# it. These names hold something of gevent's, so they tell by themselves whether gevent.monkey has patched their module.
 _gevents: list[_Place] = []
-# Then those that gevent leaves alone: they are replaced only if gevent.monkey has patched os.
+# These gevent leaves alone. They are replaced only if gevent.monkey has patched os.
 _stdlibs: list[_Place] = []
 # Finds the places in multiprocessing, when a program imports it.
 _finder: _multiprocessing.Finder | None = None
@@ -76,19 +76,23 @@ def _patch_multiprocessing() -> None:
 def patch(*, keep_greenlets: bool | None = None) -> None:
     """Put coopos under a program that uses gevent.
 
-    Replaces the functions of ``gevent.os``; in :mod:`os`, once ``gevent.monkey`` has patched it, what gevent replaces there and the
-    rest of ``coopos.__implements__`` (never ``os.read`` and ``os.write``); ``gevent.fork``; what is in ``gevent.subprocess`` and,
-    once it is patched, in :mod:`subprocess`, by :mod:`coopos.subprocess`; what a Popen of gevent's that somebody has imported
-    before forks and watches with, so that nothing installs a SIGCHLD handler any more; what :mod:`multiprocessing` waits with; and
-    the interpreter's import lock, for which a fork waits when another greenlet has it. Names that other modules have imported
-    before stay as they are. A second call does nothing.
+    In gevent's own modules it replaces the functions of ``gevent.os``, ``gevent.fork``, and what is in ``gevent.subprocess``, by
+    :mod:`coopos.subprocess`. A Popen of gevent's that somebody has imported before forks and waits by coopos, so that nothing
+    installs a SIGCHLD handler any more. In the standard library, once ``gevent.monkey`` has patched it, this replaces:
+
+    * in :mod:`os`, what gevent replaces there and the rest of ``coopos.__implements__``, but never ``os.read`` and ``os.write``;
+    * what gevent replaces in :mod:`subprocess`, by :mod:`coopos.subprocess`;
+    * ``fcntl.flock`` and ``fcntl.lockf``, and what :mod:`multiprocessing` waits with;
+    * the interpreter's import lock: a fork waits while another greenlet has it.
+
+    Names that other modules have imported before stay as they are. A second call does nothing.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
 
     Args:
-        keep_greenlets: what a fork does that isn't told: False, its child has only the greenlet that forked (see
-            :func:`fork_gevent`); True, all of them. None, the default, leaves it as it is: as the last call has said, or
-            COOPOS_KEEP_GREENLETS=0 in the environment, else True.
+        keep_greenlets: what holds for forks that don't say it themselves. False: the child has only the greenlet that forked (see
+            :func:`fork_gevent`). True: it has all of them. None, the default, changes nothing: what the last call has said holds,
+            or COOPOS_KEEP_GREENLETS=0 in the environment, else True.
 
     Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets. Call it early, before the program has children.
 

@@ -21,6 +21,7 @@ from coopos import _core, io as coopos_io
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+
 # ---- locks -------------------------------------------------------------------------------------------------------------------
 
 
