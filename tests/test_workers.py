@@ -23,6 +23,7 @@ from coopos._threadpool import lock_range
 from .descriptors import HeldPool, StandingWorkers, until
 from .support import (
     DEADLINE_S,
+    LOOP,
     HubThread,
     clog,
     closing,
@@ -449,7 +450,11 @@ WAITS = {
 }
 
 
-@pytest.mark.parametrize("end", ["thread", "hub and thread", "hub"])
+#: On libuv gevent's own ``hub.destroy()`` has no end while a greenlet waits for anything.
+can_destroy_a_hub = pytest.mark.skipif(LOOP == "libuv", reason="gevent's libuv hub can't be destroyed while somebody waits")
+
+
+@pytest.mark.parametrize("end", ["thread", *(pytest.param(end, marks=can_destroy_a_hub) for end in ("hub and thread", "hub"))])
 @pytest.mark.parametrize("kind", WAITS)
 def test_call_of_a_hub_that_is_gone_gets_nothing(kind, end, tmp_path):
     """What a greenlet has waited for that will never run is left to others. Of a hub that is destroyed the next call hears."""
@@ -521,6 +526,7 @@ def test_call_of_a_hub_that_is_gone_gets_nothing(kind, end, tmp_path):
     )
 
 
+@can_destroy_a_hub
 def test_read_of_a_hub_that_is_gone_gives_back_what_it_has_got():
     """Its descriptor stays open until its worker has done so."""
     run_script("""
