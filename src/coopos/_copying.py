@@ -9,7 +9,9 @@ headers.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -39,6 +41,22 @@ def _is_file(fd: int) -> bool:
 
 def _is_pipe(fd: int) -> bool:
     return stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+def _may_wait(fd: int, offset: int | None = None) -> bool:
+    """Whether splice(2) and sendfile(2) wait for such a descriptor until it is ready. Of others they fail at once, or never wait:
+    a socket that listens, an epoll, a pidfd, a device, one without a position if there is an offset.
+    """
+    mode = os.fstat(fd).st_mode
+    if offset is not None:
+        return False
+    if stat.S_ISSOCK(mode):
+        sock = _socket.socket(fileno=fd)
+        try:
+            return not sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)
+        finally:
+            sock.detach()
+    return stat.S_ISFIFO(mode) or os.isatty(fd)
 
 
 def _is_plausible(out_fd: Any, in_fd: Any, count: Any, *offsets: Any) -> bool:
@@ -203,8 +221,9 @@ if _sendfile and not _TAKES_HEADERS:
 
     def _send_through_pipe(call: InFlight, out_fd: int, in_fd: int, count: int) -> int:
         while True:
-            wait_until_ready(in_fd, READ, "sendfile")
-            call.check()
+            if _may_wait(in_fd):
+                wait_until_ready(in_fd, READ, "sendfile")
+                call.check()
             wait_until_ready(out_fd, WRITE, "sendfile")
             call.check()
             if os.get_blocking(in_fd) or os.get_blocking(out_fd):
@@ -257,14 +276,16 @@ if hasattr(posix, "splice"):
             while True:
                 is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
                 if not is_sure:
-                    for (fd, is_pipe, is_file), events in zip(ends, (READ, WRITE), strict=True):
-                        if not is_pipe and not is_file:
+                    for fd, offset, events in ((src, offset_src, READ), (dst, offset_dst, WRITE)):
+                        if not _is_pipe(fd) and _may_wait(fd, offset):
                             wait_until_ready(fd, events, "splice")
                             call.check()
-                with contextlib.suppress(BlockingIOError):
-                    if is_sure:
+                    moved = _core.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer, errno.EAGAIN)
+                    if moved >= 0:
+                        return moved
+                else:
+                    with contextlib.suppress(BlockingIOError):
                         return posix.splice(src, dst, count, *args)
-                    return _core.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer)
                 call.check()
                 wait_until_ready(src, READ, "splice")
                 call.check()

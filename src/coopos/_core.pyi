@@ -84,6 +84,7 @@ def transfer(
     count: int,
     flags: int = 0,
     waits_for_peer: bool = False,
+    expected: int = 0,
 ) -> int: ...
 def random(size: int, flags: int) -> bytes: ...
 

@@ -339,6 +339,8 @@ def test_types_are_installed():
 
 @pytest.mark.smoke
 def test_sources_of_the_compiled_modules_are_not_installed():
+    if "_core.pyx" in installed():
+        pytest.skip("an editable install: the package is its sources")
     assert [name for name in installed() if pathlib.PurePath(name).suffix in (".pyx", ".pxd", ".c", ".h")] == []
 
 

@@ -159,9 +159,11 @@ cdef dict _transfers = {"copy_file_range": COOPOS_COPY, "sendfile": COOPOS_SENDF
 
 def transfer(
     str name not None, Py_ssize_t source, offset, Py_ssize_t target, target_offset, Py_ssize_t count, Py_ssize_t flags=0,
-    bint waits_for_peer=False,
+    bint waits_for_peer=False, int expected=0,
 ):
-    """copy_file_range(2), sendfile(2) or splice(2). An offset of None is the descriptor's own. Returns the number of bytes."""
+    """copy_file_range(2), sendfile(2) or splice(2). An offset of None is the descriptor's own. Returns the number of bytes; -1 if it
+    failed with the errno *expected*.
+    """
     cdef Job job = new_job(<coopos_operation><int>_transfers[name], name, as_int(source))
     job.job.other = job.other = as_int(target)
     job.job.offset = -1 if offset is None else <off_t>offset
@@ -174,6 +176,8 @@ def transfer(
     except BaseException as ex:
         attach_progress(ex, "characters_written", job.job.rc if job.job.rc > 0 else None)
         raise
+    if job.job.rc < 0 and job.job.err == expected:
+        return -1
     return result_of(job, source)
 
 

@@ -287,7 +287,8 @@ cdef int step_down(Move *move, Py_ssize_t n, str call) except -1:
     if coopos_may_move(move.fd, move.writes, move.offset) < 0:
         raise os_error(errno, call, move.fd)
     if may_ignore_signals(move.fd, move.writes):
-        park_until_ready(move.fd, WRITE if move.writes else READ, call)
+        if not move.writes:        # a device may take writes without ever being ready for them, as /dev/random does
+            park_until_ready(move.fd, READ, call)
         return IN_WORKER
     guarded_calls += 1
     if move.flags or coopos_is_in_background(move.fd, move.writes):
@@ -362,16 +363,26 @@ cdef enum:
     WORKER_WRITE_BYTES = 1 << 20
 
 
+cdef bint may_wait_for_peer(int fd) noexcept:
+    """Whether a read or write by a worker may wait for more than a disk. The kernel also has regular files of which poll(2) tells, and
+    that wait for other processes: /proc/kmsg, trace_pipe. They have no size.
+    """
+    cdef stat_t st
+    return not is_always_ready(fd) or (fstat(fd, &st) == 0 and st.st_size == 0 and coopos_can_poll(fd))
+
+
 cdef Job read_in_worker(Move *move, Py_ssize_t n, str call):
     """Let a worker read up to *n* bytes in one system call; they are in the job's buffer. If the greenlet is killed meanwhile, the
-    worker moves the offset back.
+    worker moves the offset back. None: a file in non-blocking mode had nothing, and has been waited for.
     """
     cdef Job job = new_job(COOPOS_MOVE, call, move.fd, <size_t>n)
     job.job.offset, job.job.flags = move.offset, move.flags
     job.job.is_undoable = True
-    job.job.waits_for_peer = not is_always_ready(move.fd)
+    job.job.waits_for_peer = may_wait_for_peer(move.fd)
     run(job)
     if job.job.rc < 0:
+        if job.job.err == EAGAIN and job.job.waits_for_peer and park_fairly(move.fd, READ, call, move.may_block):
+            return None
         raise os_error(job.job.err, call, move.fd)
     return job
 
@@ -403,7 +414,7 @@ cdef Py_ssize_t write_in_worker(Move *move, str call, bint is_undoable, Py_ssize
     job.job.size = <size_t>n
     job.job.offset, job.job.flags, job.job.writes = move.offset, move.flags, True
     job.job.is_undoable = is_undoable and not appends(move.fd)
-    job.job.waits_for_peer = not is_always_ready(move.fd)
+    job.job.waits_for_peer = may_wait_for_peer(move.fd)
     try:
         run(job)
     except BaseException:
@@ -444,7 +455,8 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
         elif data or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return data
         job = read_in_worker(move, n, call)
-        return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
+        if job is not None:
+            return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
 
 
 cdef Py_ssize_t total_of(const Move *move) noexcept:
@@ -459,6 +471,7 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
     """Read into the buffers of *move*; returns how many bytes."""
     cdef Py_ssize_t nread
     cdef Py_ssize_t n = total_of(move)
+    cdef Job job
     cdef int err = 0
     cdef int outcome
     be_fair(move.fd, call)
@@ -473,7 +486,9 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
         elif nread or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return nread
         # Through the job's own buffer: the caller's may be freed before the worker has read.
-        return scatter(read_in_worker(move, n, call), move, call)
+        job = read_in_worker(move, n, call)
+        if job is not None:
+            return scatter(job, move, call)
 
 
 cdef int advance(Move *move, Py_ssize_t written) noexcept:

@@ -355,6 +355,8 @@ class Moving:
             current = owned.enter()
             try:
                 be_fair(owned.fd, "write")
+                if owned.fd < 0:
+                    raise closed_error()       # while others had their turn
                 return write_once(&move, "write", True, &owned.late)
             except BaseException as ex:
                 attach_progress(ex, "characters_written", owned.late or None)
