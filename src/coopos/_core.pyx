@@ -11,7 +11,8 @@ This page is the table of contents. The chapters are in _core/, from the bottom 
     closing     close, closerange
     workers     C threads, for calls that block whatever we do
     calls       those calls: fsync, open, locks, sendfile
-    moving      one attempt to move bytes, and the next step if it moved none
+    ladder      one attempt to move bytes, and the next step if it moved none
+    moving      whole reads and writes, and those that a worker makes
     files       nb_read, nb_write, read, write and their kin
     owned       the descriptor of a FileIO
     semaphores  multiprocessing's locks
@@ -22,9 +23,9 @@ This page is the table of contents. The chapters are in _core/, from the bottom 
     greenlets   leaving the parent's greenlets behind in a forked child
     forking     fork, forkpty, and the hooks of every fork
 
-How a read runs: files makes a Move; moving attempts it; if there is nothing to read, waiting parks the greenlet and the hub runs
-the others; when the descriptor is ready, moving attempts it again. If the kernel can't tell whether the read would block, a worker
-makes it.
+How a read runs: files makes a Move; ladder attempts it, one rung after the other; if there is nothing to read, waiting parks the
+greenlet and the hub runs the others; when the descriptor is ready, ladder attempts it again. If the kernel can't tell whether the
+read would block, moving has a worker make it.
 
 How a wait runs: waits asks the kernel; if the child still runs, children parks the greenlet at the child's record; exits gets an
 event when the child ends, from a pidfd in the loop's set; the greenlet asks the kernel again and takes the status.
@@ -93,6 +94,7 @@ include "_core/waiting.pxi"
 include "_core/closing.pxi"
 include "_core/workers.pxi"
 include "_core/calls.pxi"
+include "_core/ladder.pxi"
 include "_core/moving.pxi"
 include "_core/files.pxi"
 include "_core/owned.pxi"

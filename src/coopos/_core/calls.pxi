@@ -161,8 +161,8 @@ def transfer(
     str name not None, Py_ssize_t source, offset, Py_ssize_t target, target_offset, Py_ssize_t count, Py_ssize_t flags=0,
     bint waits_for_peer=False, int expected=0,
 ):
-    """copy_file_range(2), sendfile(2) or splice(2). An offset of None is the descriptor's own. Returns the number of bytes; -1 if it
-    failed with the errno *expected*.
+    """copy_file_range(2), sendfile(2) or splice(2). An offset of None is the descriptor's own. Returns the number of bytes; -1 if
+    it failed with the errno *expected*.
     """
     cdef Job job = new_job(<coopos_operation><int>_transfers[name], name, as_int(source))
     job.job.other = job.other = as_int(target)
