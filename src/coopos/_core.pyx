@@ -35,9 +35,11 @@ These rules hold everywhere:
 1. The kernel keeps the books. We don't store state that we can ask the kernel for.
 2. A call owns its descriptor's number from its first system call to its return.
 3. An event is a hint. A greenlet that is woken asks the kernel again.
-4. EINTR is never an answer. The signal handlers run, and we make the call again.
-5. Killing a greenlet loses nothing: no byte, no status, no descriptor, no lock.
-6. In a forked child, objects from before the fork belong to the parent: their `born` is less than `generation`.
+4. EINTR is never an answer. The signal handlers run, and we make the call again (is_interrupted in basics; a worker's loop is in
+   c/workers.h).
+5. Killing a greenlet loses nothing: no byte, no status, no descriptor, no lock (a worker's call: give_up in workers).
+6. In a forked child, objects from before the fork belong to the parent: their `born` is less than `generation`
+   (remake_sets_in_child in sets).
 7. The differences between operating systems are in c/system.h. Code branches on its names, never on a platform's.
 """
 

@@ -73,7 +73,9 @@ def test_census_gives_one_of_a_few_answers():
 @needs_census
 def test_cooperative_is_what_the_census_says():
     said = {name for names, _, here in census() if here.startswith("cooperative") for name in names}
-    assert {name for name in said if hasattr(os, name)} == set(coopos.__cooperative__)
+    said = {name for name in said if hasattr(os, name)}
+    assert not set(coopos.__cooperative__) - said, "cooperative, but docs/census.rst says otherwise"
+    assert not said - set(coopos.__cooperative__), "docs/census.rst says cooperative, but coopos has it from os"
 
 
 def test_cooperative_is_sorted_and_our_own():

@@ -264,6 +264,7 @@ def sections(function):
     return found
 
 
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 PUBLIC = sorted({*FUNCTIONS, *OUR_OWN})
 #: What stands in each docstring, before what is particular to the function: whether it switches greenlets, and so on.
 PROMISES = "Keeps :ref:`what every function promises <promises>`."
@@ -295,10 +296,17 @@ def test_docstring_has_the_sections_of_the_house(name):
         needed.add("Returns")
     if name not in WITHOUT_SOURCE:
         needed |= {"Raises", "Source"}
-    assert not needed - set(found), "sections that are not there"
+    assert not needed - set(found), f"{name} lacks {sorted(needed - set(found))}; if it returns None, add it to WITHOUT_RESULT"
     assert all(found[section].strip() for section in needed)
     text = found["text"].replace("\n", " ")
     assert PROMISES in text or "Doesn't switch greenlets." in text, "it doesn't link to what every function promises"
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="the documents are not beside the tests")
+def test_reference_has_every_function():
+    text = "".join(path.read_text() for path in DOCS.glob("*.rst"))
+    listed = set(re.findall(r"auto(?:function|class):: coopos\.(\w+)$", text, re.MULTILINE))
+    assert not set(PUBLIC) - listed, "not in docs/api.rst"
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) & set(gevent.os.__all__)))

@@ -100,7 +100,7 @@ cdef list locks_held(int fd):
     return found
 
 
-cdef int claim(Job job, Range wanted, list held) except -1:
+cdef int claim_lock(Job job, Range wanted, list held) except -1:
     """Tell a job what to lock, and what of it this process holds already."""
     cdef Range range
     if not coopos_job_claim(job.job, wanted):
@@ -124,7 +124,7 @@ cdef Range range_of(int fd, int kind, Py_ssize_t length, Py_ssize_t start, int w
 def wait_lock(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t start=0, Py_ssize_t whence=1, kind=None):
     """fcntl(2) with F_SETLKW; with the defaults lockf(3) with F_LOCK. A greenlet that is killed or timed out holds no lock."""
     cdef Job job = new_job(COOPOS_SETLK, "lockf", as_int(fd))
-    claim(job, range_of(job.fd, F_WRLCK if kind is None else as_int(kind), length, start, as_int(whence)), locks_held(job.fd))
+    claim_lock(job, range_of(job.fd, F_WRLCK if kind is None else as_int(kind), length, start, as_int(whence)), locks_held(job.fd))
     job.job.waits_for_peer = True
     run(job)
     result_of(job, fd)
@@ -142,7 +142,7 @@ def wait_flock(Py_ssize_t fd, Py_ssize_t operation):
     cdef Job job = new_job(COOPOS_FLOCK, "flock", as_int(fd))
     # While it waits, the open file has no lock: flock(2) releases the old one first.
     # https://man7.org/linux/man-pages/man2/flock.2.html
-    claim(job, coopos_range_of(F_WRLCK, 0, 0), [])
+    claim_lock(job, coopos_range_of(F_WRLCK, 0, 0), [])
     job.job.flags = as_int(operation)
     job.job.waits_for_peer = True
     run(job)

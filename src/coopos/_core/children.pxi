@@ -289,7 +289,9 @@ cdef class Child(Record):
         return 0
 
     cdef int claim(self) except -1:
-        """The caller takes the status. All other waiters for the child wake, and get ChildProcessError."""
+        """The caller takes the status: it has seen that nobody had (take_from_record), with no switch in between. All other waiters
+        for the child wake, and get ChildProcessError.
+        """
         cdef bint was_alive = self.state == ALIVE
         self.state = CLAIMED
         self.remove_from_tables()

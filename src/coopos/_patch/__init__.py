@@ -43,7 +43,7 @@ def _find_places() -> None:
     if hasattr(os, "fork"):
         from coopos._patch import _subprocess
 
-        gevents += _subprocess.places_of_gevent()
+        gevents += _subprocess.places_of_popen()
     _gevents.extend(gevents)
     _stdlibs.extend(stdlibs)
 

@@ -100,8 +100,8 @@ def _claiming(method: Callable[..., Any]) -> Callable[..., Any]:
     return wait_or_poll
 
 
-def places_of_gevent() -> list[tuple[Any, str, Any, Any]]:
-    """Names that hold gevent's own, in subprocess only once gevent.monkey has patched it: (owner, name, what it holds, ours)."""
+def places_of_popen() -> list[tuple[Any, str, Any, Any]]:
+    """What patch() replaces in gevent.subprocess, and in subprocess once gevent.monkey patched it: (owner, name, theirs, ours)."""
     pairs = [(name, getattr(gevent_subprocess, name), getattr(coopos_subprocess, name)) for name in coopos_subprocess.__all__]
     return [
         (subprocess, "Popen", _GeventPopen, coopos_subprocess.Popen),
