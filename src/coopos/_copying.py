@@ -269,20 +269,27 @@ if hasattr(posix, "splice"):
             return posix.splice(src, dst, count, offset_src, offset_dst, flags)  # which says what is wrong
         args = (offset_src, offset_dst, flags | os.SPLICE_F_NONBLOCK)
         ends = [(fd, _is_pipe(fd), _is_file(fd)) for fd in (src, dst)]
-        if flags & os.SPLICE_F_NONBLOCK or not any(is_pipe for _, is_pipe, _ in ends):
+        if not any(is_pipe for _, is_pipe, _ in ends) or (flags & os.SPLICE_F_NONBLOCK and not _core.can_give_way()):
             return posix.splice(src, dst, count, *args)
         waits_for_peer = not any(is_file for _, _, is_file in ends)
         with InFlight("splice", src, dst) as call:
             while True:
                 is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
+                if flags & os.SPLICE_F_NONBLOCK and is_sure:
+                    return posix.splice(src, dst, count, *args)
                 if not is_sure:
                     for fd, offset, events in ((src, offset_src, READ), (dst, offset_dst, WRITE)):
                         if not _is_pipe(fd) and _may_wait(fd, offset):
+                            # The kernel's flag is about the pipe alone: a socket in blocking mode would wait all the same.
+                            if flags & os.SPLICE_F_NONBLOCK and not _core.is_ready(fd, events):
+                                raise BlockingIOError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: splice({fd})")
                             wait_until_ready(fd, events, "splice")
                             call.check()
                     moved = _core.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer, errno.EAGAIN)
                     if moved >= 0:
                         return moved
+                    if flags & os.SPLICE_F_NONBLOCK:
+                        raise BlockingIOError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: splice({src})")
                 else:
                     with contextlib.suppress(BlockingIOError):
                         return posix.splice(src, dst, count, *args)

@@ -480,8 +480,8 @@ def lock_range(fd: FileDescriptorLike, cmd: int, len: int = 0, start: int = 0, w
     """What patch() puts in the place of fcntl.lockf: it lets other greenlets run while another process has the lock."""
     number = _number(fd)
     cmd = operator.index(cmd)
-    kind = fcntl.F_UNLCK if cmd & fcntl.LOCK_UN else fcntl.F_WRLCK if cmd & fcntl.LOCK_EX else fcntl.F_RDLCK
-    if cmd & (fcntl.LOCK_NB | fcntl.LOCK_UN):
+    kind = fcntl.F_UNLCK if cmd == fcntl.LOCK_UN else fcntl.F_RDLCK if cmd & fcntl.LOCK_SH else fcntl.F_WRLCK
+    if cmd == fcntl.LOCK_UN or cmd & fcntl.LOCK_NB:
         fcntl_lockf(number, cmd, len, start, whence)
         _core.note_lock(number, kind, len, start, whence)
     elif _gets_lock(fcntl_lockf, number, cmd | fcntl.LOCK_NB, len, start, whence):

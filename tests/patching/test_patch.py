@@ -194,6 +194,21 @@ def test_unpatch_leaves_what_others_replaced():
     """)
 
 
+def test_unpatch_after_gevent_has_patched_subprocess_in_between():
+    """gevent.monkey takes what stands in gevent.subprocess by then, which is ours."""
+    run_names("""
+        from gevent import monkey
+        monkey.patch_all()
+        import subprocess, coopos
+        names = ("Popen", "run", "call", "check_call", "check_output")
+        before = [getattr(subprocess, name) for name in names]
+        coopos.patch()
+        monkey.patch_subprocess()
+        coopos.unpatch()
+        assert [getattr(subprocess, name) for name in names] == before
+    """)
+
+
 def test_patch_some_of_monkey():
     """gevent.monkey may have left os alone and patched others: then os stays as it is."""
     run_names("""

@@ -29,6 +29,23 @@ def test_unpatch_gives_multiprocessing_back():
     """)
 
 
+def test_static_methods_stay_static():
+    run_script("""
+    from gevent import monkey
+    monkey.patch_all()
+    from multiprocessing import managers
+    import coopos
+    places = [(managers.BaseManager, "_finalize_manager"), (managers.BaseProxy, "_decref")]
+    before = [vars(owner)[name] for owner, name in places]
+    coopos.patch()
+    assert all(type(vars(owner)[name]) is staticmethod for owner, name in places)
+    assert [vars(owner)[name] for owner, name in places] != before
+    coopos.unpatch()
+    assert all(type(vars(owner)[name]) is staticmethod for owner, name in places)
+    assert [getattr(owner, name) for owner, name in places] == [each.__func__ for each in before]
+    """)
+
+
 def test_patch_leaves_multiprocessing_alone_until_gevent_patches():
     run_script("""
     import _multiprocessing, coopos

@@ -278,3 +278,31 @@ if kind == "flock":
         under=["env", "-C", os.fspath(tmp_path)],
         at=tmp_path / "script.py",
     )
+
+
+def test_thread_that_ends_directly_after_a_call_leaves_no_descriptor():
+    """Its hub had no turn in which to let go of where its calls arrive; gevent's own descriptors of such a hub stay."""
+    run_script("""
+        import os, tempfile, threading, coopos
+
+        def eventfds():
+            found = []
+            for name in os.listdir("/proc/self/fd"):
+                try:
+                    found.append(os.readlink(f"/proc/self/fd/{name}"))
+                except OSError:
+                    pass
+            return sum("eventfd" in each for each in found)
+
+        def grown_by(function):
+            before = eventfds()
+            for _ in range(10):
+                thread = threading.Thread(target=function)
+                thread.start()
+                thread.join()
+            return eventfds() - before
+
+        with tempfile.TemporaryFile() as file:
+            import gevent
+            assert grown_by(lambda: coopos.fsync(file.fileno())) <= grown_by(lambda: gevent.sleep(0.001))
+    """)

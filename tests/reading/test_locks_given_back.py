@@ -225,3 +225,29 @@ def test_offset_of_a_number_that_was_used_again_before_the_greenlet_knew(another
             os.read(number, 20)
             greenlet.kill()
             assert os.lseek(number, 0, os.SEEK_CUR) == 20
+
+
+def test_lock_for_writing_that_became_one_for_reading_meanwhile(fd, other):
+    """The latest is what the process holds."""
+    lock_range(fd, fcntl.LOCK_EX, 10, 0)
+    other.tell("lock", 15, 5)
+    killed = waiting(lock_range, fd, fcntl.LOCK_EX, 20, 0)
+    lock_range(fd, fcntl.LOCK_SH, 10, 0)
+    other.tell("release", 15, 5)
+    until_workers_have_got_it()
+    killed.kill()
+    assert other.finds_free(0, 10, "share") and not other.finds_free(0, 10) and other.finds_free(10, 10)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(fcntl.LOCK_SH | fcntl.LOCK_EX, "share"), (fcntl.LOCK_UN | fcntl.LOCK_EX, None), (fcntl.LOCK_EX, None)]
+)
+def test_kind_of_lock_for_combined_bits_is_the_stdlibs(fd, other, bits, kind):
+    other.tell("lock", 0, 1)
+    waiter = waiting(lock_range, fd, bits, 10, 0)
+    other.tell("release", 0, 1)
+    waiter.get(timeout=DEADLINE_S)
+    waited = other.finds_free(0, 10, "share")
+    fcntl.lockf(fd, fcntl.LOCK_UN)
+    fcntl.lockf(fd, bits, 10, 0)
+    assert waited == other.finds_free(0, 10, "share") == (kind == "share")

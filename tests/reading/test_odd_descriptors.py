@@ -1,6 +1,7 @@
 """Descriptors that never become ready, or that poll(2) says something else of than stat(2): as os serves them, so do we."""
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -143,3 +144,19 @@ def test_read_of_a_regular_file_that_waits_takes_no_place_at_the_disks():
         """,
         COOPOS_THREADS="1",
     )
+
+
+@needs_splice
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_splice_that_is_not_to_wait_does_not_wait_for_a_socket(kind):
+    """The kernel's flag is about the pipe alone."""
+    with closing(*os.pipe()) as (reader, writer):
+        ours, theirs = socket.socketpair(type=kind)
+        with ours, theirs:
+            args = ours.fileno(), writer, 10, None, None, os.SPLICE_F_NONBLOCK
+            assert error_of(coopos.splice, *args) == (BlockingIOError, errno.EAGAIN)
+            theirs.send(b"data")
+            assert coopos.splice(*args) == 4
+            assert os.read(reader, 10) == b"data"
+            args = reader, ours.fileno(), 10, None, None, os.SPLICE_F_NONBLOCK
+            assert error_of(coopos.splice, *args) == (BlockingIOError, errno.EAGAIN)

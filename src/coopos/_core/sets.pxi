@@ -75,7 +75,7 @@ cdef class Wait:
         return 0
 
     cdef int lose_loop(self) except -1:
-        """Its loop was destroyed, or its thread has ended: nothing will be told here."""
+        """Its loop was destroyed, or its thread has ended."""
         return 0
 
     def wake(self):
@@ -200,6 +200,7 @@ cdef class Set:
     cdef int n
     cdef int n_direct          # direct switches since the loop had its turn
     cdef long long direct_since_us
+    cdef Wait mailbox          # of the loop's workers, or None
     cdef list posted           # by other threads that have closed a descriptor: [(Wait, PutOffClose or None), ...]
 
     def __cinit__(self, loop):
@@ -278,9 +279,7 @@ cdef class Set:
         """The thread has ended or the loop was destroyed, so that no waiter here will ever run: drop the waits."""
         cdef PutOffClose later
         cdef PyObject **link
-        cdef Wait wait
         cdef int fd
-        cdef list lost = []
         self.is_over = True
         self.shut()
         self.hub = None
@@ -288,16 +287,12 @@ cdef class Set:
             for fd in range(_parked.size):
                 link = &_parked.at[fd]
                 while link[0] != NULL:
-                    wait = <Wait>link[0]
-                    if wait.set is self:
-                        link[0] = wait.next
-                        wait.is_listed = False
-                        lost.append(wait)
+                    if (<Wait>link[0]).set is self:
+                        link[0] = (<Wait>link[0]).next
                     else:
-                        link = &wait.next
-            for wait in lost:
-                wait.set = None
-                wait.lose_loop()
+                        link = &(<Wait>link[0]).next
+            if self.mailbox is not None:
+                self.mailbox.lose_loop()
             for _, later in self.posted:
                 if later is not None:
                     later.party_left()

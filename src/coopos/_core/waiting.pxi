@@ -111,6 +111,13 @@ cdef int park_until_ready(int fd, int events, str call) except -1:
             raise os_error(errno, call, fd)
 
 
+def is_ready(int fd, int events):
+    """For Python: whether poll(2) calls *fd* ready for *events*, READ or WRITE, now."""
+    cdef pollfd request
+    request.fd, request.events, request.revents = fd, POLLIN if events == READ else POLLOUT, 0
+    return poll(&request, 1, 0) > 0
+
+
 def wait_until_ready(int fd, int events, str call):
     """For Python: park until *fd* is ready for *events*, READ or WRITE."""
     park_until_ready(fd, events, call)

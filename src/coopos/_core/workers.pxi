@@ -92,6 +92,7 @@ cdef class Mailbox(Wait):
             raise NoWorker(os_error(errno, "eventfd", ""))
         self.fd, self.events = self.box.bell[0], READ
         _mailboxes[loop] = self
+        set_of_loop(loop).mailbox = self
 
     def __dealloc__(self):
         if self.box != NULL:

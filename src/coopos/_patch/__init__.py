@@ -48,10 +48,15 @@ def _find_places() -> None:
     _stdlibs.extend(stdlibs)
 
 
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Put *value* in the place of what is there; in the place of a static method it is one."""
+    setattr(owner, name, staticmethod(value) if isinstance(vars(owner).get(name), staticmethod) else value)
+
+
 def _replace(places: list[_Place]) -> None:
     for owner, name, theirs, ours in places:
         if getattr(owner, name, None) is theirs:
-            setattr(owner, name, ours)
+            _set(owner, name, ours)
 
 
 def _adopt(places: list[_Place]) -> None:
@@ -134,7 +139,7 @@ def unpatch() -> None:
             if theirs is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, theirs)
+                _set(owner, name, theirs)
 
 
 def on_did_patch_all(event: object) -> None:

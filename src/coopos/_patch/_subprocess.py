@@ -129,7 +129,8 @@ def use_gevents() -> None:
     """Undo use_stdlibs(), before the places get back what they held."""
     if _has_our_popen():
         for name, others, stdlibs in _others:
-            if getattr(subprocess, name) is stdlibs:
+            # Ours: gevent.monkey has patched subprocess since, and taken what stands in gevent.subprocess.
+            if getattr(subprocess, name) in (stdlibs, others[1]):
                 setattr(subprocess, name, others[0])
     if "_loop" in vars(_GeventPopen):
         del _GeventPopen._loop

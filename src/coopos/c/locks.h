@@ -2,8 +2,8 @@
  *
  * A lock of fcntl(2) belongs to the process, one of flock(2) to the open file; neither belongs to a greenlet. So a lock can't simply be
  * released for a greenlet that was killed just when its worker had got it: other greenlets may hold parts of the same range. While a
- * job waits for a lock, its claim lists what others of this process hold: what they held before (from /proc/locks) and what they
- * have got or released since. Only the rest is given back.
+ * job waits for a lock, its claim lists what others of this process hold: what they held before (from /proc/locks) and, in order,
+ * what they have got or released since. Only the rest is given back.
  *
  * The caller holds one lock for all claims: the pool's.
  */
@@ -18,7 +18,7 @@
 struct coopos_range {
     const struct coopos_claim *owner;    /* or NULL: it was not got by a job, or that job is over */
     off_t start, end;                    /* COOPOS_TO_THE_END: as far as a file can reach */
-    int kind;                            /* F_RDLCK, F_WRLCK */
+    int kind;                            /* F_RDLCK, F_WRLCK, F_UNLCK */
 };
 
 struct coopos_claim {
@@ -48,28 +48,26 @@ static inline struct coopos_range coopos_range_of(int kind, off_t offset, off_t 
     return range;
 }
 
-/* Without memory the others' range is not known, and may be released with ours. */
+/* The latest entry for a byte says what the process holds of it. What a later entry of the same owner covers is dropped. Without memory
+ * the range is not recorded, and may be released with ours.
+ */
 static inline void coopos_claim_add(struct coopos_claim *claim, struct coopos_range range)
 {
-    struct coopos_range *others = realloc(claim->others, (size_t)(claim->n_others + 1) * sizeof *others);
+    struct coopos_range *others = claim->others;
+    int i, n = 0, overlaps = 0;
+    for (i = 0; i < claim->n_others; i++) {
+        if (others[i].owner == range.owner && others[i].start >= range.start && others[i].end <= range.end)
+            continue;
+        overlaps |= others[i].start < range.end && others[i].end > range.start;
+        others[n++] = others[i];
+    }
+    claim->n_others = n;
+    if (range.kind == F_UNLCK && !overlaps)
+        return;
+    others = realloc(others, (size_t)(n + 1) * sizeof *others);
     if (others != NULL) {
         others[claim->n_others++] = range;
         claim->others = others;
-    }
-}
-
-static inline void coopos_claim_cut(struct coopos_claim *claim, off_t start, off_t end)
-{
-    int i;
-    const int n = claim->n_others;
-    for (i = 0; i < n; i++) {
-        struct coopos_range each = claim->others[i], behind = each;
-        if (each.start >= end || each.end <= start)
-            continue;
-        claim->others[i].end = each.start < start ? start : each.start;
-        behind.start = end;
-        if (behind.start < behind.end)
-            coopos_claim_add(claim, behind);
     }
 }
 
@@ -141,12 +139,8 @@ static inline void coopos_claims_note(int is_flock, int fd, struct coopos_range 
     if (coopos_claims == NULL || fstat(fd, &st) < 0)
         return;
     for (each = coopos_claims; each != NULL; each = each->next)
-        if (coopos_claim_is_of(each, is_flock, fd, &st)) {
-            if (range.kind == F_UNLCK)
-                coopos_claim_cut(each, range.start, range.end);
-            else
-                coopos_claim_add(each, range);
-        }
+        if (coopos_claim_is_of(each, is_flock, fd, &st))
+            coopos_claim_add(each, range);
 }
 
 /* In a forked child, which has none of its parent's locks of fcntl(2), but shares its open files. */
@@ -169,7 +163,7 @@ static inline int coopos_lock_range(int fd, int command, struct coopos_range ran
     return fcntl(fd, command, &lock);
 }
 
-/* Give back what the claim has got, but not what others hold of it: where they have a lock for reading, ours for writing becomes one. */
+/* Give back what the claim has got, but not what others hold of it: where they hold it in another way, the lock becomes theirs. */
 static inline void coopos_claim_give_back(struct coopos_claim *claim)
 {
     struct coopos_range piece = claim->wanted;
@@ -189,8 +183,7 @@ static inline void coopos_claim_give_back(struct coopos_claim *claim)
             }
             if (other->end < piece.end)
                 piece.end = other->end;
-            if (kind != F_WRLCK)
-                kind = other->kind;
+            kind = other->kind;
         }
         piece.kind = kind;
         if (claim->is_flock) {
