@@ -244,7 +244,7 @@ def pingpong_trio(room: int, size: int, quick: bool) -> Iterator[Sampler]:
 
 @contextmanager
 def readers(implementation: str, count: int, quick: bool) -> Iterator[Sampler]:
-    need_fds(2 * count + 2)
+    need_fds(4 * count + 4)
     library = importlib.import_module(implementation)
     read, write = library.nb_read, library.nb_write
     laps = (READER_WAKES // 5 if quick else READER_WAKES) // count
@@ -372,7 +372,8 @@ register(
         name="readers",
         summary="greenlets parked on a pipe each, woken over and over",
         case_label="{} readers",
-        cases=(100,),
+        cases=(100, 4900),
+        quick_cases=(100,),
         metrics={
             "burst": "one wait, all woken by a writer, lap after lap",
             "ring": "one wait, each woken by the one before it",
