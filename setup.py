@@ -100,7 +100,7 @@ ARM64, on Linux (glibc 2.28, musl 1.2, or later) and macOS."""
 
 class BuildExt(build_ext):
     def build_extensions(self):
-        """Before Cython's part, half a minute: is there anything to compile with?"""
+        """Before Cython's part, which takes its time: is there anything to compile with?"""
         with tempfile.TemporaryDirectory() as directory:
             source = os.path.join(directory, "headers.c")
             with open(source, "w") as file:
