@@ -139,7 +139,7 @@ cdef int start_watcher(Wait wait, str call) except -1:
     cdef int flags = fcntl(wait.fd, F_GETFL)
     if flags < 0:
         raise os_error(errno, call, wait.fd)
-    if is_always_ready(wait.fd):
+    if is_always_ready(wait.fd) and not coopos_can_poll(wait.fd):
         return ALWAYS_READY        # libev would call it ready at once, but libuv refuses it
     if flags & O_NONBLOCK or not hasattr(loop, "_io_watchers"):
         wait.watcher = loop.io(wait.fd, wait.events)
@@ -292,7 +292,10 @@ cdef class Set:
                     else:
                         link = &(<Wait>link[0]).next
             if self.mailbox is not None:
-                self.mailbox.lose_loop()
+                try:
+                    self.mailbox.lose_loop()
+                except:
+                    pass           # the interpreter is being taken down, and gevent's libuv watchers are Python
             for _, later in self.posted:
                 if later is not None:
                     later.party_left()
