@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from coopos import _core
 from coopos._core import READ, WRITE, InFlight, wait_until_ready, yield_turn
-from coopos._files import note_written
+from coopos._files import note_written, os_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -272,32 +272,33 @@ if hasattr(posix, "splice"):
         if not any(is_pipe for _, is_pipe, _ in ends) or (flags & os.SPLICE_F_NONBLOCK and not _core.can_give_way()):
             return posix.splice(src, dst, count, *args)
         waits_for_peer = not any(is_file for _, _, is_file in ends)
+        sides = ((src, offset_src, READ), (dst, offset_dst, WRITE))
+        waiting = [(fd, events) for fd, offset, events in sides if _may_wait(fd, offset)]
         with InFlight("splice", src, dst) as call:
             while True:
                 is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
                 if flags & os.SPLICE_F_NONBLOCK and is_sure:
                     return posix.splice(src, dst, count, *args)
                 if not is_sure:
-                    for fd, offset, events in ((src, offset_src, READ), (dst, offset_dst, WRITE)):
-                        if not _is_pipe(fd) and _may_wait(fd, offset):
+                    for fd, events in waiting:
+                        if not _is_pipe(fd):
                             # The kernel's flag is about the pipe alone: a socket in blocking mode would wait all the same.
-                            if flags & os.SPLICE_F_NONBLOCK and not _core.is_ready(fd, events):
-                                raise BlockingIOError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: splice({fd})")
+                            if flags & os.SPLICE_F_NONBLOCK and not _core.is_ready(fd, events, "splice"):
+                                raise os_error(errno.EAGAIN, "splice", fd)
                             wait_until_ready(fd, events, "splice")
                             call.check()
                     moved = _core.transfer("splice", src, offset_src, dst, offset_dst, count, args[2], waits_for_peer, errno.EAGAIN)
                     if moved >= 0:
                         return moved
                     if flags & os.SPLICE_F_NONBLOCK:
-                        raise BlockingIOError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: splice({src})")
+                        raise os_error(errno.EAGAIN, "splice", src)
                 else:
                     with contextlib.suppress(BlockingIOError):
                         return posix.splice(src, dst, count, *args)
                 call.check()
-                wait_until_ready(src, READ, "splice")
-                call.check()
-                wait_until_ready(dst, WRITE, "splice")
-                call.check()
+                for fd, events in waiting:
+                    wait_until_ready(fd, events, "splice")
+                    call.check()
                 yield_turn()
                 call.check()
 

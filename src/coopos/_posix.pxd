@@ -228,6 +228,7 @@ cdef extern from "c/workers.h" nogil:
     bint coopos_job_keep_open(CJob *job, int which, Closing *closing, bint is_useless)
     bint coopos_job_claim(CJob *job, Range wanted)
     void coopos_job_note_held(CJob *job, Range range)
+    bint coopos_has_claims()
     void coopos_locks_note(bint is_flock, int fd, Range range)
     bint coopos_job_interrupt(CJob *job)
     void coopos_job_abandon(CJob *job)

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import tty
 from collections.abc import Callable
 
@@ -383,6 +384,14 @@ class StandingWorkers:
         """Let the hub run until so many calls have begun; False if *greenlet* is over without."""
         until(lambda: _core.count_begun() >= count or greenlet.ready())
         return not greenlet.ready()
+
+
+def until_workers_are_done():
+    """Without a turn of the hub: the greenlets that wait for them don't know yet."""
+    deadline = time.monotonic() + DEADLINE_S
+    while _core.count_begun():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def let_threads_end():

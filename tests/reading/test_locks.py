@@ -8,7 +8,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 
 import gevent
 import pytest
@@ -19,7 +18,7 @@ import coopos
 from coopos import _core
 from coopos._files import lock_range
 
-from ..helpers.descriptors import StandingWorkers
+from ..helpers.descriptors import StandingWorkers, until_workers_are_done
 from ..helpers.files import HOLDER
 from ..helpers.support import DEADLINE_S, Index, closing, error_of, in_hub, parked, result_of, run_script, turn_loop, until
 
@@ -85,10 +84,7 @@ def let_go_in_one_turn(holder):
     """Have a HOLDER end, and workers get what it had, while the hub has no turn."""
     holder.stdin.close()
     holder.wait()
-    deadline = time.monotonic() + DEADLINE_S
-    while _core.count_begun() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not _core.count_begun()
+    until_workers_are_done()
 
 
 @pytest.mark.parametrize("kind", ["flock", "lockf"])
@@ -132,9 +128,7 @@ def test_lock_of_a_closed_number_is_undone_before_the_number_is_used_again(path,
         until(_core.count_begun)
         fcntl.flock(holder, fcntl.LOCK_UN)
         workers.go_on()
-        deadline = time.monotonic() + DEADLINE_S
-        while _core.count_begun() and time.monotonic() < deadline:
-            time.sleep(0.001)
+        until_workers_are_done()
     coopos.close(number)
     assert os.open(tmp_path / "other", os.O_RDWR) == number
     with closing(number):

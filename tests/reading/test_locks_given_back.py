@@ -5,7 +5,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import time
 
 import gevent
 import pytest
@@ -14,6 +13,7 @@ import coopos
 from coopos import _core
 from coopos._files import lock_range
 
+from ..helpers.descriptors import until_workers_are_done
 from ..helpers.support import DEADLINE_S, closing, until
 
 #: Another process, which locks, releases and tries ranges of a file as it is told.
@@ -75,21 +75,13 @@ def waiting(function, *args):
     return greenlet
 
 
-def until_workers_have_got_it():
-    """Without a turn of the hub: their greenlets don't know yet."""
-    deadline = time.monotonic() + DEADLINE_S
-    while _core.count_begun():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_range_that_another_greenlet_has_got_meanwhile_elsewhere(fd, other):
     """It is no reason to keep ours."""
     other.tell("lock", 20, 5)
     killed = waiting(lock_at, fd, 20, 5)
     lock_at(fd, 0, 5)
     other.tell("release", 20, 5)
-    until_workers_have_got_it()
+    until_workers_are_done()
     killed.kill()
     assert other.finds_free(20, 5) and not other.finds_free(0, 5)
 
@@ -99,7 +91,7 @@ def test_part_of_the_range_that_was_locked_before(fd, other):
     other.tell("lock", 15, 5)
     killed = waiting(lock_at, fd, 0, 20)
     other.tell("release", 15, 5)
-    until_workers_have_got_it()
+    until_workers_are_done()
     killed.kill()
     assert not other.finds_free(0, 10) and other.finds_free(10, 10)
 
@@ -111,7 +103,7 @@ def test_part_of_the_range_that_was_locked_by_another_library(fd, other):
     other.tell("lock", 15, 5)
     killed = waiting(lock_at, fd, 0, 20)
     other.tell("release", 15, 5)
-    until_workers_have_got_it()
+    until_workers_are_done()
     killed.kill()
     assert not other.finds_free(0, 10) and other.finds_free(10, 10)
 
@@ -122,7 +114,7 @@ def test_lock_for_reading_that_was_to_become_one_for_writing(fd, other, length):
     other.tell("share", 0, length)
     killed = waiting(lock_range, fd, fcntl.LOCK_EX, length, 0)
     other.tell("release", 0, length)
-    until_workers_have_got_it()
+    until_workers_are_done()
     killed.kill()
     assert other.finds_free(0, 10, "share") and not other.finds_free(0, 10)
 
@@ -133,7 +125,7 @@ def test_middle_of_the_range_that_another_greenlet_has_got_and_released_in_part(
     lock_at(fd, 5, 20)
     release_at(fd, 10, 5)
     other.tell("release", 0, 1)
-    until_workers_have_got_it()
+    until_workers_are_done()
     killed.kill()
     assert [start for start in range(0, 30, 5) if not other.finds_free(start, 5)] == [5, 15, 20]
 
@@ -142,7 +134,7 @@ def test_range_that_two_waited_for_and_both_are_killed(fd, other):
     other.tell("lock", 0, 10)
     first, second = waiting(lock_at, fd, 0, 10), waiting(lock_at, fd, 0, 10)
     other.tell("release", 0, 10)
-    until_workers_have_got_it()
+    until_workers_are_done()
     first.kill()
     assert not other.finds_free(0, 10)
     second.kill()
@@ -171,7 +163,7 @@ def test_flock_of_a_number_that_was_used_again_before_the_greenlet_knew(path, an
         fcntl.flock(holder, fcntl.LOCK_EX)
         killed = waiting(coopos.flock, number, fcntl.LOCK_EX)
         os.close(holder)
-        until_workers_have_got_it()
+        until_workers_are_done()
         use_again(number, another)
         fcntl.flock(number, fcntl.LOCK_EX)
         killed.kill()
@@ -186,7 +178,7 @@ def test_flock_of_a_number_that_was_closed_before_the_greenlet_knew(path):
         fcntl.flock(holder, fcntl.LOCK_EX)
         waiter = waiting(coopos.flock, number, fcntl.LOCK_EX)
         fcntl.flock(holder, fcntl.LOCK_UN)
-        until_workers_have_got_it()
+        until_workers_are_done()
         coopos.close(number)
         with pytest.raises(OSError, match="Bad file descriptor"):
             waiter.get(timeout=DEADLINE_S)
@@ -199,7 +191,7 @@ def test_lockf_of_a_number_that_was_used_again_before_the_greenlet_knew(path, an
         other.tell("lock", 0, 10)
         killed = waiting(lock_at, number, 0, 10)
         other.tell("release", 0, 10)
-        until_workers_have_got_it()
+        until_workers_are_done()
         use_again(number, another)
         os.lockf(number, os.F_LOCK, 10)
         killed.kill()
@@ -220,7 +212,7 @@ def test_offset_of_a_number_that_was_used_again_before_the_greenlet_knew(another
             gevent.sleep(0)
             if greenlet.ready():
                 pytest.skip("reads of such a file take no worker here")
-            until_workers_have_got_it()
+            until_workers_are_done()
             use_again(number, another)
             os.read(number, 20)
             greenlet.kill()
@@ -234,7 +226,7 @@ def test_lock_for_writing_that_became_one_for_reading_meanwhile(fd, other):
     killed = waiting(lock_range, fd, fcntl.LOCK_EX, 20, 0)
     lock_range(fd, fcntl.LOCK_SH, 10, 0)
     other.tell("release", 15, 5)
-    until_workers_have_got_it()
+    until_workers_are_done()
     killed.kill()
     assert other.finds_free(0, 10, "share") and not other.finds_free(0, 10) and other.finds_free(10, 10)
 

@@ -160,3 +160,15 @@ def test_splice_that_is_not_to_wait_does_not_wait_for_a_socket(kind):
             assert os.read(reader, 10) == b"data"
             args = reader, ours.fileno(), 10, None, None, os.SPLICE_F_NONBLOCK
             assert error_of(coopos.splice, *args) == (BlockingIOError, errno.EAGAIN)
+
+
+@needs_splice
+@pytest.mark.skipif(not os.access("/dev/random", os.W_OK), reason="no /dev/random to write to")
+@pytest.mark.parametrize("blocking", [True, False])
+def test_splice_of_a_pipe_that_is_empty_to_a_device_that_is_never_ready(blocking):
+    """It waits for the pipe alone."""
+    with closing(*os.pipe()) as (reader, writer), closing(os.open("/dev/random", os.O_WRONLY)) as (device,):
+        os.set_blocking(device, blocking)
+        greenlet = parked(coopos.splice, reader, device, 4)
+        os.write(writer, b"seed")
+        assert result_of(greenlet) == 4

@@ -134,7 +134,8 @@ def note_lock(Py_ssize_t fd, kind, Py_ssize_t length, Py_ssize_t start=0, Py_ssi
     """Record that a range was locked (F_RDLCK, F_WRLCK) or released (F_UNLCK) without waiting. A greenlet that waits for the same
     bytes must not release it if it is killed.
     """
-    coopos_locks_note(False, as_int(fd), range_of(as_int(fd), as_int(kind), length, start, as_int(whence)))
+    if coopos_has_claims():            # else spare the lseek(2) of every lockf()
+        coopos_locks_note(False, as_int(fd), range_of(as_int(fd), as_int(kind), length, start, as_int(whence)))
 
 
 def wait_flock(Py_ssize_t fd, Py_ssize_t operation):

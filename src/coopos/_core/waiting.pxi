@@ -90,32 +90,36 @@ cdef bint park(int fd, int events, str call, bint may_block=True, long long us=N
     return True
 
 
-cdef int park_until_ready(int fd, int events, str call) except -1:
-    """Park until poll(2) says that *fd* is ready. It says so at once of what epoll refuses, such as regular files."""
+cdef bint is_ready_now(int fd, int events, str call) except -1:
+    """Whether poll(2) calls *fd* ready, without waiting."""
     cdef pollfd request
     cdef int rc
-    check_open(fd, call)
     request.fd = fd
     request.events = POLLIN if events == READ else POLLOUT
     while True:
         request.revents = 0
         rc = poll(&request, 1, 0)
-        if rc > 0:
-            return 0
-        if rc == 0:
-            if not park(fd, events, call):
-                let_others_run()
         # While a signal is pending, Linux gives EINTR even for a timeout of 0, if no descriptor is ready (do_poll in
         # https://github.com/torvalds/linux/blob/master/fs/select.c).
-        elif not is_interrupted(errno):
-            raise os_error(errno, call, fd)
+        if rc >= 0 or not is_interrupted(errno):
+            break
+    if rc < 0:
+        raise os_error(errno, call, fd)
+    return rc > 0
 
 
-def is_ready(int fd, int events):
-    """For Python: whether poll(2) calls *fd* ready for *events*, READ or WRITE, now."""
-    cdef pollfd request
-    request.fd, request.events, request.revents = fd, POLLIN if events == READ else POLLOUT, 0
-    return poll(&request, 1, 0) > 0
+cdef int park_until_ready(int fd, int events, str call) except -1:
+    """Park until poll(2) says that *fd* is ready. It says so at once of what epoll refuses, such as regular files."""
+    check_open(fd, call)
+    while not is_ready_now(fd, events, call):
+        if not park(fd, events, call):
+            let_others_run()
+    return 0
+
+
+def is_ready(int fd, int events, str call):
+    """For Python: whether *fd* is ready for *events*, READ or WRITE, now."""
+    return is_ready_now(fd, events, call)
 
 
 def wait_until_ready(int fd, int events, str call):

@@ -71,9 +71,9 @@ static inline void coopos_claim_add(struct coopos_claim *claim, struct coopos_ra
     }
 }
 
-static inline int coopos_claim_is_of(const struct coopos_claim *claim, int is_flock, int fd, const struct stat *st)
+static inline int coopos_claim_is_of(const struct coopos_claim *claim, int is_flock, int fd, dev_t dev, ino_t ino)
 {
-    return claim->is_flock == is_flock && (!is_flock || claim->fd == fd) && claim->dev == st->st_dev && claim->ino == st->st_ino;
+    return claim->is_flock == is_flock && (!is_flock || claim->fd == fd) && claim->dev == dev && claim->ino == ino;
 }
 
 /* NULL: the descriptor is not open, or there is no memory. */
@@ -126,8 +126,7 @@ static inline void coopos_claim_got(const struct coopos_claim *claim)
 {
     struct coopos_claim *each;
     for (each = coopos_claims; each != NULL; each = each->next)
-        if (each != claim && each->is_flock == claim->is_flock && (!each->is_flock || each->fd == claim->fd)
-                && each->dev == claim->dev && each->ino == claim->ino)
+        if (each != claim && coopos_claim_is_of(each, claim->is_flock, claim->fd, claim->dev, claim->ino))
             coopos_claim_add(each, claim->wanted);
 }
 
@@ -139,7 +138,7 @@ static inline void coopos_claims_note(int is_flock, int fd, struct coopos_range 
     if (coopos_claims == NULL || fstat(fd, &st) < 0)
         return;
     for (each = coopos_claims; each != NULL; each = each->next)
-        if (coopos_claim_is_of(each, is_flock, fd, &st))
+        if (coopos_claim_is_of(each, is_flock, fd, st.st_dev, st.st_ino))
             coopos_claim_add(each, range);
 }
 

@@ -519,6 +519,16 @@ static inline void coopos_job_note_held(struct coopos_job *job, struct coopos_ra
     coopos_pool_unlock();
 }
 
+/* Whether a job waits for any lock: only then locks have to be recorded. */
+static inline int coopos_has_claims(void)
+{
+    int has_claims;
+    coopos_pool_lock();
+    has_claims = coopos_claims != NULL;
+    coopos_pool_unlock();
+    return has_claims;
+}
+
 static inline void coopos_locks_note(int is_flock, int fd, struct coopos_range range)
 {
     coopos_pool_lock();
