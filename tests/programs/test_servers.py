@@ -1,4 +1,4 @@
-"""gunicorn's gevent worker and Celery's gevent pool, each run as a user runs it, over coopos.
+"""gunicorn's workers and Celery's gevent pool, each run as a user runs it, over coopos.
 
 Their workers fork: the master its workers, a request handler or a task a multiprocessing.Process. What a forked child must not do
 is go on with the greenlets of its parent, which accept connections, take tasks and look whether the master is still there: over
@@ -35,7 +35,8 @@ MANY_TICKS = 120
 
 # What the processes do, for gunicorn's application and for Celery's tasks.
 WORK = """
-import json, multiprocessing, os, signal, subprocess, sys, time
+import functools, json, multiprocessing, os, signal, subprocess, sys, time
+from concurrent.futures import ProcessPoolExecutor
 import gevent
 
 
@@ -93,7 +94,42 @@ def pass_on(code):
     return code
 
 
-WORKS = {"process": run_process, "program": run_program, "wait": wait, "pass": pass_on}
+def put(queue, code):
+    queue.put(code)
+
+
+def use_pools(method, code):
+    '''*code*, by each way to have it from another process.'''
+    ctx = multiprocessing.get_context(method)
+    answers = []
+    with ctx.Pool(4) as pool:
+        answers += pool.map(pass_on, [code] * 50)
+    pool = ctx.Pool(2, maxtasksperchild=1)
+    answers += pool.map(pass_on, [code] * 4, 1)
+    pool.close()
+    pool.join()
+    with ProcessPoolExecutor(2, mp_context=ctx) as executor:
+        answers += executor.map(pass_on, [code] * 10)
+    queue = ctx.Queue()
+    process = ctx.Process(target=put, args=(queue, code))
+    process.start()
+    answers.append(queue.get())
+    process.join()
+    with ctx.Manager() as manager:
+        answers.append(manager.Value("i", code).value)
+    [answer] = set(answers)
+    return answer
+
+
+def leave_task(code):
+    '''*code*, from a pool in which another task isn't over, and never will be.'''
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.apply_async(time.sleep, (1000,))
+        return pool.apply(pass_on, (code,))
+
+
+WORKS = {"process": run_process, "program": run_program, "wait": wait, "pass": pass_on, "leave": leave_task}
+WORKS.update({method: functools.partial(use_pools, method) for method in ("fork", "spawn", "forkserver")})
 """
 
 APPLICATION = (
@@ -241,11 +277,12 @@ each_way = pytest.mark.parametrize("options", [OVER_COOPOS, [*OVER_COOPOS, "--pr
 
 
 class Gunicorn(Server):
-    """gunicorn with *count* gevent workers, which have booted."""
+    """gunicorn with *count* workers of a *kind*, which have booted."""
 
-    def __init__(self, directory, options, count, **env):
+    def __init__(self, directory, options, count, kind="gevent", **env):
         (directory / "application.py").write_text(APPLICATION)
-        more = ["-k", "gevent", "-w", str(count), "-b", "127.0.0.1:0", "--control-socket", str(directory / "control")]
+        more = ["-w", str(count), "-b", "127.0.0.1:0", "--control-socket", str(directory / "control"), "-t", "100"]
+        more += ["-k", kind, *(["--threads", "20"] if kind == "gthread" else [])]
         super().__init__(directory, *options, *more, "application", **env)
         try:
             [listening] = self.in_log(r"Listening at: (http://\S+)")
@@ -343,6 +380,48 @@ def test_gunicorn_handler_starts_a_process(options, env, tmp_path):
         server.stop()
         assert "Parent changed" not in server.log()
         assert server.log().count("Worker exiting") == 1
+
+
+each_kind = pytest.mark.parametrize("kind", ["gevent", "gthread", "sync"])
+
+
+@needs("gunicorn")
+@each_kind
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_gunicorn_handler_uses_pools(kind, method, tmp_path):
+    """They inherit the worker's SIGTERM handler, or nothing; all of them end, and so does the server."""
+    with Gunicorn(tmp_path, OVER_COOPOS, 1, kind) as server:
+        [worker] = server.wait_booted(1)
+        assert [server.ask(f"{method}/{code}") for code in (1, 2)] == [[worker, 1], [worker, 2]]
+        server.stop()
+
+
+@needs("gunicorn")
+@each_kind
+def test_gunicorn_answers_many_requests_that_use_pools(kind, tmp_path):
+    """20 at once, some of which leave a pool whose worker is in the middle of a task."""
+    with Gunicorn(tmp_path, OVER_COOPOS, 1, kind) as server, ThreadPoolExecutor(20) as pool:
+        [worker] = server.wait_booted(1)
+        works = [("leave" if (kind != "sync" and code % 4 == 0) or code == 0 else "fork", code) for code in range(20)]
+        answers = list(pool.map(server.ask, [f"{name}/{code}" for name, code in works]))
+        assert answers == [[worker, code] for code in range(20)]
+        wait_until(lambda: {process.pid for process in server.descendants()} == {worker}, "all processes of the pools have ended")
+        server.stop()
+
+
+@needs("gunicorn")
+@each_kind
+def test_gunicorn_worker_ends_by_its_own_handler(kind, tmp_path):
+    """That of SIGQUIT sleeps and exits; it runs in the hub if the worker waits for requests."""
+    with Gunicorn(tmp_path, OVER_COOPOS, 1, kind) as server:
+        [worker] = server.wait_booted(1)
+        assert server.ask("pass/1") == [worker, 1]
+        wait_until(lambda: psutil.Process(worker).status() == psutil.STATUS_SLEEPING, "the worker waits for requests")
+        os.kill(worker, signal.SIGQUIT)
+        new = server.wait_booted(2)[1]
+        assert server.ask("pass/2") == [new, 2]
+        assert not is_there(worker)
+        assert "BlockingSwitchOutError" not in server.log()
 
 
 # ---- Celery ------------------------------------------------------------------------------------------------------------------
@@ -448,4 +527,15 @@ def test_celery_worker_restarts_itself(tmp_path):
         assert server.wait_done("process", 8) == [server.process.pid]
         assert not is_there(process)
         assert set(server.told("ticks")) == {server.process.pid}
+        server.stop()
+
+
+@needs("celery")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_celery_tasks_use_pools(method, tmp_path):
+    """Ten at once, while another leaves a pool whose worker is in the middle of a task."""
+    with Celery(tmp_path, "-m", "coopos", "-m", "celery") as server:
+        works = [(method, code) for code in range(10 if method == "fork" else 2)]
+        server.send(*works, ("leave", 100))
+        assert [server.wait_done(*work) for work in [*works, ("leave", 100)]] == [[server.process.pid]] * (len(works) + 1)
         server.stop()

@@ -1,7 +1,8 @@
 """What patch() does: it puts coopos under a program that `gevent.monkey` has patched. unpatch() takes it out again.
 
-The table of places says what may be replaced; the modules beside this one make it: `_os`, `_subprocess` and `_multiprocessing`.
-Whether a place is patched isn't noted anywhere: it is, if its name holds our function. Each place keeps what it held before.
+The table of places says what may be replaced; the modules beside this one make it: `_os`, `_subprocess`, `_time` and
+`_multiprocessing`. Whether a place is patched isn't noted anywhere: it is, if its name holds our function. Each place keeps what it
+held before.
 
 gevent calls on_did_patch_all() at the end of every ``monkey.patch_all()``. If there is nothing to do, it imports nothing. The
 façade hands its functions down with offer(); nothing here imports the façade.
@@ -41,9 +42,9 @@ def _find_places() -> None:
 
     gevents, stdlibs = _os.places_of_gevent(_ours), _os.places_of_stdlib(_ours)
     if hasattr(os, "fork"):
-        from coopos._patch import _subprocess
+        from coopos._patch import _subprocess, _time
 
-        gevents += _subprocess.places_of_popen()
+        gevents += _subprocess.places_of_popen() + _time.places()
     _gevents.extend(gevents)
     _stdlibs.extend(stdlibs)
 
@@ -88,6 +89,7 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     * in :mod:`os`, what gevent replaces there and the rest of ``coopos.__implements__``, but never ``os.read`` and ``os.write``;
     * what gevent replaces in :mod:`subprocess`, by :mod:`coopos.subprocess`;
     * ``fcntl.flock`` and ``fcntl.lockf``, and what :mod:`multiprocessing` waits with;
+    * :func:`time.sleep`, so that it sleeps in the hub, too, where signal handlers often run;
     * the interpreter's import lock: a fork waits while another greenlet has it.
 
     Names that other modules have imported before stay as they are. A second call does nothing.

@@ -180,10 +180,30 @@ _WANTED = {
         _in_managers,
     ),
     "multiprocessing.popen_fork": _Wanted(
-        ("os", "Popen._launch(self, process_obj): os, fork", "Popen.poll(self, flag): returncode, os, waitpid, pid"),
+        (
+            "os",
+            "Popen.__init__(self, process_obj): _launch",
+            "Popen._launch(self, process_obj): os, fork",
+            "Popen.poll(self, flag): returncode, os, waitpid, pid",
+            "Popen.wait(self, timeout): returncode, sentinel, poll",
+            "Popen.terminate(self): _send_signal, SIGTERM",
+            "Popen.kill(self)",
+        ),
         lambda module: [
             (module, "os", over(os, fork=_processes.forking_by(_fork.fork))),
+            (module.Popen, "__init__", _processes.noting_workers(module.Popen.__init__)),
             (module.Popen, "poll", _processes.poll),
+            (module.Popen, "wait", _processes.killing_late_workers(module.Popen.wait)),
+            (module.Popen, "terminate", _processes.terminate),
+        ],
+    ),
+    "multiprocessing.pool": _Wanted(
+        (
+            "Pool._help_stuff_finish(inqueue, task_handler, size): _rlock, acquire, is_alive, _reader, poll",
+            "Pool._terminate_pool: _help_stuff_finish, terminate, join",
+        ),
+        lambda module: [
+            (module.Pool, "_help_stuff_finish", _processes.dismissing_workers(module.Pool._help_stuff_finish)),
         ],
     ),
     "multiprocessing.popen_forkserver": _Wanted(

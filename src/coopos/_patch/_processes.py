@@ -1,15 +1,18 @@
 """Locks, queues and processes of multiprocessing under :func:`coopos.patch`. POSIX only.
 
 `_multiprocessing` puts these functions in place; its rules hold here. Each does what the stdlib's function of that name does, and
-differs only where a greenlet may be killed or timed out in the middle: then no lock is lost, no place in a queue is taken, and a
-child that failed to start doesn't go on with the parent's program.
+differs where a greenlet may be killed or timed out in the middle: then no lock is lost, no place in a queue is taken, and a child
+that failed to start doesn't go on with the parent's program. The worker of a pool comes to an end when it is told to.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import socket
 import struct
+import time
 import traceback
 from contextlib import nullcontext
 from errno import ECHILD
@@ -20,6 +23,10 @@ from coopos import _core, io as coopos_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+#: So long a pool's worker that was terminated has for its own SIGTERM handler.
+GRACE_S = 2.0
 
 
 # ---- locks -------------------------------------------------------------------------------------------------------------------
@@ -149,12 +156,18 @@ def poll_fork_server(popen: Any, flag: int = os.WNOHANG) -> int | None:
 
 
 def forking_by(fork: Callable[..., int]) -> Callable[[], int]:
-    """os.fork for a Process. If it fails in the child, the child ends: it must not go on with the parent's program."""
+    """os.fork for a Process. If it fails in the child, the child ends: it must not go on with the parent's program.
+
+    The child has no wake-up descriptor: through the inherited one the parent would hear of the child's signals as its own.
+    """
 
     def fork_process() -> int:
         parent = os.getpid()
         try:
-            return fork(keep_greenlets=False)
+            pid = fork(keep_greenlets=False)
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+            return pid
         except BaseException:
             if os.getpid() == parent:
                 raise
@@ -162,6 +175,69 @@ def forking_by(fork: Callable[..., int]) -> Callable[[], int]:
             os._exit(1)
 
     return fork_process
+
+
+# ---- the end of a pool's workers ---------------------------------------------------------------------------------------------
+
+# A forked worker inherits the SIGTERM handler of a server. gunicorn's and Celery's set a flag and return. Nobody in the worker
+# looks at the flag, so the stdlib waits for such a worker until its task is over, and for one that waits for a task for ever. We
+# change no handler: docs/multiprocessing.rst has the reasons. The workers that wait for a task are told to end. Those that are
+# still there after GRACE_S are killed.
+
+
+def dismissing_workers(help_stuff_finish: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``Pool._help_stuff_finish``. It keeps the lock that workers take to get a task, so that none takes one any more.
+
+    Once nobody puts tasks any more, each worker is told that there is none, and the lock is released.
+    """
+
+    @functools.wraps(help_stuff_finish)
+    def help_and_dismiss(tasks: Any, feeder: Any, size: int) -> None:
+        help_stuff_finish(tasks, feeder, size)
+        if feeder.is_alive():
+            return
+        while tasks._reader.poll():
+            tasks._reader.recv_bytes()
+        for _ in range(size):
+            tasks.put(None)
+        tasks._rlock.release()
+
+    return help_and_dismiss
+
+
+def noting_workers(init: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``popen_fork.Popen.__init__``: after the start a Process doesn't have its target any more."""
+
+    @functools.wraps(init)
+    def note(popen: Any, process: Any) -> None:
+        target = getattr(process, "_target", None)
+        popen._coopos_is_worker = getattr(target, "__module__", None) in ("multiprocessing.pool", "concurrent.futures.process")
+        init(popen, process)
+
+    return note
+
+
+def terminate(popen: Any) -> None:
+    """``popen_fork.Popen.terminate``. A pool's worker has GRACE_S from the first call on."""
+    popen._send_signal(signal.SIGTERM)
+    if getattr(popen, "_coopos_is_worker", False) and not hasattr(popen, "_coopos_killed_at"):
+        popen._coopos_killed_at = time.monotonic() + GRACE_S
+
+
+def killing_late_workers(wait: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Wrap ``popen_fork.Popen.wait``. Who waits without a timeout kills a worker whose GRACE_S is over."""
+
+    @functools.wraps(wait)
+    def wait_or_kill(popen: Any, timeout: float | None = None) -> int | None:
+        killed_at = getattr(popen, "_coopos_killed_at", None)
+        if timeout is None and killed_at is not None and wait(popen, max(0.0, killed_at - time.monotonic())) is None:
+            popen.kill()
+        return wait(popen, timeout)
+
+    return wait_or_kill
+
+
+# ---- the fork server ---------------------------------------------------------------------------------------------------------
 
 
 class ServerSocket(socket.socket):
