@@ -1,6 +1,7 @@
 """What patch() does: it puts coopos under a program that `gevent.monkey` has patched. unpatch() takes it out again.
 
-The table of places says what may be replaced; the modules beside this one make it: `_os`, `_subprocess` and `_multiprocessing`.
+The table of places says what may be replaced; the modules beside this one make it: `_os`, `_io`, `_subprocess` and
+`_multiprocessing`.
 Whether a place is patched isn't noted anywhere: it is, if its name holds our function. Each place keeps what it held before.
 
 gevent calls on_did_patch_all() at the end of every ``monkey.patch_all()``. If there is nothing to do, it imports nothing. The
@@ -22,18 +23,24 @@ _Place = tuple[Any, str, Any, Any]
 
 # {name: function}, what the façade offers in place of those of os and gevent.os.
 _ours: dict[str, Any] = {}
+# The same, for patch(io=True) in os alone.
+_forms: dict[str, Any] = {}
 # What patch() may replace, whether or not it has. The first call finds it, while every name still holds what gevent and Python gave
 # it. These names hold something of gevent's, so they tell by themselves whether gevent.monkey has patched their module.
 _gevents: list[_Place] = []
 # These gevent leaves alone. They are replaced only if gevent.monkey has patched os.
 _stdlibs: list[_Place] = []
+# What patch(io=True) replaces besides, and the standard streams, as they were at its last call.
+_ios: list[_Place] = []
+_streams: list[_Place] = []
 # Finds the places in multiprocessing, when a program imports it.
 _finder: _multiprocessing.Finder | None = None
 
 
-def offer(ours: dict[str, Any]) -> None:
-    """Called by the façade, with the functions that patch() is to put in place."""
+def offer(ours: dict[str, Any], forms: dict[str, Any]) -> None:
+    """Called by the façade, with the functions that patch() is to put in place, and those that only patch(io=True) does."""
     _ours.update(ours)
+    _forms.update(forms)
 
 
 def _find_places() -> None:
@@ -52,6 +59,35 @@ def _replace(places: list[_Place]) -> None:
     for owner, name, theirs, ours in places:
         if getattr(owner, name, None) is theirs:
             setattr(owner, name, ours)
+
+
+def _put_back(places: list[_Place]) -> None:
+    for owner, name, theirs, ours in places:
+        if getattr(owner, name, None) is ours:
+            if theirs is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, theirs)
+
+
+def _patch_io() -> None:
+    from coopos._patch import _io
+
+    if not _ios:
+        _ios.extend(_io.places(_forms))
+    _replace(_ios)
+    streams = _io.streams()
+    _streams.extend(streams)
+    _replace(streams)
+
+
+def _unpatch_io() -> None:
+    from coopos._patch import _io
+
+    _put_back(_ios)
+    _io.flush_streams()
+    _put_back([place for place in _streams if not _io.is_in_use(place[3])])
+    _streams.clear()
 
 
 def _adopt(places: list[_Place]) -> None:
@@ -73,7 +109,7 @@ def _patch_multiprocessing() -> None:
     _finder.install()
 
 
-def patch(*, keep_greenlets: bool | None = None) -> None:
+def patch(*, keep_greenlets: bool | None = None, io: bool = False) -> None:
     """Put coopos under a program that uses gevent.
 
     In gevent's own modules it replaces the functions of ``gevent.os``, ``gevent.fork``, and what is in ``gevent.subprocess``, by
@@ -85,11 +121,20 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
     * ``fcntl.flock`` and ``fcntl.lockf``, and what :mod:`multiprocessing` waits with;
     * the interpreter's import lock: a fork waits while another greenlet has it.
 
-    Names that other modules have imported before stay as they are. A second call does nothing.
+    With ``io=True`` it replaces besides, under ``gevent.monkey``:
 
-    With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call.
+    * in :mod:`os`, the rest of ``coopos.__cooperative__``: ``read``, ``write``, ``open``, ``fsync`` and others;
+    * :func:`open` and :func:`io.open`, for files that may make one wait: FIFOs, terminals, pipes, sockets and devices;
+    * ``sys.stdin``, ``sys.stdout`` and ``sys.stderr``, where they are such files and nobody has replaced them;
+    * :func:`input`, which lets other greenlets run until there is a line.
+
+    See :doc:`patching`. Names that other modules have imported before stay as they are. A second call replaces nothing twice.
+
+    With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call; with COOPOS_PATCH=io, ``patch(io=True)``.
 
     Args:
+        io: bool, whether reads, writes and files cooperate everywhere in the program. False changes nothing: what was replaced
+            stays.
         keep_greenlets: what holds for forks that don't say it themselves. False: the child has only the greenlet that forked (see
             :func:`fork_gevent`). True: it has all of them. None, the default, changes nothing: what the last call has said holds,
             or COOPOS_KEEP_GREENLETS=0 in the environment, else True.
@@ -111,13 +156,16 @@ def patch(*, keep_greenlets: bool | None = None) -> None:
         if keep_greenlets is not None:
             _core.set_default(keep_greenlets)
         if is_module_patched("os"):
+            if io:
+                _patch_io()
             _patch_multiprocessing()
 
 
 def unpatch() -> None:
     """Undo :func:`patch`: every name that holds a function of coopos gets gevent's own back. A second call does nothing.
 
-    Children that were forked in between stay watched; wait for them with :func:`waitpid` of this module.
+    Children that were forked in between stay watched; wait for them with :func:`waitpid` of this module. A ``sys.stdin`` that was
+    read from stays as it is, since it may have read ahead.
 
     Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets.
 
@@ -129,16 +177,14 @@ def unpatch() -> None:
         from coopos._patch import _subprocess
 
         _subprocess.use_gevents()
-    for owner, name, theirs, ours in _gevents + _stdlibs:
-        if getattr(owner, name, None) is ours:
-            if theirs is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, theirs)
+    if _ios:
+        _unpatch_io()
+    _put_back(_gevents + _stdlibs)
 
 
 def on_did_patch_all(event: object) -> None:
     """Called by ``gevent.monkey.patch_all()``, through an entry point: patch, if the environment says so or patch() was called."""
     is_patched = any(getattr(owner, name, None) is ours for owner, name, _, ours in _gevents + _stdlibs)
-    if is_patched or os.environ.get("COOPOS_PATCH", "").lower() in ("1", "true", "yes", "on"):
-        patch()
+    wanted = os.environ.get("COOPOS_PATCH", "").lower()
+    if is_patched or wanted in ("1", "true", "yes", "on", "io"):
+        patch(io=wanted == "io")
