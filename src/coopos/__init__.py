@@ -31,7 +31,7 @@ from gevent._config import config as _config
 
 from coopos import _patch
 from coopos._files import tp_read as tp_read, tp_write as tp_write
-from coopos._patch import patch as patch, unpatch as unpatch
+from coopos._patch import patch as patch, patched as patched, unpatch as unpatch
 
 if TYPE_CHECKING:
     from os import *  # noqa: F403
@@ -192,7 +192,7 @@ def doctor() -> int:
     return main()
 
 
-__all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "unpatch"})
+__all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "patched", "unpatch"})
 
 #: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets. docs/census.rst says why these.
 __cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))

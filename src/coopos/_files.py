@@ -305,6 +305,8 @@ def truncate(path: StrOrBytesPath | int, length: int) -> None:
 
     .. versionadded:: 0.1.0
     """
+    if isinstance(path, bool):
+        return posix.truncate(path, length)  # which warns
     if isinstance(path, int):
         return ftruncate(path, length)
     _refuse_in_hub()

@@ -186,6 +186,8 @@ class WholeFileIO(FileIO):
     """A file whose ``write`` writes all of its data, in blocking mode: for callers that don't look how much was written."""
 
     __slots__ = ()
+    #: Whether it does so in non-blocking mode too.
+    _in_any_mode = False
 
     def write(self, data: ReadableBuffer, /) -> int:
         written = 0
@@ -197,7 +199,7 @@ class WholeFileIO(FileIO):
                     if count is None:  # in non-blocking mode
                         return written or count
                     written += count
-                    if not len(octets) or not os.get_blocking(self.fileno()):
+                    if not len(octets) or not (self._in_any_mode or os.get_blocking(self.fileno())):
                         break
             except BaseException as ex:
                 if hasattr(self, "_owned"):

@@ -20,7 +20,8 @@ LAYERS = [
     {"_programs"},
     {"_patch._import_lock", "_patch._connections", "_patch._processes", "_patch._managers", "_patch._io"},
     {"_patch._os", "_patch._subprocess", "_patch._multiprocessing"},
-    {"_patch", "_doctor"},
+    {"_patch"},
+    {"_doctor"},
     {"__init__"},
     {"__main__"},
 ]

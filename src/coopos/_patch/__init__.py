@@ -11,6 +11,9 @@ façade hands its functions down with offer(); nothing here imports the façade.
 from __future__ import annotations
 
 import os
+import sys
+import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from gevent.monkey import is_module_patched
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 #: (module or class, name, what the name holds before, ours)
 _Place = tuple[Any, str, Any, Any]
+
+#: The modules of which one at least is patched once gevent.monkey has done anything.
+_MONKEYS = ("os", "subprocess", "socket", "time", "thread", "threading", "select", "signal", "ssl", "queue")
 
 # {name: function}, what the façade offers in place of those of os and gevent.os.
 _ours: dict[str, Any] = {}
@@ -33,6 +39,10 @@ _stdlibs: list[_Place] = []
 # What patch(io=True) replaces besides, and the standard streams, as they were at its last call.
 _ios: list[_Place] = []
 _streams: list[_Place] = []
+# Whether patch(io=True) was called, and unpatch() not since.
+_wants_io = False
+# Whether the warning about an early patch() has been given.
+_has_warned = False
 # Finds the places in multiprocessing, when a program imports it.
 _finder: _multiprocessing.Finder | None = None
 
@@ -44,6 +54,8 @@ def offer(ours: dict[str, Any], forms: dict[str, Any]) -> None:
 
 
 def _find_places() -> None:
+    if _gevents:
+        return
     from coopos._patch import _os
 
     gevents, stdlibs = _os.places_of_gevent(_ours), _os.places_of_stdlib(_ours)
@@ -143,8 +155,10 @@ def patch(*, keep_greenlets: bool | None = None, io: bool = False) -> None:
 
     .. versionadded:: 0.1.0
     """
-    if not _gevents:
-        _find_places()
+    global _wants_io
+    _find_places()
+    _warn_if_early()
+    _wants_io |= bool(io)
     _replace(_gevents)
     if is_module_patched("os"):
         _replace(_stdlibs)
@@ -155,10 +169,22 @@ def patch(*, keep_greenlets: bool | None = None, io: bool = False) -> None:
         _subprocess.use_stdlibs()
         if keep_greenlets is not None:
             _core.set_default(keep_greenlets)
+        _subprocess.set_pipes(nonblocking=not _wants_io)
         if is_module_patched("os"):
-            if io:
+            if _wants_io:
                 _patch_io()
             _patch_multiprocessing()
+
+
+def _warn_if_early() -> None:
+    global _has_warned
+    if not _has_warned and not any(map(is_module_patched, _MONKEYS)):
+        _has_warned = True
+        warnings.warn(
+            "coopos.patch() replaces little before gevent.monkey has patched anything: call gevent.monkey.patch_all() first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def unpatch() -> None:
@@ -171,12 +197,15 @@ def unpatch() -> None:
 
     .. versionadded:: 0.1.0
     """
+    global _wants_io
+    _wants_io = False
     if _finder is not None:
         _finder.remove()
     if _gevents and hasattr(os, "fork"):
         from coopos._patch import _subprocess
 
         _subprocess.use_gevents()
+        _subprocess.set_pipes(nonblocking=False)
     if _ios:
         _unpatch_io()
     _put_back(_gevents + _stdlibs)
@@ -188,3 +217,48 @@ def on_did_patch_all(event: object) -> None:
     wanted = os.environ.get("COOPOS_PATCH", "").lower()
     if is_patched or wanted in ("1", "true", "yes", "on", "io"):
         patch(io=wanted == "io")
+
+
+def patched() -> dict[str, str]:
+    """Say what :func:`patch` has replaced in this process, and why it has not replaced the rest.
+
+    Returns:
+        dict: from the full name of each function, class or stream that ``patch()`` and ``patch(io=True)`` may replace to
+        ``"coopos"``, if coopos has replaced it, or to the reason why it has not. What they replace in :mod:`multiprocessing` is
+        there once the program has imported that.
+
+    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets, and replaces nothing.
+
+    .. versionadded:: 0.1.0
+    """
+    _find_places()
+    found = {_name_of(place): _state_of(place, "patch() was not called") for place in _gevents + _stdlibs}
+    if not hasattr(os, "fork"):
+        return found
+    from coopos._patch import _io
+
+    if not _ios:
+        _ios.extend(_io.places(_forms))
+    found |= {_name_of(place): _state_of(place, "patch(io=True) was not called") for place in _ios}
+    found |= {f"os.{name}": reason for name, reason in _io.LEFT_ALONE.items()}
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        ours = any(place[1] == name and place[3] is stream for place in _streams) or _io.is_in_use(stream)
+        reason = "it is not the interpreter's, or never makes anybody wait" if _wants_io else "patch(io=True) was not called"
+        found[f"sys.{name}"] = "coopos" if ours else reason
+    return found
+
+
+def _name_of(place: _Place) -> str:
+    owner, name = place[:2]
+    return f"{owner.__name__ if isinstance(owner, types.ModuleType) else f'{owner.__module__}.{owner.__qualname__}'}.{name}"
+
+
+def _state_of(place: _Place, reason: str) -> str:
+    owner, name, theirs, ours = place
+    value = getattr(owner, name, None)
+    if value is ours:
+        return "coopos"
+    if not is_module_patched("os") and not owner.__name__.startswith("gevent"):
+        return "gevent.monkey has not patched os"
+    return reason if value is theirs else "somebody else has replaced it"

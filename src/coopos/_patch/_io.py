@@ -29,6 +29,8 @@ from coopos._core import READ, can_give_way, is_waiting_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+#: The functions of os that coopos has in a form of its own and that are left alone all the same: why.
+LEFT_ALONE = {"fdopen": "it calls io.open", "register_at_fork": "every child has a hub that works before its hooks run"}
 #: How many of a function's first arguments are descriptors whose non-blocking mode counts.
 _DESCRIPTORS = {"eventfd_read": 1, "eventfd_write": 1, "sendfile": 1, "splice": 2}
 
@@ -306,7 +308,7 @@ def _input(prompt: object = "", /) -> str:
 def places(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     """(owner, name, what the name holds now, ours) of everything but the streams. *ours*: {name: function} of the façade."""
     global os_open
-    functions = {name: _like_os(name, function) for name, function in ours.items() if name != "fdopen"}
+    functions = {name: _like_os(name, function) for name, function in ours.items() if name not in LEFT_ALONE}
     os_open = functions["open"]
     opens = _core.make_open(_plain_open, _open)
     return [
