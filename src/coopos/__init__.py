@@ -21,7 +21,7 @@ Environment variables, read when the module is imported:
 ``COOPOS_KEEP_GREENLETS=0``
     A forked child has only the greenlet that forked, unless :func:`patch`, :func:`fork_policy` or an argument says otherwise.
 ``COOPOS_PATCH=1``
-    ``gevent.monkey.patch_all()`` calls :func:`patch`.
+    ``gevent.monkey.patch_all()`` calls :func:`patch`. With ``COOPOS_PATCH=io`` it calls ``patch(io=True)``.
 """
 
 import os as _os
@@ -31,7 +31,7 @@ from gevent._config import config as _config
 
 from coopos import _patch
 from coopos._files import tp_read as tp_read, tp_write as tp_write
-from coopos._patch import patch as patch, unpatch as unpatch
+from coopos._patch import patch as patch, patched as patched, unpatch as unpatch
 
 if TYPE_CHECKING:
     from os import *  # noqa: F403
@@ -42,7 +42,7 @@ __version__ = "0.1.0.dev0"
 __implements__: list[str] = []
 #: The names that :mod:`os` doesn't have.
 __extensions__: list[str] = ["tp_read", "tp_write"]
-#: Forms of functions of :mod:`os` that :func:`patch` doesn't put there.
+#: Forms of functions of :mod:`os` that only ``patch(io=True)`` puts there.
 _forms: list[str] = []
 
 if hasattr(_os, "fork"):
@@ -168,7 +168,10 @@ if hasattr(_os, "fork"):
     for _name in _signatures.keys() & globals().keys():
         globals()[_name] = _as_builtin(globals()[_name], _signatures[_name], __name__)
 
-_patch.offer({_name: globals()[_name] for _name in __implements__ + __extensions__})
+_patch.offer(
+    {_name: globals()[_name] for _name in __implements__ + __extensions__},
+    {_name: globals()[_name] for _name in _forms},
+)
 
 
 def doctor() -> int:
@@ -189,7 +192,7 @@ def doctor() -> int:
     return main()
 
 
-__all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "unpatch"})
+__all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "patched", "unpatch"})
 
 #: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets. docs/census.rst says why these.
 __cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))

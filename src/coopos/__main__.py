@@ -1,8 +1,10 @@
 """``python -m coopos``: run a program under ``gevent.monkey.patch_all()`` and :func:`coopos.patch`, or look at this machine.
 
-    python -m coopos script.py [argument ...]
-    python -m coopos -m module [argument ...]
+    python -m coopos [--no-io] script.py [argument ...]
+    python -m coopos [--no-io] -m module [argument ...]
     python -m coopos doctor
+
+It calls ``patch(io=True)``: os.read, open(), the standard streams and input() let other greenlets run. With --no-io it doesn't.
 
 A directory or zip file with a ``__main__.py`` runs too. What comes after the script or module is its own. The program sees the
 argv, sys.path and ``__main__`` that it would see without coopos.
@@ -38,13 +40,13 @@ def _absolute(path: str) -> str:
         return path
 
 
-def _patch() -> None:
+def _patch(io: bool) -> None:
     import gevent.monkey
 
     gevent.monkey.patch_all()
     from coopos._patch import patch
 
-    patch()
+    patch(io=io)
 
 
 def _clear_main() -> dict[str, Any]:
@@ -107,12 +109,18 @@ def main() -> None:
         sys.exit(_doctor.main())
     import pkgutil
 
+    io = arguments[0] != "--no-io"
+    if not io:
+        del arguments[0]
+    if not arguments:
+        print("python -m coopos: --no-io needs a program", file=sys.stderr)
+        sys.exit(2)
     if arguments[0] == "-m":
         if len(arguments) < 2:
             print("python -m coopos: -m needs the name of a module", file=sys.stderr)
             sys.exit(2)
         working_directory = _take_working_directory()
-        _patch()
+        _patch(io)
         sys.path[:0] = working_directory
         sys.argv[:] = ["-m", *arguments[2:]]
         _run_as_main(arguments[1], True)
@@ -121,7 +129,7 @@ def main() -> None:
         print(f"python -m coopos: unknown option {arguments[0]}", file=sys.stderr)
         sys.exit(2)
     _take_working_directory()
-    _patch()
+    _patch(io)
     sys.argv[:] = arguments
     path = _absolute(arguments[0])
     if pkgutil.get_importer(path) is not None:

@@ -15,6 +15,7 @@ This page is the table of contents. The chapters are in _core/, from the bottom 
     moving      whole reads and writes, and those that a worker makes
     files       nb_read, nb_write, read, write and their kin
     owned       the descriptor of a FileIO
+    patched     what stands in os, and for open() and input(), under patch(io=True)
     semaphores  multiprocessing's locks
     questions   asking the kernel about children
     exits       how a loop learns that a child has ended
@@ -100,6 +101,7 @@ include "_core/ladder.pxi"
 include "_core/moving.pxi"
 include "_core/files.pxi"
 include "_core/owned.pxi"
+include "_core/patched.pxi"
 include "_core/semaphores.pxi"
 include "_core/questions.pxi"
 include "_core/exits.pxi"

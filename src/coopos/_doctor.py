@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.hub import get_hub
 
-from coopos import _files
+from coopos import _files, _patch
 
 HAS_CORE = hasattr(os, "fork")
 if HAS_CORE:
@@ -224,11 +224,22 @@ if HAS_CORE:
         CHECKS.append(("any process", check_any_process))
 
 
+def print_patched() -> None:
+    """Which names of this process coopos has replaced; the others, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, state in _patch.patched().items():
+        names.setdefault(state, []).append(name)
+    print(f"replaced by coopos in this process: {len(names.pop('coopos', ()))} names")
+    for state, left in names.items():
+        print(f"not replaced, since {state}: {len(left) if len(left) > 9 else ', '.join(left)}")
+
+
 def main() -> int:
     """Run every check and print a line for each; 0 if all are well, else 1."""
     version = sys.modules["coopos"].__version__  # not imported: the façade knows the doctor, and not the other way about
     print(f"coopos {version} with gevent {gevent.__version__} on {type(get_hub().loop).__module__}")
     print(f"Python {platform.python_version()} on {platform.platform()}")
+    print_patched()
     failed = 0
     for name, check in CHECKS:
         try:

@@ -305,6 +305,8 @@ def truncate(path: StrOrBytesPath | int, length: int) -> None:
 
     .. versionadded:: 0.1.0
     """
+    if isinstance(path, bool):
+        return posix.truncate(path, length)  # which warns
     if isinstance(path, int):
         return ftruncate(path, length)
     _refuse_in_hub()
@@ -339,8 +341,9 @@ def ftruncate(fd: int, length: int, /) -> None:
 
 def _may_wait_to_open(path: StrOrBytesPath, flags: int, dir_fd: int | None) -> bool:
     """Whether open(2) may wait: for the other end of a FIFO, or the carrier of a terminal line."""
-    mode = posix.stat(path, dir_fd=dir_fd).st_mode
-    return stat.S_ISCHR(mode) or (stat.S_ISFIFO(mode) and not flags & os.O_RDWR)
+    status = posix.stat(path, dir_fd=dir_fd)
+    mode = status.st_mode
+    return (stat.S_ISCHR(mode) and not _core.never_waits(status.st_rdev)) or (stat.S_ISFIFO(mode) and not flags & os.O_RDWR)
 
 
 def open(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:

@@ -66,9 +66,11 @@ cdef extern from "<sys/stat.h>" nogil:
     cdef struct stat_t "stat":
         mode_t st_mode
         dev_t st_dev
+        dev_t st_rdev
         ino_t st_ino
         off_t st_size
     int fstat(int fd, stat_t *buf)
+    int c_stat "stat"(const char *path, stat_t *buf)
     mode_t S_IFMT
     bint S_ISREG(mode_t mode)
     bint S_ISBLK(mode_t mode)
@@ -167,6 +169,7 @@ cdef extern from "c/moving.h" nogil:
         off_t offset
         int flags
         int may_block
+        int as_os
         size_t max_bytes
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)

@@ -176,8 +176,21 @@ def _check_stdlib(module: Any) -> None:
         )
 
 
+#: Whether the pipes of a Popen are in non-blocking mode, as those of gevent's. patch() sets it, and patch(io=True) clears it.
+has_nonblocking_pipes = False
+
+
+class _NonblockingPipe(WholeFileIO):
+    __slots__ = ()
+    _in_any_mode = True
+
+
 def _open_pipe(fd: int, mode: str, buffering: int) -> Any:
     """What the copy has for io.open. An unbuffered pipe writes all of the input in one write()."""
+    if has_nonblocking_pipes:
+        os.set_blocking(fd, False)
+        if buffering == 0:
+            return _NonblockingPipe(fd, mode)
     return WholeFileIO(fd, mode) if buffering == 0 else fdopen(fd, mode, buffering)
 
 

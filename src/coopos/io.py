@@ -12,7 +12,7 @@ import operator
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coopos import _core, _files
 from coopos._core import Moving, Owned, use_slot, warn_unclosed
@@ -111,6 +111,8 @@ class FileIO(Moving, io.FileIO):
     """
 
     __slots__ = ("_closes", "_owned")
+    #: Whether non-blocking mode counts, as for io.FileIO.
+    _as_os = False
     if TYPE_CHECKING:
         _blksize: int  # of the base class
         _finalizing: bool
@@ -137,7 +139,7 @@ class FileIO(Moving, io.FileIO):
             if is_path:
                 self.name = file
             self._closes = closes
-            self._owned = Owned(operator.index(number), super().readable(), super().writable())
+            self._owned = Owned(operator.index(number), super().readable(), super().writable(), self._as_os)
         except BaseException as ex:
             super().close()  # or it would go on with a number that may be another file's
             if is_path:
@@ -184,6 +186,8 @@ class WholeFileIO(FileIO):
     """A file whose ``write`` writes all of its data, in blocking mode: for callers that don't look how much was written."""
 
     __slots__ = ()
+    #: Whether it does so in non-blocking mode too.
+    _in_any_mode = False
 
     def write(self, data: ReadableBuffer, /) -> int:
         written = 0
@@ -191,8 +195,11 @@ class WholeFileIO(FileIO):
             try:
                 while written < len(octets) or not written:
                     with octets[written:] as rest:
-                        written += super().write(rest)
-                    if not len(octets) or not os.get_blocking(self.fileno()):
+                        count = super().write(rest)
+                    if count is None:  # in non-blocking mode
+                        return written or count
+                    written += count
+                    if not len(octets) or not (self._in_any_mode or os.get_blocking(self.fileno())):
                         break
             except BaseException as ex:
                 if hasattr(self, "_owned"):
@@ -222,11 +229,11 @@ class _Lock:
     def flush(self) -> None:
         self._when_free(super().flush)  # type: ignore[misc]
 
-    def _when_free(self, method: Callable[[], None]) -> None:
+    def _when_free(self, method: Callable[..., Any], *args: Any) -> Any:
         """Call *method* until no other greenlet is inside. RuntimeError: the caller itself is inside."""
         while True:
             try:
-                return method()
+                return method(*args)
             except RuntimeError as ex:
                 error = ex
             if not str(error).startswith("reentrant call") or not self.raw._owned.wait_for_others():
@@ -245,11 +252,11 @@ class BufferedRandom(_Lock, io.BufferedRandom):
     __slots__ = ()
 
 
-def _check_open_arguments(mode: str, **texts: object) -> None:
+def _check_open_arguments(call: str, mode: str, **texts: object) -> None:
     """Refuse what io.open refuses before it makes anything."""
     for name, text in texts.items():
         if text is not None and not isinstance(text, str):
-            raise TypeError(f"fdopen() argument {name!r} must be str or None, not {type(text).__name__}")
+            raise TypeError(f"{call}() argument {name!r} must be str or None, not {type(text).__name__}")
         if text is not None and "\0" in text:
             raise ValueError("embedded null character")
     if set(mode) - set("rwxabt+") or len(set(mode)) < len(mode):
@@ -264,7 +271,7 @@ def _check_open_arguments(mode: str, **texts: object) -> None:
                 raise ValueError(f"binary mode doesn't take an {name} argument")
 
 
-def _buffer_size(raw: FileIO, is_terminal: bool) -> int:
+def buffer_size(raw: FileIO, is_terminal: bool) -> int:
     """The size of a buffer if the caller gives none."""
     size = raw._blksize
     if raw.readable() and not raw.writable() and not is_terminal and not raw.seekable():
@@ -315,39 +322,67 @@ def fdopen(
     """
     if not isinstance(fd, int):
         raise TypeError(f"invalid fd type ({type(fd)}, expected integer)")
+    return open_file(_FDOPEN, fd, mode, buffering, encoding, errors, newline, closefd, opener)
+
+
+class Kinds(NamedTuple):
+    """What open_file() makes a file of, and the function that errors name."""
+
+    call: str
+    raw: type[FileIO]
+    reader: type[io.BufferedReader]
+    writer: type[io.BufferedWriter]
+    both: type[io.BufferedRandom]
+
+
+_FDOPEN = Kinds("fdopen", FileIO, BufferedReader, BufferedWriter, BufferedRandom)
+
+
+def open_file(
+    kinds: Kinds,
+    file: Any,
+    mode: str,
+    buffering: int,
+    encoding: str | None,
+    errors: str | None,
+    newline: str | None,
+    closefd: bool,
+    opener: Callable[[Any, int], int] | None,
+) -> Any:
+    """What io.open does, of other kinds. Warnings are for the caller's caller."""
     if not isinstance(mode, str):
-        raise TypeError(f"fdopen() argument 'mode' must be str, not {type(mode).__name__}")
+        raise TypeError(f"{kinds.call}() argument 'mode' must be str, not {type(mode).__name__}")
     is_binary = "b" in mode
     if not is_binary:
-        encoding = io.text_encoding(encoding)
+        encoding = io.text_encoding(encoding, 3)
     size = operator.index(buffering)
     if size.bit_length() > 31:
         raise OverflowError("Python int too large to convert to C int")
-    _check_open_arguments(mode, encoding=encoding, errors=errors, newline=newline)
+    _check_open_arguments(kinds.call, mode, encoding=encoding, errors=errors, newline=newline)
     if is_binary and size == 1:
         warnings.warn(
             "line buffering (buffering=1) isn't supported in binary mode, the default buffer size will be used",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    raw = FileIO(fd, mode.replace("t", ""), closefd, opener)
-    file: Any = raw
+    raw = kinds.raw(file, mode.replace("t", ""), closefd, opener)
+    made: Any = raw
     try:
         is_default = size < 0 or size == 1
         is_terminal = is_default and raw.isatty()
         is_by_lines = size == 1 or is_terminal
         if is_default:
-            size = _buffer_size(raw, is_terminal)
+            size = buffer_size(raw, is_terminal)
         if size == 0:
             if is_binary:
                 return raw
             raise ValueError("can't have unbuffered text I/O")
-        buffered: Any = BufferedRandom if "+" in mode else BufferedReader if "r" in mode else BufferedWriter
-        file = buffered(raw, size)
+        buffered: Any = kinds.both if "+" in mode else kinds.reader if "r" in mode else kinds.writer
+        made = buffered(raw, size)
         if not is_binary:
-            file = io.TextIOWrapper(file, encoding, errors, newline, is_by_lines)
-            file.mode = mode
+            made = io.TextIOWrapper(made, encoding, errors, newline, is_by_lines)
+            made.mode = mode
     except BaseException:
-        file.close()
+        made.close()
         raise
-    return file
+    return made

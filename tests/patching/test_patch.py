@@ -1,11 +1,16 @@
 """patch() and unpatch(): what they replace, that they put it back, and that the programs under them work."""
 
 import os
+import pathlib
+import re
 import sys
 import textwrap
+import warnings
 
 import gevent.os
 import pytest
+
+import coopos
 
 from ..helpers.support import run_script
 
@@ -71,7 +76,8 @@ def run(source, **kwargs):
 # ---- names -------------------------------------------------------------------------------------------------------------------
 
 NAMES = f"""
-import os, sys
+import os, sys, warnings
+warnings.filterwarnings("ignore", "coopos.patch")  # before gevent.monkey
 before = {{}}
 
 def snapshot():
@@ -114,6 +120,73 @@ def test_patch_under_monkey():
         for module, name in IN_GEVENT_OS + IN_OS + [("gevent", "fork")]:
             assert after[module, name] is getattr(coopos, name), (module, name)
     """)
+
+
+def test_patch_before_monkey_warns_once():
+    """And says what to call. With gevent.monkey it doesn't."""
+    run_names("""
+        import coopos
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            coopos.patch()
+            coopos.patch()
+        assert [warning.category for warning in caught] == [RuntimeWarning]
+        assert "call gevent.monkey.patch_all() first" in str(caught[0].message) and caught[0].filename == "<string>"
+    """)
+    run_names("""
+        warnings.simplefilter("error")
+        from gevent import monkey
+        monkey.patch_all()
+        import coopos
+        coopos.patch()
+    """)
+
+
+@pytest.mark.parametrize("calls", ["", "p", "i", "iu"])
+def test_patched_says_what_is_replaced(calls):
+    """A line for each name that may be replaced: coopos, if its value is ours, or the reason. It replaces nothing."""
+    run_names(f"""
+        import functools
+        from gevent import monkey
+        monkey.patch_all()
+        import coopos
+        for call in {calls!r}:
+            {{"p": coopos.patch, "i": functools.partial(coopos.patch, io=True), "u": coopos.unpatch}}[call]()
+        before = snapshot()
+        states = coopos.patched()
+        assert changed(before, snapshot()) == []
+        for name in [f"os.{{name}}" for _, name in IN_OS] + ["gevent.fork", "subprocess.Popen", "fcntl.flock"]:
+            assert (states[name] == "coopos") is ({calls!r} in ("p", "i")), (name, states[name])
+        others = {{"fdopen", "register_at_fork", *(name for _, name in IN_OS)}}
+        ios = ["os." + name for name in set(coopos.__cooperative__) - others]
+        for name in [*ios, "io.open", "builtins.open", "builtins.input"]:
+            assert states[name] == ("coopos" if {calls!r} == "i" else "patch(io=True) was not called"), (name, states[name])
+        assert states["os.fdopen"] == "it calls io.open"
+        os.close = lambda fd: None
+        assert coopos.patched()["os.close"] == "somebody else has replaced it"
+    """)
+
+
+def test_patched_without_monkey():
+    run_names("""
+        import coopos
+        coopos.patch()
+        states = coopos.patched()
+        assert states["os.wait"] == "gevent.monkey has not patched os" and states["gevent.os.tp_read"] == "coopos"
+    """)
+
+
+def test_patching_is_documented():
+    """The page names all that patch() may replace, but the functions of os and gevent.os, which have their own lists."""
+    page = pathlib.Path(__file__).resolve().parents[2] / "docs" / "patching.rst"
+    if not page.exists():
+        pytest.skip("the documentation is not beside the tests")
+    named = set(re.findall(r"``([\w.]+)``", page.read_text()))
+    assert {"coopos.__cooperative__", "gevent.os"} <= named
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {name for name in coopos.patched() if not name.startswith("gevent.os.")}
+    assert names - {f"os.{name}" for name in coopos.__cooperative__} - named == set()
 
 
 def test_patch_without_monkey():
@@ -316,6 +389,33 @@ def test_os_fork_and_waitpid():
         gevent.spawn(os.close, writer)
         assert ticks_while(os.waitpid, pid, 0) == (pid, STATUS)
         assert sigchld_is_default()
+    """)
+
+
+@pytest.mark.parametrize("io", [False, True])
+def test_os_read_of_a_pipe_of_popen(io):
+    """Without io=True it raises BlockingIOError, as over gevent's pipes, and never stops the process; with it, it waits."""
+    run(f"""
+        import subprocess
+        coopos.patch(io={io})
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+            fd = process.stdout.fileno()
+            assert os.get_blocking(fd) is {io}
+            if {io}:
+                gevent.spawn_later(0.01, process.stdin.write, b"hello")
+                assert ticks_while(os.read, fd, 5) == b"hello"
+            else:
+                try:
+                    os.read(fd, 1)
+                    raise AssertionError("there was nothing")
+                except BlockingIOError:
+                    pass
+            gevent.spawn(lambda: (process.stdin.write(bytes(200000)), process.stdin.close()))
+            assert len(ticks_while(process.stdout.read)) == 200000  # one write() writes all, whatever the mode
+        # A child gets its streams in blocking mode.
+        with subprocess.Popen(["sh", "-c", "sleep 0.05; echo hello"], stdout=subprocess.PIPE) as first:
+            code = "import os; assert os.get_blocking(0); print(os.read(0, 10))"
+            assert subprocess.check_output([sys.executable, "-c", code], stdin=first.stdout) == b"b'hello\\\\n'\\n"
     """)
 
 

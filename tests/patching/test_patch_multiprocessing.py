@@ -50,6 +50,8 @@ def test_patch_leaves_multiprocessing_alone_until_gevent_patches():
     run_script("""
     import _multiprocessing, coopos
     plain = _multiprocessing.SemLock
+    import warnings
+    warnings.simplefilter("ignore")  # it comes before gevent.monkey
     coopos.patch()
     assert _multiprocessing.SemLock is plain
     from gevent import monkey

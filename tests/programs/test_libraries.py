@@ -58,8 +58,8 @@ except ChildProcessError:
 """
 
 
-def run(script):
-    run_script(PROGRAM + textwrap.dedent(script) + END)
+def run(script, io=False):
+    run_script(PROGRAM.replace("coopos.patch()", f"coopos.patch(io={io})") + textwrap.dedent(script) + END)
 
 
 @needs("pexpect")
@@ -202,3 +202,102 @@ def test_gitpython(tmp_path):
         repo.close()
         clone.close()
     """)
+
+
+# ---- under patch(io=True) ----------------------------------------------------------------------------------------------------
+
+
+@needs("pexpect")
+def test_pexpect_popen_spawn():
+    """Its thread reads a Popen's pipe by os.read."""
+    run(
+        """
+        from pexpect.popen_spawn import PopenSpawn
+        import pexpect
+        child = PopenSpawn(["sh", "-c", "sleep 0.05; echo name; read name; echo hello $name"])
+        child.expect_exact("name")
+        assert others_ran()
+        child.sendline("coopos")
+        child.expect_exact("hello coopos")
+        child.expect(pexpect.EOF)
+        assert child.wait() == 0
+        """,
+        io=True,
+    )
+
+
+@needs("pexpect")
+def test_pexpect_fdspawn():
+    """It reads and writes a descriptor, a terminal here, by os.read and os.write."""
+    run(
+        """
+        import pexpect.fdpexpect
+        ours, theirs = os.openpty()
+        session = pexpect.fdpexpect.fdspawn(ours, timeout=10)
+        gevent.spawn_later(0.05, os.write, theirs, b"login: ")
+        session.expect_exact("login: ")
+        assert others_ran()
+        session.sendline("me")
+        assert os.read(theirs, 10) == b"me\\n"
+        session.close()
+        os.close(theirs)
+        """,
+        io=True,
+    )
+
+
+@needs("ptyprocess")
+def test_ptyprocess_waits_to_read():
+    """Its reads are those of a file that io.open makes of the terminal."""
+    run(
+        """
+        from ptyprocess import PtyProcess
+        process = PtyProcess.spawn(["sh", "-c", "sleep 0.1; echo hello; read line; exit 7"])
+        others_ran()
+        assert process.readline() == b"hello\\r\\n"
+        assert others_ran()
+        process.write(b"\\n")
+        assert process.wait() == 7
+        process.close()
+        """,
+        io=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("library", "lock"),
+    [
+        pytest.param("filelock", "FileLock(path, timeout=10)", marks=needs("filelock")),
+        pytest.param("portalocker", "Lock(path, flags=portalocker.LOCK_EX)", marks=needs("portalocker")),
+    ],
+)
+def test_file_locks_between_processes(library, lock):
+    """Two processes take turns: the counter in the file comes out right, and while one waits its other greenlets run."""
+    run(
+        f"""
+        import subprocess, textwrap
+        directory = tempfile.mkdtemp()
+        path, counter, program = (os.path.join(directory, name) for name in ("lock", "counter", "program.py"))
+        with open(counter, "w") as file:
+            file.write("0")
+        work = textwrap.dedent('''
+            import gevent, {library}
+            for _ in range(20):
+                with {library}.{lock}:
+                    with open(counter) as file:
+                        number = int(file.read())
+                    gevent.sleep(0.002)
+                    with open(counter, "w") as file:
+                        file.write(str(number + 1))
+            ''')
+        with open(program, "w") as file:
+            file.write(f"path, counter = {{(path, counter)}}" + work)
+        process = subprocess.Popen([sys.executable, "-m", "coopos", program])
+        exec(work)
+        assert others_ran()
+        assert process.wait() == 0
+        with open(counter) as file:
+            assert file.read() == "40"
+        """,
+        io=True,
+    )

@@ -24,7 +24,7 @@ from ..helpers.support import run_script
 FORMS = set(coopos.__cooperative__) - set(coopos.__implements__) - set(coopos.__extensions__)
 FUNCTIONS = sorted({*coopos.__implements__, *coopos.__extensions__, *FORMS})
 #: What gevent.os has not.
-OUR_OWN = {"doctor", "patch", "unpatch"}
+OUR_OWN = {"doctor", "patch", "patched", "unpatch"}
 #: Parameters that ours have and gevent's have not, by function: keyword only, so that every call for gevent's is one for ours.
 SUPERSETS: dict[str, set[str]] = {
     "fork_gevent": {"keep_greenlets"},
@@ -221,6 +221,7 @@ pid = coopos.fork()
 if not pid:
     os._exit(7)
 assert coopos.waitpid(pid, 0) == (pid, 7 << 8)
+__import__("warnings").simplefilter("ignore")  # nothing is patched by gevent.monkey
 coopos.patch()
 coopos.unpatch()
 """,
@@ -276,7 +277,7 @@ WITHOUT_RESULT = set(
 #: Classes are what they return.
 WITHOUT_RESULT |= {"FileIO", "register_at_fork"}
 #: They stand for nothing in the system or in gevent, and fail at nothing.
-WITHOUT_SOURCE = {"doctor", "patch", "unpatch"}
+WITHOUT_SOURCE = {"doctor", "patch", "patched", "unpatch"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -37,7 +37,7 @@ def ticks_while(function, *args):
 
 def test_names():
     """The two, what patches and proves, and nothing that would need the core."""
-    assert coopos.__all__ == ["doctor", "patch", "tp_read", "tp_write", "unpatch"]
+    assert coopos.__all__ == ["doctor", "patch", "patched", "tp_read", "tp_write", "unpatch"]
     assert (coopos.__implements__, coopos.__extensions__, coopos.__cooperative__) == ([], ["tp_read", "tp_write"], [])
 
 
@@ -197,6 +197,7 @@ def test_patch(python):
         for _ in range(2):
             coopos.unpatch()
             assert (gevent.os.tp_read, gevent.os.tp_write) == before[1:]
+            assert set(coopos.patched().values()) == {"patch() was not called"}
         coopos.patch(keep_greenlets=False)
         assert gevent.os.tp_read is coopos.tp_read
     """)
@@ -207,10 +208,12 @@ def test_doctor(python):
     """It says that the threadpool serves pipes and files, and that both are well."""
     out, err, status = python(RUN_COOPOS, "doctor")
     assert not err and not status, out + err
-    lines = out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:4]] == ["blocking pipe", "regular file"]
-    assert all(line.split("  ")[-1] == "the threadpool" and " ok " in line for line in lines[2:4])
-    assert lines[4:] == ["2 of 2 are well"]
+    replaced, left, *lines, result = out.splitlines()[2:]
+    assert replaced == "replaced by coopos in this process: 0 names"
+    assert left == "not replaced, since patch() was not called: gevent.os.tp_read, gevent.os.tp_write"
+    assert [line.split("  ")[0] for line in lines] == ["blocking pipe", "regular file"]
+    assert all(line.split("  ")[-1] == "the threadpool" and " ok " in line for line in lines)
+    assert result == "2 of 2 are well"
 
 
 @pytest.mark.parametrize("kind", ["script", "module"])

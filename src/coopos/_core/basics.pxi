@@ -94,6 +94,23 @@ cdef object call_function(object holder, object args, PyObject *kwargs):
     return PyObject_Call(holder.function, args, kwargs)
 
 
+cdef extern from "Python.h":
+    ctypedef struct BuiltinFunction "PyCFunctionObject":
+        PyMethodDef *m_ml
+
+
+def like_os(function, plain):
+    """The compiled *function* under the name of *plain*, which it replaces in os, and with its documentation and signature."""
+    cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
+    if method == NULL:
+        raise MemoryError
+    Py_INCREF(plain)               # the name and the documentation are its own
+    method[0] = (<BuiltinFunction *><PyObject *>function).m_ml[0]
+    method.ml_name = (<BuiltinFunction *><PyObject *>plain).m_ml.ml_name
+    method.ml_doc = (<BuiltinFunction *><PyObject *>plain).m_ml.ml_doc
+    return PyCFunction_NewEx(method, os, "os")    # never freed, nor is *method*
+
+
 def as_builtin(function, str signature not None, str module not None):
     """A builtin function of *module* that calls *function*, with its name, its documentation and *signature*.
 

@@ -4,6 +4,51 @@
 # Each makes a Move, which says what to move and where, and hands it to the chapter `moving`, which waits if it has to. A caller's
 # buffers stay locked until the call is over, so that no other code resizes them.
 
+# ---- what they have in common -------------------------------------------------------------------------------------------------
+
+# *as_os*: see the chapter patched.
+
+cdef Py_ssize_t write_buffer(str call, Py_ssize_t fd, data, Py_ssize_t offset, bint has_offset=False, bint as_os=False) except -1:
+    cdef Move move = move_of(as_int(fd), True, <off_t>offset, 0, as_os)
+    cdef Py_buffer view
+    cdef iovec iov
+    take_buffer(data, &view, False, &iov)
+    set_one_buffer(&move, &iov)
+    try:
+        if has_offset and offset < 0:
+            raise os_error(EINVAL, call, fd)
+        return write_from(&move, call)
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef Py_ssize_t read_buffer(Py_ssize_t fd, buffer, bint as_os=False) except -1:
+    cdef Move move = move_of(as_int(fd), False, -1, 0, as_os)
+    cdef Py_buffer view
+    cdef iovec iov
+    try:
+        take_buffer(buffer, &view, True, &iov)
+    except BufferError as ex:
+        if memoryview(buffer).readonly:
+            raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
+        raise
+    set_one_buffer(&move, &iov)
+    try:
+        return read_into(&move, "readinto")
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef Py_ssize_t move_buffers(
+        str call, Py_ssize_t fd, buffers, bint writes, Py_ssize_t offset, Py_ssize_t flags, bint as_os=False) except -1:
+    cdef Move move = move_of(as_int(fd), writes, <off_t>offset, as_int(flags), as_os)
+    cdef Buffers locked = Buffers(call, buffers, not writes)
+    if offset < -1:
+        raise os_error(EINVAL, call, fd)
+    locked.set_buffers(&move)
+    return write_from(&move, call) if writes else read_into(&move, call)
+
+
 # ---- descriptors in non-blocking mode ----------------------------------------------------------------------------------------
 
 def nb_read(Py_ssize_t fd, Py_ssize_t n):
@@ -57,15 +102,7 @@ def nb_write(Py_ssize_t fd, buf):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), True, -1, 0)
-    cdef Py_buffer view
-    cdef iovec iov
-    take_buffer(buf, &view, False, &iov)
-    set_one_buffer(&move, &iov)
-    try:
-        return write_from(&move, "nb_write")
-    finally:
-        PyBuffer_Release(&view)
+    return write_buffer("nb_write", fd, buf, -1)
 
 
 def make_nonblocking(fd):
@@ -175,20 +212,7 @@ def readinto(Py_ssize_t fd, buffer, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), False, -1, 0)
-    cdef Py_buffer view
-    cdef iovec iov
-    try:
-        take_buffer(buffer, &view, True, &iov)
-    except BufferError as ex:
-        if memoryview(buffer).readonly:
-            raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
-        raise
-    set_one_buffer(&move, &iov)
-    try:
-        return read_into(&move, "readinto")
-    finally:
-        PyBuffer_Release(&view)
+    return read_buffer(fd, buffer)
 
 
 def write(Py_ssize_t fd, data, /):
@@ -216,15 +240,7 @@ def write(Py_ssize_t fd, data, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), True, -1, 0)
-    cdef Py_buffer view
-    cdef iovec iov
-    take_buffer(data, &view, False, &iov)
-    set_one_buffer(&move, &iov)
-    try:
-        return write_from(&move, "write")
-    finally:
-        PyBuffer_Release(&view)
+    return write_buffer("write", fd, data, -1)
 
 
 def readv(Py_ssize_t fd, buffers, /):
@@ -249,10 +265,7 @@ def readv(Py_ssize_t fd, buffers, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), False, -1, 0)
-    cdef Buffers locked = Buffers("readv", buffers, True)
-    locked.set_buffers(&move)
-    return read_into(&move, "readv")
+    return move_buffers("readv", fd, buffers, False, -1, 0)
 
 
 def writev(Py_ssize_t fd, buffers, /):
@@ -278,10 +291,7 @@ def writev(Py_ssize_t fd, buffers, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), True, -1, 0)
-    cdef Buffers locked = Buffers("writev", buffers, False)
-    locked.set_buffers(&move)
-    return write_from(&move, "writev")
+    return move_buffers("writev", fd, buffers, True, -1, 0)
 
 
 def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
@@ -309,8 +319,8 @@ def pread(Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, /):
     return pread_for("pread", fd, length, offset)
 
 
-cdef object pread_for(str call, Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset):
-    cdef Move move = move_of(as_int(fd), False, <off_t>offset, 0)
+cdef object pread_for(str call, Py_ssize_t fd, Py_ssize_t length, Py_ssize_t offset, bint as_os=False):
+    cdef Move move = move_of(as_int(fd), False, <off_t>offset, 0, as_os)
     if offset < 0:
         raise os_error(EINVAL, call, fd)
     return read_bytes(&move, length, call)
@@ -345,17 +355,7 @@ def pwrite(Py_ssize_t fd, buffer, Py_ssize_t offset, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), True, <off_t>offset, 0)
-    cdef Py_buffer view
-    cdef iovec iov
-    take_buffer(buffer, &view, False, &iov)
-    set_one_buffer(&move, &iov)
-    try:
-        if offset < 0:
-            raise os_error(EINVAL, "pwrite", fd)
-        return write_from(&move, "pwrite")
-    finally:
-        PyBuffer_Release(&view)
+    return write_buffer("pwrite", fd, buffer, offset, True)
 
 
 def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
@@ -383,12 +383,7 @@ def preadv(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), False, <off_t>offset, as_int(flags))
-    cdef Buffers locked = Buffers("preadv", buffers, True)
-    if offset < -1:
-        raise os_error(EINVAL, "preadv", fd)
-    locked.set_buffers(&move)
-    return read_into(&move, "preadv")
+    return move_buffers("preadv", fd, buffers, False, offset, flags)
 
 
 def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
@@ -416,12 +411,7 @@ def pwritev(Py_ssize_t fd, buffers, Py_ssize_t offset, Py_ssize_t flags=0, /):
 
     .. versionadded:: 0.1.0
     """
-    cdef Move move = move_of(as_int(fd), True, <off_t>offset, as_int(flags))
-    cdef Buffers locked = Buffers("pwritev", buffers, False)
-    if offset < -1:
-        raise os_error(EINVAL, "pwritev", fd)
-    locked.set_buffers(&move)
-    return write_from(&move, "pwritev")
+    return move_buffers("pwritev", fd, buffers, True, offset, flags)
 
 
 # ---- all bytes ---------------------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ cdef bint is_at_end(int fd, off_t offset) noexcept:
     return fstat(fd, &st) == 0 and S_ISREG(st.st_mode) and 0 < st.st_size <= offset
 
 
-cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
+cdef Move move_of(int fd, bint writes, off_t offset, int flags, bint as_os=False) noexcept:
     cdef Move move
     move.fd = fd
     # A caller that gives RWF_NOWAIT itself gets the EAGAIN.
@@ -219,9 +219,21 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags) noexcept:
     move.count = 0
     move.offset = offset
     move.flags = flags
-    move.may_block = False
+    move.may_block, move.as_os = False, as_os
     move.max_bytes = 0
     return move
+
+
+cdef bint goes_plainly(Move *move, int err) except -1:
+    """Whether a call in the place of a function of os is made plainly from now on: where no other greenlet could run, and if the
+    kernel can't tell whether a write to a regular file would wait. That seldom does, and a worker would take five times as long.
+    """
+    if not move.as_os or move.how == COOPOS_PLAIN:
+        return False
+    if reachable_hub() is not None and not (move.writes and is_undecided(err) and is_always_ready(move.fd)):
+        return False
+    move.how = COOPOS_PLAIN
+    return True
 
 
 cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
@@ -231,6 +243,8 @@ cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
     cdef int min_bytes, tenths
     if move.flags & RWF_NOWAIT:
         raise os_error(err, call, move.fd)
+    if goes_plainly(move, err):
+        return AGAIN
     if err == EAGAIN:
         if move.offset >= 0 and is_always_ready(move.fd):
             return READ_NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_WORKER
@@ -239,6 +253,8 @@ cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
             return AGAIN
         if move.how == COOPOS_GUARDED and not move.writes and coopos_vmin_vtime(move.fd, &min_bytes, &tenths):
             return wait_as_terminal(move, n, call)
+        if move.as_os and is_nonblocking(move.fd) and not is_always_ready(move.fd):
+            raise os_error(err, call, move.fd)
         if not park_fairly(move.fd, WRITE if move.writes else READ, call, move.may_block):
             if is_always_ready(move.fd):
                 return READ_NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_WORKER

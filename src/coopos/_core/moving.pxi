@@ -98,6 +98,8 @@ cdef object read_bytes(Move *move, Py_ssize_t n, str call):
                 return b""
         elif data or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return data
+        elif goes_plainly(move, 0):
+            continue
         job = read_in_worker(move, n, call)
         if job is not None:
             return PyBytes_FromStringAndSize(job.job.buf, job.job.rc)
@@ -129,6 +131,8 @@ cdef Py_ssize_t read_into(Move *move, str call) except -1:
                 return 0
         elif nread or n == 0 or move.how != COOPOS_NOWAIT or not is_always_ready(move.fd) or is_at_end(move.fd, move.offset):
             return nread
+        elif goes_plainly(move, 0):
+            continue
         # Through the job's own buffer: the caller's may be freed before the worker has read.
         job = read_in_worker(move, n, call)
         if job is not None:

@@ -59,13 +59,14 @@ cdef class Owned:
     cdef readonly int fd           # -1 once it is closed
     cdef bint may_read             # opened for reading
     cdef bint may_write
+    cdef bint as_os                # in non-blocking mode reads and writes don't wait, as those of io.FileIO
     cdef bint is_stream            # read_stream() can read it; not true of regular files, and cleared when it can't tell
     cdef bint is_drained           # the last read took all there was
     cdef readonly Py_ssize_t late  # bytes that the last write wrote before it raised an exception
     cdef list in_calls             # greenlets, of any thread, in a read or write that may switch
     cdef list waiters              # (hub, Wait) of the greenlets in wait_for_others()
 
-    def __init__(self, int fd, bint may_read, bint may_write):
+    def __init__(self, int fd, bint may_read, bint may_write, bint as_os=False):
         cdef stat_t st
         cdef int err
         if fstat(fd, &st) < 0:
@@ -73,19 +74,19 @@ cdef class Owned:
             raise OSError(err, os.strerror(err))
         self.fd = fd
         self.in_calls, self.waiters = [], []
-        self.may_read, self.may_write = may_read, may_write
+        self.may_read, self.may_write, self.as_os = may_read, may_write, as_os
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
 
     cdef Move move(self, bint writes) except *:
         if self.fd < 0:
             raise closed_error()
-        cdef Move move = move_of(self.fd, writes, -1, 0)
+        cdef Move move = move_of(self.fd, writes, -1, 0, self.as_os)
         move.may_block = True
         return move
 
     cdef int wait(self) except -1:
         """Wait until there are bytes to read, if the last read took all there was."""
-        if not self.is_drained:
+        if not self.is_drained or (self.as_os and is_nonblocking(self.fd)):
             self.take_turn()
         else:
             current = self.enter()
@@ -117,6 +118,8 @@ cdef class Owned:
         if nread >= 0:
             self.is_drained = 0 < nread < <ssize_t>move.iov.iov_len
         elif err == EAGAIN:
+            if self.as_os and is_nonblocking(self.fd):
+                raise os_error(err, "read", self.fd)
             self.is_drained = True
         elif is_undecided(err):
             self.is_stream = self.is_drained = False
@@ -299,6 +302,13 @@ cdef object read_all_from(Owned owned):
         Py_XDECREF(data)
 
 
+cdef object nothing_yet(Owned owned, ex):
+    """What io.FileIO returns in non-blocking mode where BlockingIOError came: None, or what readall() has read."""
+    if not owned.as_os:
+        raise ex
+    return getattr(ex, "partial", None) or None
+
+
 class Moving:
     """The methods of io.FileIO that move bytes, letting other greenlets run. If the file is closed, or wasn't opened for the
     operation, they call io.FileIO's own, which raise the right error.
@@ -312,7 +322,10 @@ class Moving:
         if owned is None or owned.fd < 0 or not owned.may_read:
             return super().read(size)
         n = -1 if size is None else size
-        return read_all_from(owned) if n < 0 else read_from(owned, n)
+        try:
+            return read_all_from(owned) if n < 0 else read_from(owned, n)
+        except BlockingIOError as ex:
+            return nothing_yet(owned, ex)
 
     def readall(self):
         """All there is until the end."""
@@ -321,7 +334,10 @@ class Moving:
         # https://github.com/python/cpython/blob/main/Modules/_io/fileio.c
         if owned is None or owned.fd < 0 or (PY_VERSION_HEX >= 0x030F0000 and not owned.may_read):
             return super().readall()
-        return read_all_from(owned)
+        try:
+            return read_all_from(owned)
+        except BlockingIOError as ex:
+            return nothing_yet(owned, ex)
 
     def readinto(self, buffer, /):
         """Fill *buffer* with as much as one system call brings; how many bytes."""
@@ -336,6 +352,8 @@ class Moving:
             raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
         try:
             return fill_from(owned, &iov)
+        except BlockingIOError as ex:
+            return nothing_yet(owned, ex)
         finally:
             PyBuffer_Release(&view)
 
@@ -358,6 +376,8 @@ class Moving:
                 if owned.fd < 0:
                     raise closed_error()       # while others had their turn
                 return write_once(&move, "write", True, &owned.late)
+            except BlockingIOError as ex:
+                return nothing_yet(owned, ex)
             except BaseException as ex:
                 attach_progress(ex, "characters_written", owned.late or None)
                 raise

@@ -18,7 +18,7 @@ import gevent.os
 from gevent import subprocess as gevent_subprocess
 from gevent.monkey import get_original
 
-from coopos import _core, subprocess as coopos_subprocess
+from coopos import _core, _stdlib, subprocess as coopos_subprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,6 +123,11 @@ def use_stdlibs() -> None:
             if getattr(subprocess, name) in others:
                 setattr(subprocess, name, stdlibs)
     _GeventPopen._loop = _LoopOfPopen()
+
+
+def set_pipes(*, nonblocking: bool) -> None:
+    """Choose the mode of the pipes that a Popen of ours makes. The plain os.read would stop the process on one in blocking mode."""
+    _stdlib.has_nonblocking_pipes = nonblocking
 
 
 def use_gevents() -> None:

@@ -31,6 +31,7 @@ struct coopos_move {
     off_t offset;              /* -1: the file's own offset */
     int flags;                 /* those of preadv2(2) */
     int may_block;             /* a wait in the hub blocks, instead of raising BlockingSwitchOutError */
+    int as_os;                 /* as the function of os: plain in the hub, EAGAIN in non-blocking mode */
     size_t max_bytes;          /* how much a guarded read may take; 0: as much as fits into the buffers */
 };
 
@@ -89,7 +90,7 @@ static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count
 /* Whether a read or write of this descriptor at this offset is allowed: 0, or -1 with errno. Moves no byte. */
 static inline int coopos_may_move(int fd, int writes, off_t offset)
 {
-    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0};
+    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0, 0, 0};
     int rc;
     if (!COOPOS_HAVE_EMPTY_MOVES)
         return fcntl(fd, F_GETFL) < 0 ? -1 : 0;

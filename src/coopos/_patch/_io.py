@@ -1,0 +1,319 @@
+"""What ``coopos.patch(io=True)`` replaces besides: the rest of :mod:`os`, open(), the standard streams and input(). POSIX only.
+
+A program that knows nothing of greenlets sees no difference but that others run meanwhile. So what stands here keeps the rules of
+what it replaces, where coopos' own functions have rules of their own:
+
+* In the hub, and wherever no other greenlet could run, it makes the plain call. A signal handler may write to a pipe.
+* A descriptor in non-blocking mode raises BlockingIOError, or its file returns None.
+* A buffer is one greenlet's after the other's, as it is one thread's after the other's: print() may be called by all.
+
+Nothing is replaced here. Places are made as in `_os`. The module `posix` stays plain: the import system uses it, and coopos.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import io
+import os
+import posix
+import sys
+import termios
+from typing import TYPE_CHECKING, Any
+
+from gevent.lock import Semaphore
+
+from coopos import _core, io as coopos_io
+from coopos._core import READ, can_give_way, is_waiting_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: The functions of os that coopos has in a form of its own and that are left alone all the same: why.
+LEFT_ALONE = {"fdopen": "it calls io.open", "register_at_fork": "every child has a hub that works before its hooks run"}
+#: How many of a function's first arguments are descriptors whose non-blocking mode counts.
+_DESCRIPTORS = {"eventfd_read": 1, "eventfd_write": 1, "sendfile": 1, "splice": 2}
+
+
+# ---- os ----------------------------------------------------------------------------------------------------------------------
+
+
+def _may_wait(fd: Any) -> bool:
+    try:
+        return os.get_blocking(fd if isinstance(fd, int) else fd.fileno())
+    except Exception:
+        return False  # the plain function says what is wrong
+
+
+def _like_os(name: str, ours: Callable[..., Any]) -> Any:
+    """What stands for the function *name* of os."""
+    plain = getattr(posix, name)
+    if name == "closerange":  # it never waits
+        return ours
+    if hasattr(_core, f"os_{name}"):
+        return _core.like_os(getattr(_core, f"os_{name}"), plain)
+    count = _DESCRIPTORS.get(name, 0)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        is_plain = not can_give_way() or not all(map(_may_wait, [*args, *kwargs.values()][:count]))
+        return (plain if is_plain else ours)(*args, **kwargs)
+
+    function.__name__, function.__doc__ = name, plain.__doc__
+    signature = (plain.__text_signature__ or "(*args, **kwargs)").replace("$module, /, ", "").replace("$module, ", "")
+    return _core.as_builtin(function, signature, "os")
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------------
+
+
+class FileIO(coopos_io.WholeFileIO):
+    """A file that the program has made by open(), or a standard stream."""
+
+    __slots__ = ()
+    _as_os = True
+
+
+def _one_by_one(name: str) -> Any:
+    def method(self: Any, *args: Any) -> Any:
+        return self._when_free(getattr(super(type(self), self), name), *args)
+
+    method.__name__ = name
+    return method
+
+
+class _Shared:
+    """A buffer that many greenlets use: each waits until the one that is inside has left."""
+
+    __slots__ = ()
+    _METHODS = ("read", "read1", "readinto", "readinto1", "readline", "peek", "write", "seek", "truncate", "close", "flush")
+
+    def __init_subclass__(cls) -> None:
+        for name in _Shared._METHODS:
+            if hasattr(cls, name):
+                setattr(cls, name, _one_by_one(name))
+
+
+class BufferedReader(_Shared, coopos_io.BufferedReader):
+    __slots__ = ()
+
+
+class BufferedRandom(_Shared, coopos_io.BufferedRandom):
+    __slots__ = ()
+
+
+class BufferedWriter(_Shared, coopos_io.BufferedWriter):
+    __slots__ = ()
+
+
+_KINDS = coopos_io.Kinds("open", FileIO, BufferedReader, BufferedWriter, BufferedRandom)
+_plain_open = io.open
+
+
+class _Found(BaseException):
+    """Carries a descriptor out of io.open: an opener has opened a file that may wait."""
+
+
+def _open(
+    file: Any,
+    mode: str = "r",
+    buffering: int = -1,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    closefd: bool = True,
+    opener: Callable[[Any, int], int] | None = None,
+) -> Any:
+    """open() of a file that may wait. Its arguments may still be wrong, and the *opener* may open another one."""
+    if opener is not None:
+        theirs = opener
+
+        def ask(path: Any, flags: int) -> int:
+            fd = theirs(path, flags)
+            if isinstance(fd, int) and is_waiting_file(fd):
+                raise _Found(fd)
+            return fd
+
+        try:
+            return _plain_open(file, mode, buffering, encoding, errors, newline, closefd, ask)
+        except _Found as ex:
+            [number] = ex.args
+        opener = lambda path, flags: number  # noqa: E731
+    else:
+
+        def opener(path: Any, flags: int) -> int:
+            try:
+                return os_open(path, flags, 0o666)
+            except OSError as ex:
+                ex.filename = path
+                raise
+
+    return coopos_io.open_file(_KINDS, file, mode, buffering, encoding, errors, newline, closefd, opener)
+
+
+# Made when the places are: it is coopos.open, or the plain one where no other greenlet could run.
+os_open: Callable[..., int] = posix.open
+
+
+# ---- the standard streams ----------------------------------------------------------------------------------------------------
+
+
+class _Input(FileIO):
+    """Standard input, with the bytes that the stream before it had read already."""
+
+    __slots__ = ("ahead", "was_read")
+    ahead: bytes
+    was_read: bool
+
+    def _take(self, n: int) -> bytes:
+        data, self.ahead = self.ahead[:n], self.ahead[n:]
+        return data
+
+    def readinto(self, buffer: Any, /) -> Any:
+        self.was_read = True
+        if not self.ahead:
+            return super().readinto(buffer)
+        with memoryview(buffer).cast("B") as octets:
+            data = self._take(len(octets))
+            octets[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int | None = -1, /) -> Any:
+        if size is None or size < 0:
+            return self.readall()
+        self.was_read = True
+        return self._take(size) if self.ahead else super().read(size)
+
+    def readall(self) -> Any:
+        self.was_read = True
+        ahead = self._take(len(self.ahead))
+        rest = super().readall()
+        return ahead + rest if ahead and rest else ahead or rest
+
+
+def _take_read_ahead(stream: Any, raw: Any) -> bytes:
+    """What the buffers of *stream* have read and nobody has taken. They don't tell without reading on: so for now, /dev/null."""
+    fd, name = raw.fileno(), raw.name
+    null = posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        raw.__init__(null, "r", closefd=False)
+        try:
+            text = stream.read()
+            return text.encode(stream.encoding, stream.errors)  # type: ignore[no-any-return]
+        except UnicodeDecodeError as ex:
+            return ex.object
+        finally:
+            raw.__init__(fd, "r", closefd=False)
+            raw.name = name
+    finally:
+        posix.close(null)
+
+
+def _wrap_stream(stream: Any, fd: int) -> Any:
+    """A stream as *stream*, which the interpreter has made over *fd*. None if it is another one, or never makes anybody wait."""
+    buffer: Any = getattr(stream, "buffer", None)
+    raw: Any = getattr(buffer, "raw", buffer)
+    if type(stream) is not io.TextIOWrapper or type(raw) is not io.FileIO or stream.closed or raw.closefd:
+        return None
+    if stream.fileno() != fd or not is_waiting_file(fd):
+        return None
+    file: Any = (_Input if raw.readable() else FileIO)(fd, raw.mode.replace("b", ""), False)
+    file.name = raw.name
+    if raw.readable():
+        file.ahead, file.was_read = _take_read_ahead(stream, raw), False
+    else:
+        stream.flush()
+    if buffer is not raw:
+        kind = BufferedReader if raw.readable() else BufferedWriter
+        file = kind(file, coopos_io.buffer_size(file, file.isatty()))
+    # The interpreter translates no ends of lines on POSIX: create_stdio() in
+    # https://github.com/python/cpython/blob/main/Python/pylifecycle.c
+    made = io.TextIOWrapper(file, stream.encoding, stream.errors, "\n", stream.line_buffering, write_through=stream.write_through)
+    made.mode = stream.mode  # type: ignore[misc]
+    return made
+
+
+def streams() -> list[tuple[Any, str, Any, Any]]:
+    """Places for the standard streams, as they are now."""
+    pairs = [(name, getattr(sys, name, None), fd) for fd, name in enumerate(("stdin", "stdout", "stderr"))]
+    made = [(name, stream, _wrap_stream(stream, fd)) for name, stream, fd in pairs]
+    return [(sys, name, stream, ours) for name, stream, ours in made if ours is not None]
+
+
+def flush_streams() -> None:
+    """Write what ours hold, before others take their places."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(getattr(stream, "buffer", None), (BufferedWriter, FileIO)):
+            stream.flush()
+
+
+def is_in_use(stream: Any) -> bool:
+    """Whether *stream* is a standard input of ours that may hold bytes nobody has taken."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return isinstance(raw, _Input) and (raw.was_read or bool(raw.ahead))
+
+
+# ---- input() -----------------------------------------------------------------------------------------------------------------
+
+_plain_input = builtins.input
+_turn = Semaphore()
+
+
+def _input(prompt: object = "", /) -> str:
+    """The builtin input(), whose wait for the terminal is a wait on the hub.
+
+    If something is thrown into the greenlet meanwhile, the code in C below it must return before it can come out. It returns when
+    it reads the end of a file: so for that moment descriptor 0 is /dev/null.
+    """
+    if not can_give_way():
+        return _plain_input(prompt)
+    thrown: list[BaseException] = []
+    saved: list[int] = []
+
+    def wait() -> None:
+        if thrown:
+            return
+        try:
+            _core.wait_until_ready(0, READ, "input")
+        except BaseException as ex:
+            thrown.append(ex)
+            saved.append(posix.dup(0))
+            null = posix.open(os.devnull, os.O_RDONLY)
+            posix.dup2(null, 0)
+            posix.close(null)
+
+    with _turn:
+        modes = None
+        with contextlib.suppress(termios.error):
+            modes = termios.tcgetattr(0)
+        try:
+            line = _core.read_line(_plain_input, prompt, wait)
+        except EOFError:
+            if not thrown:
+                raise
+        finally:
+            for fd in saved:
+                posix.dup2(fd, 0)
+                posix.close(fd)
+                if modes is not None:
+                    termios.tcsetattr(0, termios.TCSADRAIN, modes)
+        if thrown:
+            raise thrown[0]
+        return line
+
+
+# ---- places ------------------------------------------------------------------------------------------------------------------
+
+
+def places(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
+    """(owner, name, what the name holds now, ours) of everything but the streams. *ours*: {name: function} of the façade."""
+    global os_open
+    functions = {name: _like_os(name, function) for name, function in ours.items() if name not in LEFT_ALONE}
+    os_open = functions["open"]
+    opens = _core.make_open(_plain_open, _open)
+    return [
+        *((os, name, getattr(os, name), function) for name, function in functions.items()),
+        (io, "open", _plain_open, opens),
+        (builtins, "open", _plain_open, opens),
+        (builtins, "input", _plain_input, _core.as_builtin(_input, "(prompt='', /)", "builtins")),
+    ]

@@ -1,0 +1,527 @@
+"""patch(io=True): programs that know nothing of coopos wait without stopping the others, and see no other difference."""
+
+import textwrap
+
+import pytest
+
+from ..helpers.support import run_script
+
+PATCHED = """
+from gevent import monkey
+monkey.patch_all()
+import builtins, errno, fcntl, io, os, signal, socket, sys, tempfile, threading
+import gevent
+from gevent.hub import get_hub
+before = {name: getattr(os, name) for name in dir(os)}
+before_open, before_input, before_streams = open, input, (sys.stdin, sys.stdout, sys.stderr)
+import coopos
+coopos.patch(io=True)
+ticks = []
+
+
+def tick():
+    while True:
+        ticks.append(1)
+        gevent.sleep(0.001)
+
+
+ticker = gevent.spawn(tick)
+
+
+def after_ticks(function, *args):
+    '''function(*args), called when others have run three times from now on.'''
+    start = len(ticks)
+    while len(ticks) < start + 3:
+        gevent.sleep(0.001)
+    return function(*args)
+
+
+def waits(function, *args, until):
+    '''What function returns. It must wait until others have run, and then until() is called.'''
+    start = len(ticks)
+    job = gevent.spawn(after_ticks, until)
+    result = function(*args)
+    assert len(ticks) >= start + 3, "it did not wait"
+    job.get()
+    return result
+
+
+def in_hub(function, *args):
+    '''function(*args), called in the hub; what it returns or raises.'''
+    done = gevent.event.AsyncResult()
+
+    def call():
+        try:
+            done.set(function(*args))
+        except BaseException as ex:
+            done.set_exception(ex)
+
+    get_hub().loop.run_callback(call)
+    return done.get()
+
+
+def raises(error, function, *args):
+    try:
+        result = function(*args)
+    except error:
+        return True
+    raise AssertionError(f"no {error.__name__}, but {result!r}")
+
+
+directory = tempfile.mkdtemp()
+fifo = os.path.join(directory, "fifo")
+os.mkfifo(fifo)
+path = os.path.join(directory, "file")
+"""
+
+
+def run(source, **kwargs):
+    return run_script(PATCHED + textwrap.dedent(source), **kwargs)
+
+
+# ---- os ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_os_read_and_write_wait():
+    """On a blocking pipe, in both directions, whoever imported os."""
+    run("""
+        reader, writer = os.pipe()
+        assert waits(os.read, reader, 5, until=lambda: os.write(writer, b"hello")) == b"hello"
+
+        def empty():
+            left = 200000
+            while left:
+                left -= len(os.read(reader, left))
+
+        emptier = gevent.Greenlet(empty)
+        assert waits(os.write, writer, bytes(200000), until=emptier.start) == 200000
+        emptier.get()
+        assert waits(os.readv, reader, [bytearray(3)], until=lambda: os.writev(writer, [b"a", b"b"])) == 2
+    """)
+
+
+def test_non_blocking_mode_counts():
+    """A program that asks for non-blocking mode wants BlockingIOError, as gunicorn's arbiter does to empty its pipe."""
+    run("""
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        os.write(writer, b"..")
+        got = []
+        try:
+            while data := os.read(reader, 1):
+                got.append(data)
+        except BlockingIOError as ex:
+            assert ex.errno == errno.EAGAIN
+        assert got == [b".", b"."]
+        assert raises(BlockingIOError, os.readv, reader, [bytearray(1)])
+        while True:
+            try:
+                os.write(writer, bytes(4096))
+            except BlockingIOError:
+                break
+        ours, theirs = socket.socketpair()
+        assert raises(BlockingIOError, os.read, ours.fileno(), 1)  # gevent's sockets are in that mode
+        if hasattr(os, "eventfd"):
+            counter = os.eventfd(0, os.EFD_NONBLOCK)
+            assert raises(BlockingIOError, os.eventfd_read, counter)
+        if hasattr(os, "splice"):
+            empty, full = os.pipe()
+            os.set_blocking(empty, False)
+            assert raises(BlockingIOError, os.splice, empty, os.pipe()[1], 10)
+    """)
+
+
+def test_in_the_hub_the_calls_are_plain():
+    """In a callback of the loop nothing raises BlockingSwitchOutError; what is there is read, and what fits is written."""
+    run("""
+        reader, writer = os.pipe()
+        assert in_hub(os.write, writer, b"hello") == 5
+        assert in_hub(os.read, reader, 5) == b"hello"
+        fd = in_hub(os.open, path, os.O_RDWR | os.O_CREAT)
+        assert in_hub(os.write, fd, b"data") == 4
+        assert in_hub(os.pread, fd, 10, 0) == b"data"
+        in_hub(os.fsync, fd)
+        in_hub(os.lockf, fd, os.F_LOCK, 0)
+        in_hub(os.ftruncate, fd, 0)
+        assert in_hub(os.pread, fd, 10, 0) == b""
+        os.set_blocking(reader, False)
+        try:
+            in_hub(os.read, reader, 1)
+        except BlockingIOError:
+            pass
+        else:
+            raise AssertionError("there was something")
+        if hasattr(os, "eventfd"):
+            counter = os.eventfd(1)
+            assert in_hub(os.eventfd_read, counter) == 1
+    """)
+
+
+def test_a_signal_handler_writes_to_a_pipe():
+    """While the hub sleeps the handler runs in it; the reader, another greenlet, gets the byte."""
+    run("""
+        reader, writer = os.pipe()
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(writer, b"!"))
+        gevent.spawn_later(0.01, os.kill, os.getpid(), signal.SIGUSR1)
+        assert os.read(reader, 1) == b"!"
+    """)
+
+
+def test_everything_cooperative_is_in_os():
+    """All of coopos.__cooperative__ stands in os, under its name, as a builtin, and unpatch() takes it out to the identity."""
+    run("""
+        import pickle
+        IO = set(coopos.__cooperative__) - set(coopos.__implements__)
+        same = [name for name in coopos.__cooperative__ if getattr(os, name) is before[name]]
+        assert same == ["fdopen", "register_at_fork"], same
+        for name in set(coopos.__cooperative__) - set(same):
+            function = getattr(os, name)
+            assert function.__name__ == name
+            assert type(function) is type(len) or name not in IO, function
+        assert os.read.__doc__ == before["read"].__doc__
+        assert pickle.loads(pickle.dumps(os.read)) is os.read and pickle.loads(pickle.dumps(open)) is open
+        assert io.open is builtins.open is not before_open
+        coopos.patch()  # takes nothing back
+        assert io.open is builtins.open is not before_open
+        coopos.unpatch()
+        plain = {name for name, value in before.items() if getattr(os, name, None) is not value}
+        import gevent.os
+        assert plain == {name for name in plain if getattr(gevent.os, name, None) is getattr(os, name)} == set(), plain
+        assert io.open is builtins.open is before_open and input is before_input
+        assert (sys.stdin, sys.stdout, sys.stderr) == before_streams
+    """)
+
+
+# ---- open() ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_open_of_a_fifo():
+    """A tailer and a writer with plain open(), in one process: opening, reading and writing all wait for the other."""
+    run("""
+        import pathlib
+
+        def write():
+            with open(fifo, "w") as file:
+                for number in range(3):
+                    after_ticks(file.write, f"{number}\\n")
+                    file.flush()
+
+        gevent.spawn(write)
+        with open(fifo) as file:
+            assert (file.name, file.mode) == (fifo, "r")
+            assert [line for line in file] == ["0\\n", "1\\n", "2\\n"]
+        gevent.spawn(after_ticks, pathlib.Path(fifo).write_bytes, b"data")
+        assert pathlib.Path(fifo).read_text() == "data"
+    """)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["'rb'", "'rb', 0", "'r', -1, 'utf-8', 'strict', '\\n'", "mode='r', encoding='latin-1'", "'rb', buffering=3"],
+)
+def test_os_fdopen_and_open_of_a_pipe(arguments):
+    """The same kinds of files as without coopos, with the same names and modes; their reads wait."""
+    run(f"""
+        for call in (open, os.fdopen, io.open):
+            reader, writer = os.pipe()
+            plain = before_open(os.dup(reader), {arguments})
+            with call(reader, {arguments}) as file:
+                assert isinstance(file, type(plain)), file
+                assert file.mode == plain.mode and file.name == reader and file.fileno() == reader
+                assert getattr(file, "encoding", None) == getattr(plain, "encoding", None)
+                def end():
+                    os.write(writer, b"one\\ntwo")
+                    os.close(writer)
+                data = waits(file.read, until=end)
+                assert data in ("one\\ntwo", b"one\\ntwo"), data
+            plain.close()
+    """)
+
+
+def test_a_file_in_non_blocking_mode_does_not_wait():
+    """It returns None, as io's own; also if it was put into that mode after it was opened."""
+    run("""
+        reader, writer = os.pipe()
+        with open(reader, "rb", 0) as file, open(writer, "wb", 0) as other:
+            other.write(b"x")
+            assert file.read(10) == b"x"  # the file may now expect to wait
+            os.set_blocking(reader, False)
+            os.set_blocking(writer, False)
+            assert file.read(10) is None and file.readall() is None and file.readinto(bytearray(1)) is None
+            while other.write(bytes(4096)) is not None:
+                pass
+            assert len(file.readall()) >= 4096
+            os.set_blocking(reader, True)
+            assert waits(file.read, 1, until=lambda: os.write(writer, b"y")) == b"y"
+    """)
+
+
+def test_open_leaves_other_files_to_io():
+    """Regular files, directories, /dev/null, and what open() refuses: io's own classes and its own errors."""
+    run("""
+        with open(path, "w") as file:
+            assert type(file.buffer) is io.BufferedWriter and type(file.buffer.raw) is io.FileIO
+        with open("/dev/null", "rb", 0) as file:
+            assert type(file) is io.FileIO
+        wrong = [("/nowhere",), (directory,), ("nul\\0l",), (-1,), (3.5,), (), (fifo, "q"), (fifo, 5), (fifo, "r", 0),
+                 (fifo, "rb", 1.5),
+                 (fifo, "rb", -1, "utf-8"), (fifo, "rt", -1, None, None, "x"), (fifo, "r", -1, "no codec"), (2**40,), (fifo, "rw"),
+                 (fifo, "r", -1, None, None, None, False)]
+        keeper = os.open(fifo, os.O_RDWR)
+        for arguments in wrong:
+            errors = []
+            for call in (before_open, open):
+                try:
+                    call(*arguments).close()
+                    errors.append(None)
+                except Exception as ex:
+                    errors.append((type(ex), getattr(ex, "errno", None), str(ex)))
+            assert errors[0] == errors[1] and errors[0] is not None, (arguments, errors)
+    """)
+
+
+def test_open_with_an_opener():
+    """What the opener opens counts. It is called once, and what it returns is closed with the file."""
+    run("""
+        reader, writer = os.pipe()
+        calls = []
+        def opener(path, flags):
+            calls.append(path)
+            return os.dup(reader)
+        with open("a name", "rb", opener=opener) as file:
+            assert file.name == "a name" and calls == ["a name"]
+            number = file.fileno()
+            assert waits(file.read, 2, until=lambda: os.write(writer, b"xy")) == b"xy"
+        assert raises(OSError, os.fstat, number)
+        with open(path, "wb", opener=os.open) as file:
+            assert type(file) is io.BufferedWriter
+        assert raises(ValueError, lambda: open("a", opener=lambda *_: -1))
+        assert raises(ZeroDivisionError, lambda: open("a", opener=lambda *_: 1 / 0))
+    """)
+
+
+def test_greenlets_share_a_file():
+    """Where one waits inside a buffer another waits for it, as threads do: no line is lost or torn, and nothing raises."""
+    run("""
+        reader, writer = os.pipe()
+        out = open(writer, "w")
+        def write(number):
+            for _ in range(50):
+                out.write(f"{number}" * 999 + "\\n")
+                out.flush()
+        jobs = [gevent.spawn(write, number) for number in range(5)]
+        gevent.spawn(lambda: (gevent.joinall(jobs), out.close()))
+        with open(reader) as file:
+            lines = file.readlines()
+        gevent.joinall(jobs, raise_error=True)
+        assert sorted(lines) == sorted(f"{number}" * 999 + "\\n" for number in range(5) for _ in range(50))
+    """)
+
+
+# ---- the standard streams ----------------------------------------------------------------------------------------------------
+
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_are_as_they_were(unbuffered):
+    """The same encoding, errors, buffering and names; the interpreter's own are in sys.__stdout__ and its kin."""
+    run_script(
+        PATCHED
+        + f"unbuffered = {unbuffered!r}"
+        + """
+assert (sys.__stdin__, sys.__stdout__, sys.__stderr__) == before_streams
+for plain, ours in zip(before_streams[1:], (sys.stdout, sys.stderr)):
+    assert ours is not plain
+    for name in ("name", "mode", "encoding", "errors", "line_buffering", "write_through"):
+        assert getattr(ours, name) == getattr(plain, name), name
+    assert ours.buffer.closefd is False if unbuffered else ours.buffer.raw.closefd is False
+    assert ours.isatty() is False and ours.fileno() == plain.fileno()
+""",
+        PYTHONIOENCODING="latin-1:replace",
+        PYTHONUNBUFFERED=unbuffered,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_print_to_a_full_pipe(unbuffered):
+    """print() waits for room while others run, in order, also what was printed before the patch and by a forked child."""
+    run_script(
+        textwrap.dedent("""
+            import fcntl, os, subprocess, sys, termios
+            program = '''
+            from gevent import monkey
+            monkey.patch_all()
+            import gevent, os, sys
+            print("first")
+            import coopos
+            coopos.patch(io=True)
+            ticks = []
+            def tick():
+                while True:
+                    ticks.append(1)
+                    gevent.sleep(0.001)
+            gevent.spawn(tick)
+            for number in range(3000):
+                print(number, "x" * 100)
+            assert len(ticks) > 5, ticks
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                print("child", flush=True)
+                os._exit(0)
+            os.waitpid(pid, 0)
+            print("last" * 50000)
+            '''
+            import textwrap, time
+            process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+            while int.from_bytes(fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)), sys.byteorder) < 30000:
+                time.sleep(0.01)  # until its pipe is full
+            time.sleep(0.1)
+            with process.stdout:
+                lines = process.stdout.read().splitlines()
+            assert process.wait() == 0
+            assert lines == ["first", *[f"{number} " + "x" * 100 for number in range(3000)], "child", "last" * 50000]
+        """),
+        PYTHONUNBUFFERED=unbuffered,
+    )
+
+
+def test_stdin_that_was_read_before():
+    """Nothing is lost of what the stream before had read ahead."""
+    run_script(
+        textwrap.dedent("""
+            import subprocess, sys
+            program = '''
+            from gevent import monkey
+            monkey.patch_all()
+            import sys
+            lines = [sys.stdin.readline()]
+            import coopos
+            coopos.patch(io=True)
+            lines += [sys.stdin.readline(), input()]
+            coopos.unpatch()
+            lines += sys.stdin.readlines()
+            assert lines == ["1\\\\r\\\\n", "2\\\\n", "3", "\\xe4\\\\n", "5"], lines
+            '''
+            import textwrap
+            process = subprocess.Popen([sys.executable, "-X", "utf8", "-c", textwrap.dedent(program)], stdin=subprocess.PIPE)
+            process.communicate("1\\r\\n2\\n3\\n\\xe4\\n5".encode())
+            assert process.returncode == 0
+        """)
+    )
+
+
+# ---- input() -----------------------------------------------------------------------------------------------------------------
+
+REPL = """
+import gevent, sys, signal
+{imports}
+ticks = []
+def tick():
+    while True:
+        ticks.append(1)
+        gevent.sleep(0.001)
+gevent.spawn(tick)
+while True:
+    before = len(ticks)
+    try:
+        line = input("> ")
+    except EOFError:
+        print("end", flush=True)
+        break
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        continue
+    except gevent.Timeout as ex:
+        print("timeout", flush=True)
+        continue
+    print("got", repr(line), "ticked" if len(ticks) > before + 3 else "stood", flush=True)
+    if line == "time":
+        gevent.Timeout(0.3).start()
+"""
+
+
+@pytest.mark.parametrize("loop", ["pty", "pipe"])
+@pytest.mark.parametrize("imports", ["", "import readline"])
+def test_repl_on_input(loop, imports, tmp_path):
+    """A REPL under python -m coopos: others run at the prompt; Ctrl-C, a timeout and the end come out of input()."""
+    program = tmp_path / "repl.py"
+    program.write_text(REPL.format(imports=imports))
+    run_script(f"""
+        import os, pty, signal, subprocess, sys, time, select
+
+        is_pty = {loop!r} == "pty"
+        arguments = [sys.executable, "-m", "coopos", {str(program)!r}]
+        if is_pty:
+            pid, fd = pty.fork()
+            if pid == 0:
+                os.environ["TERM"] = "dumb"
+                os.execv(arguments[0], arguments)
+            out = fd
+            write = lambda data: os.write(fd, data)
+        else:
+            process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            out, pid = process.stdout.fileno(), process.pid
+            write = process.stdin.write
+        seen = b""
+
+        def expect(text):
+            global seen
+            while text not in seen:
+                assert select.select([out], [], [], 20)[0], (text, seen)
+                data = os.read(out, 10000)
+                assert data, (text, seen)
+                seen += data
+            seen = seen[seen.index(text) + len(text):]
+
+        expect(b"> ")
+        time.sleep(0.4)
+        write(b"hello\\n")
+        expect(b"got 'hello' ticked")
+        expect(b"> ")
+        if is_pty:
+            time.sleep(0.3)
+            write(b"\\x03")
+            expect(b"interrupted")
+            expect(b"> ")
+            time.sleep(0.3)
+            write(b"after\\n")
+            expect(b"got 'after' ticked")
+            expect(b"> ")
+        write(b"time\\n")
+        expect(b"got 'time'")
+        expect(b"timeout")
+        expect(b"> ")
+        time.sleep(0.3)
+        write(b"again\\n")
+        expect(b"got 'again' ticked")
+        expect(b"> ")
+        write(b"\\x04") if is_pty else process.stdin.close()
+        expect(b"end")
+        assert (os.waitpid(pid, 0)[1] if is_pty else process.wait()) == 0
+        os.close(fd) if is_pty else process.stdout.close()
+    """)
+
+
+# ---- how it is asked for -----------------------------------------------------------------------------------------------------
+
+
+def test_coopos_patch_io_in_the_environment():
+    """COOPOS_PATCH=io: gevent.monkey.patch_all() alone calls patch(io=True)."""
+    run_script("from gevent import monkey; monkey.patch_all(); import os; assert os.read.__module__ == 'os'", COOPOS_PATCH="io")
+
+
+@pytest.mark.parametrize("option", ["", "--no-io"])
+def test_command_line(option, tmp_path):
+    """python -m coopos patches io, unless told not to."""
+    program = tmp_path / "program.py"
+    program.write_text("import os\nprint(os.read.__module__)\n")
+    run_script(f"""
+        import subprocess, sys
+        arguments = [sys.executable, "-m", "coopos", *{option.split()!r}, {str(program)!r}]
+        out = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+        assert out == {("posix" if option else "os")!r} + "\\n", out
+    """)
