@@ -17,7 +17,8 @@ Environment variables, read when the module is imported:
 ``COOPOS_SETS=watchers``
     Wait for descriptors by watchers of gevent's loop, as on systems without epoll.
 ``COOPOS_FAIRNESS``
-    A count: after that many reads and writes in a row that didn't have to wait, a greenlet lets the others run.
+    0: reads and writes that don't have to wait never give the hub a turn. Another count: they do after so many in a row, and not
+    only when the hub has not run for about 10 ms.
 ``COOPOS_KEEP_GREENLETS=0``
     A forked child has only the greenlet that forked, unless :func:`patch`, :func:`fork_policy` or an argument says otherwise.
 ``COOPOS_PATCH=1``

@@ -118,6 +118,16 @@ cdef extern from "c/closing.h" nogil:
     bint coopos_closing_is_due(Closing *closing)
 
 
+cdef extern from "c/turns.h" nogil:
+    ctypedef enum coopos_turn "enum coopos_turn":
+        COOPOS_NO_TURN
+        COOPOS_QUEUE_CALLBACK
+        COOPOS_TURN_IS_DUE
+    coopos_turn coopos_count_ready_call(int max_calls)
+    void coopos_forget_ready_calls()
+    void coopos_turn_taken()
+
+
 cdef extern from "c/system.h" nogil:
     int HAVE_PIDFD
     int COOPOS_WNOTHREAD, COOPOS_WCLONE, COOPOS_WAIT_OPTIONS, COOPOS_WAITID_OPTIONS

@@ -134,18 +134,15 @@ def test_fairness_of_ready_calls(call, is_blocking):
             os.set_blocking(fd, {is_blocking})
         reader, writer = (coopos.FileIO(fd, mode) for fd, mode in zip(fds, "rw"))
         writer.write(b"x" * 1000)
-        turns = []
-        def turn():
-            while True:
-                turns.append(1)
-                gevent.sleep(0)
-        ticker = gevent.spawn(turn)
-        gevent.sleep(0)
-        before = len(turns)
-        for _ in range(100):
+        polls = set()
+        ready, peer = os.pipe()
+        os.write(peer, b"x")
+        watcher = gevent.get_hub().loop.io(ready, 1)
+        watcher.start(lambda: polls.add(n))
+        for n in range(100):
             {call}
-        assert 9 <= len(turns) - before <= 11, len(turns) - before
-        ticker.kill()
+        assert 9 <= len(polls) <= 11, len(polls)
+        watcher.stop()
         reader.close(), writer.close()
         """,
         COOPOS_FAIRNESS="10",

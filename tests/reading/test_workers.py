@@ -155,6 +155,7 @@ def test_call_in_its_fairness_turn_when_its_descriptor_is_closed():
         def close():
             coopos.close(fd)
             os.dup2(others, fd)
+        gevent.get_hub()
         coopos.read(others, 0)
         closer = gevent.spawn(close)
         try:

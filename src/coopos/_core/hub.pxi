@@ -45,6 +45,7 @@ cdef object give_way(object hub, object current):
     """
     if current is hub:
         raise in_hub_error()
+    coopos_forget_ready_calls()
     return switch_to(hub, None, current)
 
 

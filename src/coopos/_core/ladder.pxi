@@ -42,33 +42,42 @@ cdef int first_rung = COOPOS_NOWAIT if has_nowait() else COOPOS_REFUSED
 
 # ---- fairness ----------------------------------------------------------------------------------------------------------------
 
-# COOPOS_FAIRNESS: after so many calls in a row that didn't wait, the other greenlets get a turn. 0: never.
-cdef int fairness = int(os.environ.get("COOPOS_FAIRNESS") or 0)
-cdef int ready_calls = 0
+# A greenlet whose calls are always ready gives the hub a turn, with its timers and I/O, about every 10 ms (c/turns.h).
+# COOPOS_FAIRNESS: a number of ready calls after which it does so in any case. 0: it never does.
+cdef int max_ready_calls = int(os.environ.get("COOPOS_FAIRNESS") or INT_MAX)
 
 
 cdef int be_fair(int fd, str call) except -1:
-    """Count a call, and let the others run if it is their turn. Called before any byte is moved: a kill here loses none."""
-    global ready_calls
+    """Give the hub its turn if one is due. Called before any byte is moved: a kill here loses none."""
     check_open(fd, call)
-    if fairness > 0:
-        ready_calls += 1
-        if ready_calls > fairness:
-            ready_calls = 1
-            let_others_run(fd, call)
+    if turn_is_due():
+        take_turn(fd, call)
     return 0
 
 
-cdef int reset_fairness() noexcept:
-    """The calling greenlet waits, so the others run now: count anew."""
-    global ready_calls
-    ready_calls = 0
+cdef bint turn_is_due() except -1:
+    """Count a call that may be ready."""
+    cdef object hub
+    cdef coopos_turn turn = coopos_count_ready_call(max_ready_calls) if max_ready_calls else COOPOS_NO_TURN
+    if turn == COOPOS_QUEUE_CALLBACK:
+        hub = reachable_hub()
+        if hub is None:
+            coopos_turn_taken()
+        else:
+            hub.loop.run_callback(note_turn)
+    return turn == COOPOS_TURN_IS_DUE
+
+
+cdef int take_turn(int fd, str call) except -1:
+    coopos_turn_taken()
+    let_others_run(fd, call, 0, True)
+    turn_is_due()                  # this call is the first of the next row
     return 0
 
 
-cdef bint park_fairly(int fd, int events, str call, bint may_block=False) except -1:
-    reset_fairness()
-    return park(fd, events, call, may_block)
+def note_turn():
+    """The callback: the hub runs."""
+    coopos_turn_taken()
 
 
 cdef enum Step:
@@ -255,7 +264,7 @@ cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
             return wait_as_terminal(move, n, call)
         if move.as_os and is_nonblocking(move.fd) and not is_always_ready(move.fd):
             raise os_error(err, call, move.fd)
-        if not park_fairly(move.fd, WRITE if move.writes else READ, call, move.may_block):
+        if not park(move.fd, WRITE if move.writes else READ, call, move.may_block):
             if is_always_ready(move.fd):
                 return READ_NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_WORKER
             let_others_run(move.fd, call)
@@ -346,7 +355,6 @@ cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
             if left_us <= 0:
                 move.max_bytes = <size_t>there
                 return AGAIN if there else READ_NOTHING
-        reset_fairness()
         # With a VTIME, poll(2) reports the first byte; without, only VMIN bytes: input_available_p in
         # https://github.com/torvalds/linux/blob/master/drivers/tty/n_tty.c
         if there == 0 and (tenths or min_bytes <= wanted):

@@ -25,7 +25,7 @@ cdef Job read_in_worker(Move *move, Py_ssize_t n, str call):
     job.job.waits_for_peer = may_wait_for_peer(move.fd)
     run(job)
     if job.job.rc < 0:
-        if job.job.err == EAGAIN and job.job.waits_for_peer and park_fairly(move.fd, READ, call, move.may_block):
+        if job.job.err == EAGAIN and job.job.waits_for_peer and park(move.fd, READ, call, move.may_block):
             return None
         raise os_error(job.job.err, call, move.fd)
     return job

@@ -94,16 +94,15 @@ cdef class Owned:
                 park(self.fd, READ, "read")
             finally:
                 self.leave(current)
-            reset_fairness()
         if self.fd < 0:
             raise closed_error()
         return 0
 
     cdef int take_turn(self) except -1:
-        if fairness > 0:
+        if turn_is_due():
             current = self.enter()
             try:
-                be_fair(self.fd, "read")
+                take_turn(self.fd, "read")
             finally:
                 self.leave(current)
         return 0

@@ -118,29 +118,54 @@ cdef int forget_calls(bint all_of_them) except -1:
     return 0
 
 
-cdef int let_others_run(int fd=-1, str name="", double seconds=0) except -1:
-    """Let the other ready greenlets run once, or for *seconds*. EBADF if *fd* is closed meanwhile. Without a hub: nothing."""
+cdef tuple call_after_poll(object loop, object callback, tuple args):
+    """Call *callback* when *loop* has polled once more and has run the callbacks of that poll. Returns the watchers to end then."""
+    cdef object idle = loop.idle()
+    # It keeps the loop from sleeping in that poll.
+    idle.start(bool)
+    try:
+        check = loop.check(priority=loop.MINPRI)
+        check.start(callback, *args)
+    except BaseException:
+        end_watchers((idle,))
+        raise
+    return idle, check
+
+
+cdef int end_watchers(tuple watchers) except -1:
+    for watcher in watchers:
+        watcher.stop()
+        watcher.close()
+    return 0
+
+
+cdef int let_others_run(int fd=-1, str name="", double seconds=0, bint polls=False) except -1:
+    """Let the other ready greenlets run once, or for *seconds*. If it *polls*, timers and I/O run too. EBADF if *fd* is closed
+    meanwhile. Without a hub: nothing.
+    """
     cdef object hub = reachable_hub()
     cdef Call call
     if hub is None:
         return 0
     cdef object current = coopos_current_greenlet()
     cdef object switch = current.switch
+    cdef tuple watchers = ()
     call = Call.__new__(Call)
     call.fd, call.other = fd, -1
     call.enter(name)
-    if seconds > 0:
-        queued = hub.loop.timer(seconds)
-        queued.start(switch, switch)
-    else:
-        queued = hub.loop.run_callback(switch, switch)
     try:
+        if polls:
+            watchers = call_after_poll(hub.loop, switch, (switch,))
+        elif seconds > 0:
+            watchers = (hub.loop.timer(seconds),)
+            watchers[0].start(switch, switch)
+        else:
+            watchers = (hub.loop.run_callback(switch, switch),)
         came_back = give_way(hub, current)
         if came_back is not switch:
             raise wrong_switch(came_back, "its turn")
     finally:
-        queued.stop()
-        queued.close()
+        end_watchers(watchers)
         call.leave()
     if call.error:
         raise os_error(call.error, name, fd)
@@ -159,6 +184,7 @@ def yield_turn():
 cdef class PutOffClose:
     """A close(2) that waits until its parties are done: workers that use the number, loops with a watcher on it, close() itself."""
     cdef Closing *closing
+    cdef tuple watchers        # those of call_after_poll()
     cdef bint waits_for_loop   # the loop of the thread that called close() is a party
 
     def __dealloc__(self):
@@ -183,17 +209,11 @@ cdef class PutOffClose:
     cdef int wait_for_turn(self, object loop) except -1:
         """Make *loop* a party until it has polled once more and has run the callbacks of that poll."""
         self.waits_for_loop = True
-        # An idle watcher keeps the loop from sleeping in that poll.
-        idle = loop.idle()
-        idle.start(bool)
-        check = loop.check(priority=loop.MINPRI)
-        check.start(self.after_polling, check, idle)
+        self.watchers = call_after_poll(loop, self.after_polling, ())
         return 0
 
-    def after_polling(self, *watchers):
-        for watcher in watchers:
-            watcher.stop()
-            watcher.close()
+    def after_polling(self):
+        end_watchers(self.watchers)
         self.party_left()
 
 
