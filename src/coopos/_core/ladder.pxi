@@ -25,7 +25,7 @@ cdef bint has_nowait() except -1:
     cdef iovec iov
     cdef char byte
     cdef bint knows
-    if os.environ.get("COOPOS_NOWAIT") == "0":
+    if not _settings.NOWAIT:
         return False
     reader, writer = posix.pipe()
     iov.iov_base, iov.iov_len = &byte, 1
@@ -43,7 +43,7 @@ cdef int first_rung = COOPOS_NOWAIT if has_nowait() else COOPOS_REFUSED
 # ---- fairness ----------------------------------------------------------------------------------------------------------------
 
 # COOPOS_FAIRNESS: after so many calls in a row that didn't wait, the other greenlets get a turn. 0: never.
-cdef int fairness = int(os.environ.get("COOPOS_FAIRNESS") or 0)
+cdef int fairness = _settings.FAIRNESS
 cdef int ready_calls = 0
 
 
