@@ -4,7 +4,8 @@ Import it in place of ``gevent.os``, or call :func:`patch` under ``gevent.monkey
 name and signature of ``gevent.os``, and the rest of :mod:`os`. The functions that are called most are the compiled core's own,
 without a Python frame in between. Windows has only :func:`tp_read`, :func:`tp_write` and the names of :mod:`os`.
 
-Environment variables, read when the module is imported:
+Environment variables, read when the module is imported, which raises ValueError if a value means nothing. On is 1, true, on or
+yes, off is 0, false, off or no:
 
 ``GEVENT_NOWAITPID``
     As in gevent: :func:`fork` and :func:`forkpty` don't watch their children, and ``waitpid`` moves to ``__extensions__``.
@@ -28,9 +29,7 @@ Environment variables, read when the module is imported:
 import os as _os
 from typing import TYPE_CHECKING
 
-from gevent._config import config as _config
-
-from coopos import _patch
+from coopos import _patch, _settings
 from coopos._files import tp_read as tp_read, tp_write as tp_write
 from coopos._patch import patch as patch, patched as patched, unpatch as unpatch
 
@@ -144,14 +143,14 @@ if hasattr(_os, "fork"):
 
         __implements__ += ["forkpty"]
         __extensions__ += ["forkpty_gevent", "forkpty_and_watch", "read_pty"]
-    if _config.disable_watch_children:
-        __extensions__ += _wait_family
-    else:
+    if _settings.WATCHES_CHILDREN:
         __implements__ += _wait_family
         if hasattr(_os, "posix_spawn"):
             from coopos._programs import posix_spawn as posix_spawn, posix_spawnp as posix_spawnp
 
             __implements__ += ["posix_spawn", "posix_spawnp"]
+    else:
+        __extensions__ += _wait_family
 
 
 if hasattr(_os, "fork"):
@@ -159,12 +158,11 @@ if hasattr(_os, "fork"):
 
     # What is builtin in os is builtin here too: it doesn't become a method where it is an attribute of a class. What is compiled is
     # builtin already.
-    _is_watching = not _config.disable_watch_children
     _signatures = {
-        "fork": "(*args, **kwargs)" if _is_watching else "(*, keep_greenlets=None)",
-        "forkpty": "(*args, **kwargs)" if _is_watching else "(*, keep_greenlets=None, winsize=None)",
+        "fork": "(*args, **kwargs)" if _settings.WATCHES_CHILDREN else "(*, keep_greenlets=None)",
+        "forkpty": "(*args, **kwargs)" if _settings.WATCHES_CHILDREN else "(*, keep_greenlets=None, winsize=None)",
         "system": "(command)",
-        **(dict.fromkeys(("posix_spawn", "posix_spawnp"), "(*args, **kwargs)") if _is_watching else {}),
+        **(dict.fromkeys(("posix_spawn", "posix_spawnp"), "(*args, **kwargs)") if _settings.WATCHES_CHILDREN else {}),
     }
     for _name in _signatures.keys() & globals().keys():
         globals()[_name] = _as_builtin(globals()[_name], _signatures[_name], __name__)

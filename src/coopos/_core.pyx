@@ -89,6 +89,8 @@ from gevent.lock import Semaphore as _Turns
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
+from coopos import _settings
+
 include "_core/basics.pxi"
 include "_core/hub.pxi"
 include "_core/registry.pxi"

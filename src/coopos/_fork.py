@@ -17,10 +17,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import gevent.os
-from gevent._config import config
 from gevent.hub import Hub, _get_hub as get_hub_if_exists, signal as SignalHandler  # type: ignore[attr-defined]  # noqa: N812
 
-from coopos import _core
+from coopos import _core, _settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -284,7 +283,7 @@ def watch(
     return _core.watch_any(pid, callback, loop, ref)
 
 
-if config.disable_watch_children:
+if not _settings.WATCHES_CHILDREN:
 
     def fork(*, keep_greenlets: bool | None = None) -> int:
         """Fork without watching the child, because GEVENT_NOWAITPID is set: :func:`fork_gevent`.

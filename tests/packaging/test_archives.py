@@ -53,9 +53,9 @@ def test_sdist_has_what_git_has(sdist):
 
 
 def test_wheel_has_the_package_and_no_sources_of_the_core(wheel, unpacked):
-    """Each module below src/coopos: Python as it is, a .pyx compiled and with its stub; py.typed; and nothing else."""
+    """Each module below src/coopos: Python as it is, a .pyx compiled and with its stub; py.typed; the plug-in; and nothing else."""
     suffix = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
-    expected = set()
+    expected = {"_coopos_plugin.py"}
     source = unpacked / "src"
     for path in (source / "coopos").rglob("*"):
         if path.suffix in (".py", ".pyi", ".typed"):
@@ -76,7 +76,7 @@ def test_wheel_says_what_it_is(wheel):
     unconditional = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert unconditional == PYPROJECT["project"]["dependencies"]
     assert f"coopos-{VERSION}.dist-info/licenses/LICENSE" in names_in(wheel)
-    assert "coopos._patch:on_did_patch_all" in text_in(wheel, f"coopos-{VERSION}.dist-info/entry_points.txt")
+    assert "_coopos_plugin:on_did_patch_all" in text_in(wheel, f"coopos-{VERSION}.dist-info/entry_points.txt")
 
 
 def test_stubs_in_the_wheel_are_python(wheel):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="the package's sourc
 
 #: From the bottom up. A module imports from lower layers only, lazily too. A package stands above its parts, which it imports.
 LAYERS = [
+    {"_settings"},
     {"_core"},
     {"_fork", "_files"},
     {"io", "_copying"},
@@ -27,6 +28,7 @@ LAYERS = [
 ]
 #: What each may have of gevent and greenlet, at most; a module that isn't here has none.
 GEVENT = {
+    "_settings": {"gevent._config"},
     "_core": {
         "gevent",
         "gevent._config",
@@ -39,7 +41,7 @@ GEVENT = {
         "gevent.monkey",
         "greenlet",
     },
-    "_fork": {"gevent.os", "gevent._config", "gevent.hub"},
+    "_fork": {"gevent.os", "gevent.hub"},
     "_files": {"gevent.exceptions", "gevent.hub", "gevent.monkey", "greenlet"},
     "_stdlib": {"gevent", "gevent.monkey"},
     "subprocess": {"gevent.event", "gevent.monkey"},
@@ -54,7 +56,6 @@ GEVENT = {
     "_patch._managers": {"gevent"},
     "_patch._import_lock": {"gevent.hub", "greenlet"},
     "_patch._io": {"gevent.lock"},
-    "__init__": {"gevent._config"},
     "_doctor": {"gevent", "gevent.hub"},
     "__main__": {"gevent.monkey"},
 }

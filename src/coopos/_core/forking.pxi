@@ -36,7 +36,7 @@ cdef dict _forks = {}
 cdef dict _watching = {}
 #: Whether children keep the parent's greenlets, as :func:`coopos.fork_policy` says in this context. It may be unset.
 policy = ContextVar("coopos.keep_greenlets")
-cdef bint _default_keeps = os.environ.get("COOPOS_KEEP_GREENLETS") != "0"
+cdef bint _default_keeps = _settings.KEEP_GREENLETS
 # The hooks of call_last() and of call_when_left().
 cdef list _last_hooks = []
 cdef list _left_hooks = []

@@ -25,7 +25,7 @@ cdef bint has_nowait() except -1:
     cdef iovec iov
     cdef char byte
     cdef bint knows
-    if os.environ.get("COOPOS_NOWAIT") == "0":
+    if not _settings.NOWAIT:
         return False
     reader, writer = posix.pipe()
     iov.iov_base, iov.iov_len = &byte, 1
@@ -44,7 +44,7 @@ cdef int first_rung = COOPOS_NOWAIT if has_nowait() else COOPOS_REFUSED
 
 # A greenlet whose calls are always ready gives the hub a turn, with its timers and I/O, about every 10 ms (c/turns.h).
 # COOPOS_FAIRNESS: a number of ready calls after which it does so in any case. 0: it never does.
-cdef int max_ready_calls = int(os.environ.get("COOPOS_FAIRNESS") or INT_MAX)
+cdef int max_ready_calls = _settings.FAIRNESS
 
 
 cdef int be_fair(int fd, str call) except -1:

@@ -39,7 +39,7 @@ cdef int wait_plainly(idtype_t idtype, id_t id, int options) except -1:
 # ---- asking the kernel from a worker -----------------------------------------------------------------------------------------
 
 # COOPOS_CHILDREN=thread: never use pidfds, as on a system that has none.
-cdef bint _use_pidfds = HAVE_PIDFD and os.environ.get("COOPOS_CHILDREN") != "thread"
+cdef bint _use_pidfds = HAVE_PIDFD and _settings.CHILDREN == "pidfd"
 
 
 # How often the kernel is asked if no descriptor, or no thread, is left to wait with.

@@ -22,7 +22,7 @@ cdef bint is_always_ready(int fd) noexcept:
 
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
 
-cdef bint _has_epoll = COOPOS_HAVE_EPOLL and os.environ.get("COOPOS_SETS") != "watchers"
+cdef bint _has_epoll = COOPOS_HAVE_EPOLL and _settings.SETS == "epoll"
 
 # By descriptor, the newest Wait for it, which links to the older ones. The waits of all threads are here, under the GIL, for
 # close(). Borrowed: the waiting call owns its Wait.

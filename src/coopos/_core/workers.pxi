@@ -16,7 +16,7 @@
 # A thread without a hub makes the call itself. Arguments have been checked when they come here.
 
 # How many jobs use the disks at once.
-cdef int _limit = max(int(os.environ.get("COOPOS_THREADS") or 64), 1)
+cdef int _limit = _settings.THREADS
 coopos_pool_set_limit(_limit)
 
 if coopos_pool_hear_of_forks():

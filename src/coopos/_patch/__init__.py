@@ -4,8 +4,8 @@ The table of places says what may be replaced; the modules beside this one make 
 `_multiprocessing`. Whether a place is patched isn't noted anywhere: it is, if its name holds our function. Each place keeps what it
 held before.
 
-gevent calls on_did_patch_all() at the end of every ``monkey.patch_all()``. If there is nothing to do, it imports nothing. The
-façade hands its functions down with offer(); nothing here imports the façade.
+The façade hands its functions down with offer(); nothing here imports the façade. gevent's ``monkey.patch_all()`` tells
+on_did_patch_all() when it is done, by way of _coopos_plugin.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from gevent.monkey import is_module_patched
+
+from coopos import _settings
 
 if TYPE_CHECKING:
     from coopos._patch import _multiprocessing
@@ -217,12 +219,12 @@ def unpatch() -> None:
     _put_back(_gevents + _stdlibs)
 
 
-def on_did_patch_all(event: object) -> None:
-    """Called by ``gevent.monkey.patch_all()``, through an entry point: patch, if the environment says so or patch() was called."""
+def on_did_patch_all() -> None:
+    """Called at the end of ``gevent.monkey.patch_all()``: patch, if the environment says so or patch() was called."""
     is_patched = any(getattr(owner, name, None) is ours for owner, name, _, ours in _gevents + _stdlibs)
-    wanted = os.environ.get("COOPOS_PATCH", "").lower()
-    if is_patched or wanted in ("1", "true", "yes", "on", "io"):
-        patch(io=wanted == "io")
+    mode = _settings.patch_mode()
+    if is_patched or mode != "off":
+        patch(io=mode == "io")
 
 
 def patched() -> dict[str, str]:
