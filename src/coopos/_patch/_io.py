@@ -48,8 +48,6 @@ def _may_wait(fd: Any) -> bool:
 def _like_os(name: str, ours: Callable[..., Any]) -> Any:
     """What stands for the function *name* of os."""
     plain = getattr(posix, name)
-    if name == "closerange":  # it never waits
-        return ours
     if hasattr(_core, f"os_{name}"):
         return _core.like_os(getattr(_core, f"os_{name}"), plain)
     count = _DESCRIPTORS.get(name, 0)
