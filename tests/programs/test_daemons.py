@@ -51,8 +51,10 @@ def use_all():
     assert heard.wait(10)
     handler.cancel()
     in_child(gevent.sleep, 0.01)
-    os.close(reader)
-    os.close(writer)
+    for fd in reader, writer:
+        os.close(fd)
+    for sock in ours, theirs:
+        sock.close()
 
 
 def in_child(function, *args):

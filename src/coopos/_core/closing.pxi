@@ -99,7 +99,9 @@ cdef set numbers_of_loop(object loop, bint is_for_all):
     watched = getattr(loop, "_io_watchers", None)
     if watched is None:
         # libev has one eventfd. The others that are in its epoll belong to gevent's watchers of the program.
-        own = {fd for fd in members if target_of(fd) == "anon_inode:[eventfd]" and at_fd(&_parked, fd) == NULL}
+        # Before the loop's first turn its epoll is empty.
+        own = {fd for fd in members or map(int, os.listdir("/dev/fd"))
+               if target_of(fd) == "anon_inode:[eventfd]" and is_nonblocking(fd) and at_fd(&_parked, fd) == NULL}
         if len(own) > 1 and not is_for_all:
             own = set()
     else:
@@ -127,8 +129,12 @@ cdef bint is_loops(object loop, int fd, bint is_watched) except -1:
 
 
 cdef bint is_ours(int fd) except -1:
-    """Whether this module waits with *fd* for a child or a worker. The number may be another file's by now, if C code has closed it."""
+    """Whether *fd* is a set, or this module waits with it for a child or a worker. Without it greenlets would wait for ever. The number
+    may be another file's by now, if C code has closed it.
+    """
     cdef PyObject *link = at_fd(&_parked, fd)
+    if at_fd(&_sets, fd) != NULL:
+        return target_of(fd) == "anon_inode:[eventpoll]"
     if link == NULL or type(<object>link) is Wait:
         return False
     target = target_of(fd)
@@ -151,9 +157,6 @@ cdef int close_fd(int fd) except -1:
         if later is None:
             later = put_off_close(fd)
         notify_calls(fd, later.closing)
-    if _latest_set != NULL and (<Set>_latest_set).fd == fd and (<Set>_latest_set).is_intact(loop):
-        # The program closes a number a second time, which is our epoll set by now. Without it the hub would wait for ever.
-        raise os_error(EBADF, "close", fd)
     is_watched = loop is not None and (loop.closing_fd(fd) or may_be_pending(loop, fd))
     if loop is not None and is_loops(loop, fd, is_watched):
         raise os_error(EBADF, "close", fd)
