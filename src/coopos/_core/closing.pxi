@@ -69,7 +69,8 @@ cdef str target_of(fd):
         return ""
 
 
-cdef set members_of(epoll):
+cdef object members_of(epoll):
+    """The descriptors that are in an epoll."""
     try:
         with open(f"/proc/self/fdinfo/{epoll}") as file:
             return {int(line.split()[1]) for line in file if line.startswith("tfd:")}
@@ -88,7 +89,7 @@ cdef bint is_libuvs(int fd, str target, dict ends) except -1:
     return target == "anon_inode:[io_uring]"
 
 
-cdef set numbers_of_loop(object loop, bint is_for_all):
+cdef object numbers_of_loop(object loop, bint is_for_all):
     """The descriptors with which *loop* works by itself. *is_for_all*: in doubt a descriptor is among them."""
     cdef dict targets
     cdef dict ends = {}
@@ -119,10 +120,8 @@ cdef set numbers_of_loop(object loop, bint is_for_all):
 cdef bint is_loops(object loop, int fd, bint is_watched) except -1:
     """Whether *loop* works with *fd* by itself. A pipe of libuv's is not recognized: a program's may look like it."""
     cdef stat_t st
-    if fd == loop.fileno():
-        return True
     if not is_watched and not hasattr(loop, "_io_watchers"):
-        return False               # libev has a watcher for its own eventfd
+        return fd == loop.fileno()     # libev has a watcher for its own eventfd
     if fstat(fd, &st) < 0 or st.st_mode & S_IFMT:
         return False               # a file that has a type: what the loop has made has none, but for pipes
     return fd in numbers_of_loop(loop, False)
