@@ -226,6 +226,16 @@ cdef int fail_waits_of(int fd, list greenlets) except -1:
     return 0
 
 
+def fail_waiters(int fd):
+    """For Python: raise EBADF in the greenlets that are parked on *fd*, which the caller is going to close by other means."""
+    cdef PyObject *link = at_fd(&_parked, fd)
+    cdef list greenlets = []
+    while link != NULL:
+        greenlets.append((<Wait>link).greenlet)
+        link = (<Wait>link).next
+    fail_waits_of(fd, greenlets)
+
+
 cdef PutOffClose fail_waits(int fd, list greenlets=None):
     """Raise EBADF in all greenlets that are parked on *fd*, or in those of *greenlets*. Returns a PutOffClose if the close has to
     wait for other threads to stop their watchers, else None.

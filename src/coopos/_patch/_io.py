@@ -17,6 +17,7 @@ import contextlib
 import io
 import os
 import posix
+import select
 import sys
 import termios
 from typing import TYPE_CHECKING, Any
@@ -308,10 +309,16 @@ def places(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     global os_open
     functions = {name: _like_os(name, function) for name, function in ours.items() if name not in LEFT_ALONE}
     os_open = functions["open"]
+    epolls = []
+    if hasattr(select, "EPOLLIN"):
+        from coopos._patch import _epoll
+
+        epolls = _epoll.places()
     opens = _core.make_open(_plain_open, _open)
     return [
         *((os, name, getattr(os, name), function) for name, function in functions.items()),
         (io, "open", _plain_open, opens),
         (builtins, "open", _plain_open, opens),
         (builtins, "input", _plain_input, _core.as_builtin(_input, "(prompt='', /)", "builtins")),
+        *epolls,
     ]
