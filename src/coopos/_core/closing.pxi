@@ -58,8 +58,9 @@ cdef object loop_of_this_thread():
     return None if hub is None else hub.loop
 
 
-# A program that closes all descriptors, to become a daemon, means its own files. The loop's descriptors and those of this module stay
-# open. Without them libev and libuv abort the process, or write into the file that has the number by then. Linux tells which they are.
+# A program that closes all descriptors, to become a daemon, means its own files. The loop's descriptors and those of this module
+# stay open. Without them libev and libuv abort the process, or write into the file that has the number by then. Linux tells which
+# they are.
 
 cdef str target_of(fd):
     """What a descriptor leads to, or "" where the kernel doesn't tell."""
@@ -128,8 +129,8 @@ cdef bint is_loops(object loop, int fd, bint is_watched) except -1:
 
 
 cdef bint is_ours(int fd) except -1:
-    """Whether *fd* is a set, or this module waits with it for a child or a worker. Without it greenlets would wait for ever. The number
-    may be another file's by now, if C code has closed it.
+    """Whether *fd* is a set, or this module waits with it for a child or a worker. Without it greenlets would wait for ever. The
+    number may be another file's by now, if C code has closed it.
     """
     cdef PyObject *link = at_fd(&_parked, fd)
     if at_fd(&_sets, fd) != NULL:

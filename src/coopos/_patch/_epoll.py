@@ -58,7 +58,7 @@ class epoll:  # noqa: N801 (select's name)
         self._epoll.unregister(fd)
 
     def poll(self, timeout: Any = None, maxevents: int = -1) -> list[tuple[int, int]]:
-        if not _core.can_give_way() or not (timeout is None or isinstance(timeout, (int, float)) and timeout <= _MAX_S):
+        if not _core.can_give_way() or not (timeout is None or (isinstance(timeout, (int, float)) and timeout <= _MAX_S)):
             return self._epoll.poll(timeout, maxevents)  # type: ignore[no-any-return]  # or it says what is wrong
         deadline = None if timeout is None or timeout < 0 else monotonic() + timeout
         _core.yield_turn()  # a loop whose members are always ready would stop all others
