@@ -123,12 +123,12 @@ if hasattr(_os, "fork"):
         from coopos._core import waitid as waitid
 
         _wait_family += ["waitid"]
-    _forms += ["read", "write", "readv", "writev", "pread", "pwrite", "closerange", "fdopen"]
+    _forms += ["read", "write", "readv", "writev", "pread", "pwrite", "fdopen"]
     if hasattr(_os, "preadv"):
         from coopos._core import preadv as preadv, pwritev as pwritev
 
         _forms += ["preadv", "pwritev"]
-    __implements__ += ["fork", "close", "system", "popen"]
+    __implements__ += ["fork", "close", "closerange", "system", "popen"]
     __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
     __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO", "flock"]

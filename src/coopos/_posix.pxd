@@ -157,6 +157,7 @@ cdef extern from "c/system.h" nogil:
     int coopos_set_arm(int set, int fd, int events)
     int coopos_set_ready(int set, Event *ready, int max)
     bint coopos_set_has(int set, int fd)
+    bint coopos_holds_one_byte(int fd)
     void coopos_close_run(int first, int last)
     bint coopos_bell_ring(const int *bell)
     void coopos_bell_hush(const int *bell)

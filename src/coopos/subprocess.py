@@ -257,7 +257,7 @@ class Popen(_Base[AnyStr]):
         pty: bool, whether the child gets a pseudo-terminal of its own: the controlling terminal of a new session, and those of its
             standard streams that no argument says anything of. Its other side is the attribute ``pty``, an unbuffered file, of text
             where the others would be. Its end comes when no process has the terminal open any more. To close it hangs up, and the
-            ``with`` block does. ``communicate`` doesn't touch it.
+            ``with`` block does. ``communicate`` doesn't touch it. :meth:`resize` changes the size of its window.
         winsize: (rows, columns), the size of the terminal's window, each 0..65535. With it *pty* needn't be given.
         threadpool: not asked; there because gevent's Popen has it.
 
@@ -487,6 +487,26 @@ class Popen(_Base[AnyStr]):
             result.set_exception(ex)
 
     # ---- what is done to it
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the window of the child's terminal another size. The terminal's foreground processes get SIGWINCH if it is another.
+
+        Args:
+            rows: int, 0..65535.
+            columns: int, 0..65535.
+
+        Raises:
+            ValueError: the child was started without a terminal, or ``pty`` is closed.
+            TypeError, OverflowError: *rows* or *columns* is no such int.
+            OSError: as of ioctl_tty(2).
+
+        Doesn't switch greenlets.
+
+        Source: TIOCSWINSZ of ioctl_tty(2).
+        """
+        if self.pty is None:
+            raise ValueError("the child has no terminal: Popen was called without pty=True and winsize")
+        fcntl.ioctl(self.pty.fileno(), termios.TIOCSWINSZ, array("H", [rows, columns, 0, 0]).tobytes())
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the child, never to another process that has got its pid. Nothing, if it has ended."""

@@ -17,7 +17,7 @@ from ..helpers.support import run_script
 # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
 GEVENTS_OWN = [name for name in ("close", "posix_spawn", "posix_spawnp") if name in gevent.os.__implements__]
 OURS_ALONE = [
-    *("wait", "wait3", "wait4", "waitid", "system", "popen"),
+    *("closerange", "wait", "wait3", "wait4", "waitid", "system", "popen"),
     *("spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"),
 ]
 REPLACED_IN_OS = ["fork", "forkpty", "waitpid", *GEVENTS_OWN, *OURS_ALONE]

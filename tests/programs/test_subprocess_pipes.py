@@ -483,3 +483,25 @@ def test_pty_wrong_winsize(winsize):
     """Refused before anything is started."""
     assert error_of(subprocess.Popen, ["true"], winsize=winsize)[0] in (TypeError, ValueError, OverflowError)
     assert has_no_child()
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_pty_is_resized(text):
+    """The child gets SIGWINCH and finds the new size."""
+    script = "trap 'stty size; exit' WINCH; stty size; while :; do sleep 0.01; done"
+    with sh(script, winsize=(12, 34), text=text) as process:
+        process.pty.readline()
+        process.resize(56, 78)
+        assert process.pty.read().strip() in ("56 78", b"56 78")
+
+
+def test_pty_that_cant_be_resized():
+    """A wrong size leaves the terminal's as it is; without a terminal, and after its end here, there is a ValueError."""
+    with sh("read line; stty size", winsize=(12, 34)) as process:
+        for size in [(-1, 1), (1, 65536), ("1", 1), (1.5, 1), (None, 1)]:
+            assert error_of(process.resize, *size)[0] in (TypeError, ValueError, OverflowError)
+        process.pty.write(b"\n")
+        assert process.pty.read().endswith(b"\n12 34\r\n")
+    assert error_of(process.resize, 1, 1)[0] is ValueError
+    with sh("exit") as process:
+        assert error_of(process.resize, 1, 1)[0] is ValueError

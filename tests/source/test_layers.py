@@ -19,8 +19,8 @@ LAYERS = [
     {"_stdlib"},
     {"subprocess"},
     {"_programs"},
-    {"_patch._import_lock", "_patch._connections", "_patch._processes", "_patch._managers", "_patch._io"},
-    {"_patch._os", "_patch._subprocess", "_patch._time", "_patch._multiprocessing"},
+    {"_patch._import_lock", "_patch._connections", "_patch._processes", "_patch._managers", "_patch._epoll"},
+    {"_patch._os", "_patch._io", "_patch._subprocess", "_patch._time", "_patch._multiprocessing"},
     {"_patch"},
     {"_doctor"},
     {"__init__"},
@@ -56,6 +56,7 @@ GEVENT = {
     "_patch._managers": {"gevent"},
     "_patch._import_lock": {"gevent.hub", "greenlet"},
     "_patch._io": {"gevent.lock"},
+    "_patch._epoll": {"gevent.monkey"},
     "_doctor": {"gevent", "gevent.hub"},
     "__main__": {"gevent.monkey"},
 }

@@ -29,6 +29,10 @@ cdef bint _has_epoll = COOPOS_HAVE_EPOLL and _settings.SETS == "epoll"
 cdef Table _parked
 
 
+# By number, the Set whose epoll it is; of all threads. Borrowed.
+cdef Table _sets
+
+
 cdef enum:
     MAX_DIRECT = 64        # direct switches from one greenlet to the next, before the loop has a turn
     MAX_DIRECT_US = 1000   # and for how long
@@ -233,6 +237,7 @@ cdef class Set:
         if fd < 0:
             return errno
         try:
+            reserve(&_sets, fd)
             watcher = self.loop.io(fd, READ, ref=False)
             set_ref(watcher, False)
         except:
@@ -243,6 +248,7 @@ cdef class Set:
             c_close(fd)
             return 0
         callback.set = <PyObject *>self
+        _sets.at[fd] = <PyObject *>self
         self.fd, self.watcher, self.callback = fd, watcher, callback
         self.is_started = self.keeps_alive = False
         return 0
@@ -250,7 +256,7 @@ cdef class Set:
     cdef int shut(self) noexcept:
         cdef int fd = self.fd
         watcher, self.watcher = self.watcher, None
-        self.fd = -1
+        self.forget_number()
         self.at = self.n = 0
         if self.callback is not None:
             (<SetCallback>self.callback).set = NULL
@@ -264,16 +270,11 @@ cdef class Set:
             c_close(fd)
         return 0
 
-    cdef bint is_intact(self, loop) except -1:
-        """Whether this is the set of *loop* and *fd* is still its epoll. A program that closes all descriptors closes it too."""
-        cdef Event event
-        cdef int n
-        if self.loop is not loop:
-            return False
-        n = coopos_set_ready(self.fd, &event, 1)
-        if n == 1:
-            self.arm_again(event.fd)
-        return n >= 0
+    cdef int forget_number(self) noexcept:
+        if self.fd >= 0:
+            _sets.at[self.fd] = NULL
+        self.fd = -1
+        return 0
 
     cdef int end(self) noexcept:
         """The thread has ended or the loop was destroyed, so that no waiter here will ever run: drop the waits."""
@@ -406,7 +407,7 @@ cdef class Set:
         if err != EINVAL and (err != EBADF or fcntl(self.fd, F_GETFD) >= 0):
             raise os_error(err, call, fd)
         # The program has closed all descriptors, also the set's. The number may belong to another file by now: don't close it.
-        self.fd = -1
+        self.forget_number()
         self.shut()
         self.renew()
         return ARMED

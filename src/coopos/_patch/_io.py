@@ -17,6 +17,7 @@ import contextlib
 import io
 import os
 import posix
+import select
 import sys
 import termios
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,6 @@ def _may_wait(fd: Any) -> bool:
 def _like_os(name: str, ours: Callable[..., Any]) -> Any:
     """What stands for the function *name* of os."""
     plain = getattr(posix, name)
-    if name == "closerange":  # it never waits
-        return ours
     if hasattr(_core, f"os_{name}"):
         return _core.like_os(getattr(_core, f"os_{name}"), plain)
     count = _DESCRIPTORS.get(name, 0)
@@ -310,10 +309,16 @@ def places(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     global os_open
     functions = {name: _like_os(name, function) for name, function in ours.items() if name not in LEFT_ALONE}
     os_open = functions["open"]
+    epolls = []
+    if hasattr(select, "EPOLLIN"):
+        from coopos._patch import _epoll
+
+        epolls = _epoll.places()
     opens = _core.make_open(_plain_open, _open)
     return [
         *((os, name, getattr(os, name), function) for name, function in functions.items()),
         (io, "open", _plain_open, opens),
         (builtins, "open", _plain_open, opens),
         (builtins, "input", _plain_input, _core.as_builtin(_input, "(prompt='', /)", "builtins")),
+        *epolls,
     ]

@@ -403,6 +403,13 @@ static inline int coopos_set_has(int set, int fd)
 #endif
 }
 
+/* Whether *fd* is a pipe with one byte in it. */
+static inline int coopos_holds_one_byte(int fd)
+{
+    int n = 0;
+    return ioctl(fd, FIONREAD, &n) == 0 && n == 1;
+}
+
 /* close(2) every descriptor from first to last. */
 static inline void coopos_close_run(int first, int last)
 {
