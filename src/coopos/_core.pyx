@@ -85,11 +85,16 @@ from gevent.event import Event as _Event
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.hub import (
     Hub, MAIN_THREAD_IDENT as _MAIN_THREAD_IDENT, Waiter, _get_hub as get_hub_if_exists, _get_hub_noargs as get_hub, reinit)
-from gevent.lock import Semaphore as _Turns
-from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
 from coopos import _settings
+from coopos._originals import get_original
+
+
+cdef object new_turns():
+    from gevent.lock import Semaphore      # only who uses multiprocessing needs it
+    return Semaphore(1)
+
 
 include "_core/basics.pxi"
 include "_core/hub.pxi"

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.hub import _get_hub as get_hub_if_exists  # type: ignore[attr-defined]
-from gevent.monkey import get_original
 from greenlet import getcurrent
+
+from coopos._originals import get_original
 
 try:
     import fcntl

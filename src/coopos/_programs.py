@@ -13,10 +13,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from gevent.monkey import get_original
-
 from coopos import _core
 from coopos._core import waitpid
+from coopos._originals import get_original
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

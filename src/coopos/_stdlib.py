@@ -23,10 +23,10 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from gevent import Timeout
-from gevent.monkey import get_original
 
 from coopos import _core
 from coopos._files import os_error
+from coopos._originals import get_original
 from coopos.io import WholeFileIO, fdopen
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
-from gevent.monkey import get_original
 
 from coopos import _core
 from coopos._files import read_to_hangup
+from coopos._originals import get_original
 from coopos._stdlib import MAX_POLL_S, MAX_TIMEOUT_S, copy_subprocess, in_time, starting
 from coopos.io import FileIO, WholeFileIO
 

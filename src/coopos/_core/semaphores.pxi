@@ -104,7 +104,7 @@ cdef class Semaphore:
             self.born = generation
         place = self.turns.get(hub)
         if place is None:
-            place = self.turns[hub] = [_Turns(1), 0]
+            place = self.turns[hub] = [new_turns(), 0]
         place[1] += 1
         try:
             with place[0]:

@@ -16,9 +16,8 @@ import types
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gevent.monkey import is_module_patched
-
 from coopos import _settings
+from coopos._originals import is_module_patched
 
 if TYPE_CHECKING:
     from coopos._patch import _multiprocessing

@@ -16,9 +16,9 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from gevent.exceptions import BlockingSwitchOutError
-from gevent.monkey import get_original
 
 from coopos import _core
+from coopos._originals import get_original
 
 if TYPE_CHECKING:
     from collections.abc import Callable

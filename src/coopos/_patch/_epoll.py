@@ -1,4 +1,4 @@
-"""What ``coopos.patch(io=True)`` puts in the places of ``select.epoll`` and ``selectors.EpollSelector``, which gevent.monkey removes.
+"""``select.epoll`` and ``selectors.EpollSelector``, which gevent.monkey removes, as ``coopos.patch(io=True)`` gives them back.
 
 An epoll is a descriptor that poll(2) calls ready as soon as one of its members is. So a greenlet waits for it on the hub, and then
 asks without waiting. Everything else is the interpreter's own class. Linux only.
@@ -13,9 +13,8 @@ import selectors
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gevent.monkey import get_original
-
 from coopos import _core
+from coopos._originals import get_original
 from coopos._stdlib import in_time
 
 if TYPE_CHECKING:

@@ -27,9 +27,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gevent.monkey import get_original, is_module_patched
-
 from coopos import _core, _fork
+from coopos._originals import get_original, is_module_patched
 from coopos._patch import _connections, _managers, _processes
 from coopos._stdlib import CooperativeSelector, over
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import gevent
 import gevent.os
-from gevent.monkey import get_original
+
+from coopos._originals import get_original
 
 #: What gevent.monkey replaces in os, in its newest version.
 _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp")

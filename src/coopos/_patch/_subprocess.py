@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import gevent.os
 from gevent import subprocess as gevent_subprocess
-from gevent.monkey import get_original
 
 from coopos import _core, _stdlib, subprocess as coopos_subprocess
+from coopos._originals import get_original
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import gevent
-from gevent.monkey import get_original
 
 from coopos import _core
+from coopos._originals import get_original
 
 _plain_sleep = get_original("time", "sleep")
 
