@@ -1,4 +1,4 @@
-"""What ``coopos.patch(io=True)`` puts in the places of ``select.epoll`` and ``selectors.EpollSelector``, which gevent.monkey removes.
+"""``select.epoll`` and ``selectors.EpollSelector``, which gevent.monkey removes and ``coopos.patch(io=True)`` gives back.
 
 An epoll is a descriptor that poll(2) calls ready as soon as one of its members is. So a greenlet waits for it on the hub, and then
 asks without waiting. Everything else is the interpreter's own class. Linux only.
