@@ -1,4 +1,4 @@
-"""Libraries that start programs run on coopos as they are: pexpect, ptyprocess, plumbum, sh, GitPython.
+"""Libraries run on coopos as they are: pexpect, ptyprocess, plumbum, sh, GitPython, filelock, portalocker, watchdog, huey.
 
 Each in a fresh interpreter, patched before the library is imported, as a program does it. A greenlet that ticks meanwhile shows
 that the hub goes on; no child is left, and no SIGCHLD handler is there.
@@ -58,8 +58,9 @@ except ChildProcessError:
 """
 
 
-def run(script, io=False):
-    run_script(PROGRAM.replace("coopos.patch()", f"coopos.patch(io={io})") + textwrap.dedent(script) + END)
+def run(script, io=False, monkey=""):
+    program = PROGRAM.replace("coopos.patch()", f"coopos.patch(io={io})").replace("patch_all()", f"patch_all({monkey})")
+    run_script(program + textwrap.dedent(script) + END)
 
 
 @needs("pexpect")
@@ -301,3 +302,121 @@ def test_file_locks_between_processes(library, lock):
         """,
         io=True,
     )
+
+
+@needs("watchdog")
+def test_watchdog():
+    """Its inotify observer waits and reads in a thread, which is a greenlet here.
+
+    It asks a queue.Queue for its maxsize as a number. That of gevent's is None, so the stdlib's stays.
+    """
+    run(
+        """
+        from watchdog.events import FileSystemEventHandler
+        from watchdog.observers import Observer
+
+        seen = []
+
+
+        class Handler(FileSystemEventHandler):
+            def on_created(self, event):
+                seen.append(event.src_path)
+
+
+        directory = tempfile.mkdtemp()
+        observer = Observer()
+        observer.schedule(Handler(), directory)
+        observer.start()
+        for number in range(3):
+            others_ran()
+            path = os.path.join(directory, str(number))
+            open(path, "w").close()
+            with gevent.Timeout(20):
+                while path not in seen:
+                    gevent.sleep(0.01)
+            assert others_ran()
+        observer.stop()
+        observer.join()
+        """,
+        io=True,
+        monkey="queue=False",
+    )
+
+
+@needs("huey")
+def test_huey_forks_a_worker():
+    """A consumer of processes: it forks its worker and its scheduler, and other greenlets run while a task does."""
+    run(
+        """
+        from huey import SqliteHuey
+        from huey.consumer import Consumer
+
+        directory = tempfile.mkdtemp()
+        huey = SqliteHuey(filename=os.path.join(directory, "huey.db"))
+
+
+        @huey.task()
+        def work(number):
+            gevent.sleep(0.05)
+            return number * 2, os.getpid()
+
+
+        consumer = Consumer(huey, workers=2, worker_type="process", initial_delay=0.01, max_delay=0.05)
+        consumer.start()
+        others_ran()
+        results = [work(number) for number in range(10)]
+        answers = [result.get(blocking=True, timeout=20, max_delay=0.05) for result in results]
+        assert others_ran()
+        assert [answer for answer, _ in answers] == [number * 2 for number in range(10)]
+        assert os.getpid() not in {pid for _, pid in answers}
+        consumer.stop(graceful=True)
+        for worker, process in consumer.worker_threads:
+            process.join()
+        consumer.scheduler.join()
+        """,
+        io=True,
+    )
+
+
+def test_a_tailer_of_a_fifo_under_python_m_coopos(tmp_path):
+    """A program that knows of no greenlets but in its ticking thread: open() and each read let that run."""
+    program = tmp_path / "tailer.py"
+    program.write_text(
+        textwrap.dedent("""
+            import sys, threading, time
+            ticks = []
+
+            def tick():
+                while True:
+                    ticks.append(1)
+                    time.sleep(0.001)
+
+            threading.Thread(target=tick, daemon=True).start()
+            print("ready", flush=True)
+            with open(sys.argv[1]) as fifo:
+                print("opened", len(ticks) > 3, flush=True)
+                while True:
+                    before = len(ticks)
+                    line = fifo.readline()
+                    if not line:
+                        break
+                    print(line.strip(), len(ticks) > before + 3, flush=True)
+        """)
+    )
+    fifo = tmp_path / "fifo"
+    run_script(f"""
+        import os, subprocess, sys, time
+        os.mkfifo({str(fifo)!r})
+        command = [sys.executable, "-m", "coopos", {str(program)!r}, {str(fifo)!r}]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+        with process.stdout:
+            assert process.stdout.readline() == "ready\\n"
+            time.sleep(0.2)
+            with open({str(fifo)!r}, "w", buffering=1) as writer:
+                assert process.stdout.readline() == "opened True\\n"
+                for number in range(3):
+                    time.sleep(0.2)
+                    writer.write(f"line {{number}}\\n")
+                    assert process.stdout.readline() == f"line {{number}} True\\n"
+            assert process.wait() == 0
+    """)

@@ -407,5 +407,10 @@ def wait_exit(Py_ssize_t pid):
         raise os_error(errno, "wait_exit", number)
     try:
         park_until_ready(pidfd, READ, "wait_exit")
+    except OSError as ex:
+        if ex.errno == EBADF and "pidfd" not in target_of(pidfd):
+            pidfd = -1             # the program has closed all descriptors; the number may be another file's
+        raise
     finally:
-        c_close(pidfd)
+        if pidfd >= 0:
+            c_close(pidfd)
