@@ -160,6 +160,31 @@ assert failed.get() == errno.EBADF
     )
 
 
+def test_wait_for_a_process_when_all_descriptors_are_closed(tmp_path):
+    """wait_exit() says so, and doesn't close another file that has got the number of its pidfd."""
+    run(
+        """
+def error_of_wait_exit():
+    try:
+        coopos.wait_exit(pid)
+    except OSError as ex:
+        return ex.errno
+
+
+pid = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+waiting = gevent.spawn(error_of_wait_exit)
+gevent.sleep(0.05)
+os.closerange(3, 65536)
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+assert waiting.get() == errno.EBADF
+assert all(map(is_open, files))
+os.kill(pid, 9)
+os.waitpid(pid, 0)
+        """,
+        tmp_path / "file",
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "eventfd"), reason="os has no eventfd")
 def test_a_programs_own_event_counters_and_sets_are_closed(tmp_path):
     """Though they look like the loop's; also one that somebody waits for through gevent."""
