@@ -177,9 +177,12 @@ def fork_and_watch(
 
     Args:
         callback: called in the hub when the child has ended, with an object that has ``pid``, ``rpid`` and ``rstatus`` (the raw
-            wait status; see :func:`watch`). What it raises is reported by the hub.
+            wait status; see :func:`watch`). What it raises is reported by the hub. It must not wait. It may fork, but that child is
+            in a callback of its hub, too: it may only exec or ``os._exit()``. To do more, ``gevent.spawn`` a greenlet there.
         loop: the event loop that runs the callback; by default that of the current hub.
-        ref: whether the watch keeps the loop running until the child has ended.
+        ref: whether the watch keeps the loop running until the child has ended. With False, the default as in gevent, the loop may
+            end before: if all greenlets wait for what only the callback would bring, they get ``gevent.exceptions.LoopExit``
+            ("This operation would block forever"). :func:`waitpid` keeps the loop running in any case.
         fork: what forks; it takes nothing and returns the pid, or 0 in the child.
         keep_greenlets: as for :func:`fork_gevent`; for *fork* it is the :func:`fork_policy`.
 
@@ -268,10 +271,11 @@ def watch(
 
     Args:
         pid: int, a child of this process that was not waited for, from whatever source.
-        callback: called in the hub when the child has ended, with what this function returns. What it raises is reported by the
-            hub.
+        callback: called in the hub when the child has ended, with what this function returns. What it may do there, see
+            :func:`fork_and_watch`.
         loop: the event loop that runs the callback; by default that of the current hub.
-        ref: whether the watch keeps the loop running until the child has ended.
+        ref: whether the watch keeps the loop running until the child has ended. If it doesn't, who waits for the callback may get
+            ``LoopExit``, as :func:`fork_and_watch` says.
 
     Returns:
         An object that has ``pid``, ``rpid`` (*pid* once the child has ended, before that 0) and ``rstatus`` (the raw wait status;
