@@ -34,7 +34,11 @@ from coopos._files import tp_read as tp_read, tp_write as tp_write
 from coopos._patch import patch as patch, patched as patched, unpatch as unpatch
 
 if TYPE_CHECKING:
-    from os import *  # noqa: F403
+    # The names whose types are not those of os come first: of two definitions mypy keeps the first, and pyright the last.
+    from coopos._fork import fork as fork, forkpty as forkpty
+
+    # isort: split
+    from os import *  # type: ignore[assignment]  # noqa: F403
 
 __version__ = "0.1.0.dev0"
 
@@ -158,11 +162,15 @@ if hasattr(_os, "fork"):
 
     # What is builtin in os is builtin here too: it doesn't become a method where it is an attribute of a class. What is compiled is
     # builtin already.
+    _watch = "callback=None, loop=None, ref=False, {}=None, " if _settings.WATCHES_CHILDREN else ""
+    _spawn = "path, argv, env, /, *, file_actions=(), setpgroup=..., resetids=False"
     _signatures = {
-        "fork": "(*args, **kwargs)" if _settings.WATCHES_CHILDREN else "(*, keep_greenlets=None)",
-        "forkpty": "(*args, **kwargs)" if _settings.WATCHES_CHILDREN else "(*, keep_greenlets=None, winsize=None)",
+        "fork": f"({_watch.format('fork')}*, keep_greenlets=None)",
+        "forkpty": f"({_watch.format('forkpty')}*, keep_greenlets=None, winsize=None)",
         "system": "(command)",
-        **(dict.fromkeys(("posix_spawn", "posix_spawnp"), "(*args, **kwargs)") if _settings.WATCHES_CHILDREN else {}),
+        **dict.fromkeys(
+            ("posix_spawn", "posix_spawnp"), f"({_spawn}, setsid=False, setsigmask=(), setsigdef=(), scheduler=...)"
+        ),
     }
     for _name in _signatures.keys() & globals().keys():
         globals()[_name] = _as_builtin(globals()[_name], _signatures[_name], __name__)

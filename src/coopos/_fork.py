@@ -81,9 +81,10 @@ def register_at_fork(
 
     .. versionadded:: 0.1.0
     """
-    for hook in (before, after_in_child, after_in_parent):
+    hooks = {"before": before, "after_in_child": after_in_child, "after_in_parent": after_in_parent}
+    for name, hook in hooks.items():
         if hook is not None and not callable(hook):
-            raise TypeError(f"a hook must be callable, not {hook!r}")
+            raise TypeError(f"{name} must be callable, not {hook!r}")
     if before is after_in_child is after_in_parent is None:
         raise TypeError("at least one of before, after_in_child and after_in_parent must be given")
     others = {"before": before, "after_in_parent": after_in_parent}
@@ -154,7 +155,10 @@ def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, in
     return _core.forkpty_process(keep_greenlets, winsize)
 
 
-def _check(callback: object, loop: object) -> None:
+def _check(callback: object, loop: object, **functions: object) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, not {function!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, not {callback!r}")
     if loop is not None:
@@ -173,9 +177,12 @@ def fork_and_watch(
 
     Args:
         callback: called in the hub when the child has ended, with an object that has ``pid``, ``rpid`` and ``rstatus`` (the raw
-            wait status; see :func:`watch`). What it raises is reported by the hub.
+            wait status; see :func:`watch`). What it raises is reported by the hub. It must not wait. It may fork, but that child is
+            in a callback of its hub, too: it may only exec or ``os._exit()``. To do more, ``gevent.spawn`` a greenlet there.
         loop: the event loop that runs the callback; by default that of the current hub.
-        ref: whether the watch keeps the loop running until the child has ended.
+        ref: whether the watch keeps the loop running until the child has ended. With False, the default as in gevent, the loop may
+            end before: if all greenlets wait for what only the callback would bring, they get ``gevent.exceptions.LoopExit``
+            ("This operation would block forever"). :func:`waitpid` keeps the loop running in any case.
         fork: what forks; it takes nothing and returns the pid, or 0 in the child.
         keep_greenlets: as for :func:`fork_gevent`; for *fork* it is the :func:`fork_policy`.
 
@@ -183,7 +190,7 @@ def fork_and_watch(
         int: in the parent the child's pid, in the child 0.
 
     Raises:
-        TypeError, ValueError: *callback* is not callable, *loop* not a loop, or destroyed; before anything is forked.
+        TypeError, ValueError: *callback* or *fork* is not callable, *loop* not a loop, or destroyed; before anything is forked.
         OSError: as fork(2). If the child is there and can't be watched, the exception has its ``pid``, and it can be waited for.
         RuntimeError: as :func:`fork_gevent`.
 
@@ -193,9 +200,11 @@ def fork_and_watch(
 
     .. versionadded:: 0.1.0
     """
-    _check(callback, loop)
+    _check(callback, loop, fork=fork)
     notes: dict[int, Any] = {}
     pid = _core.fork_to_watch(fork, notes, keep_greenlets)
+    if not isinstance(pid, int):
+        raise TypeError(f"fork must return the pid of a child, or 0 in it, not {pid!r}")
     if pid:
         _core.watch_new(pid, callback, loop, ref, notes)
     return pid
@@ -222,8 +231,8 @@ def forkpty_and_watch(
         (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
 
     Raises:
-        TypeError, ValueError, OverflowError: *callback* is not callable, *loop* not a loop, or destroyed, *winsize* no such pair;
-            before anything is forked.
+        TypeError, ValueError, OverflowError: *callback* or *forkpty* is not callable, *loop* not a loop, or destroyed, *winsize* no
+            such pair; before anything is forked.
         OSError: as forkpty(3). If the child is there and can't be watched, the exception has its ``pid``, and the master is closed.
         RuntimeError: as :func:`fork_gevent`.
 
@@ -233,10 +242,13 @@ def forkpty_and_watch(
 
     .. versionadded:: 0.1.0
     """
-    _check(callback, loop)
-    how = {} if winsize is None else {"winsize": winsize}
+    _check(callback, loop, forkpty=forkpty)
+    how = {} if winsize is None else {"winsize": _core.window_size(winsize)}
     notes: dict[int, Any] = {}
-    pid, master_fd = _core.fork_to_watch(forkpty, notes, keep_greenlets, **how)
+    forked = _core.fork_to_watch(forkpty, notes, keep_greenlets, **how)
+    if not (isinstance(forked, tuple) and len(forked) == 2):
+        raise TypeError(f"forkpty must return (pid, fd), not {forked!r}")
+    pid, master_fd = forked
     if pid:
         try:
             _core.watch_new(pid, callback, loop, ref, notes)
@@ -259,10 +271,11 @@ def watch(
 
     Args:
         pid: int, a child of this process that was not waited for, from whatever source.
-        callback: called in the hub when the child has ended, with what this function returns. What it raises is reported by the
-            hub.
+        callback: called in the hub when the child has ended, with what this function returns. What it may do there, see
+            :func:`fork_and_watch`.
         loop: the event loop that runs the callback; by default that of the current hub.
-        ref: whether the watch keeps the loop running until the child has ended.
+        ref: whether the watch keeps the loop running until the child has ended. If it doesn't, who waits for the callback may get
+            ``LoopExit``, as :func:`fork_and_watch` says.
 
     Returns:
         An object that has ``pid``, ``rpid`` (*pid* once the child has ended, before that 0) and ``rstatus`` (the raw wait status;
@@ -283,87 +296,74 @@ def watch(
     return _core.watch_any(pid, callback, loop, ref)
 
 
-if not _settings.WATCHES_CHILDREN:
+def fork(
+    callback: Callable[[Any], object] | None = None,
+    loop: Any = None,
+    ref: bool = False,
+    fork: Callable[[], int] | None = None,
+    *,
+    keep_greenlets: bool | None = None,
+) -> int:
+    """Fork, and watch the child: :func:`fork_and_watch`.
 
-    def fork(*, keep_greenlets: bool | None = None) -> int:
-        """Fork without watching the child, because GEVENT_NOWAITPID is set: :func:`fork_gevent`.
+    With GEVENT_NOWAITPID in the environment when the module is imported, this is :func:`fork_gevent`: it takes *keep_greenlets*
+    alone, and doesn't watch.
 
-        Args:
-            keep_greenlets: as for :func:`fork_gevent`.
+    Args:
+        callback, loop, ref, keep_greenlets: as for :func:`fork_and_watch`.
+        fork: as there, by default :func:`fork_gevent`.
 
-        Returns:
-            int: in the parent the child's pid, in the child 0.
+    Returns:
+        int: in the parent the child's pid, in the child 0.
 
-        Raises:
-            OSError, RuntimeError: as :func:`fork_gevent`.
+    Raises:
+        OSError, RuntimeError, TypeError, ValueError: as :func:`fork_and_watch`.
 
-        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
-        Source: fork(2); ``gevent.os.fork``.
+    Source: fork(2); ``gevent.os.fork``.
 
-        .. versionadded:: 0.1.0
-        """
-        return fork_gevent(keep_greenlets=keep_greenlets)
+    .. versionadded:: 0.1.0
+    """
+    return fork_and_watch(callback, loop, ref, fork_gevent if fork is None else fork, keep_greenlets=keep_greenlets)
 
-    def forkpty(*, keep_greenlets: bool | None = None, winsize: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Fork with a pseudo-terminal without watching the child, because GEVENT_NOWAITPID is set: :func:`forkpty_gevent`.
 
-        Args:
-            keep_greenlets, winsize: as for :func:`forkpty_gevent`.
+def forkpty(
+    callback: Callable[[Any], object] | None = None,
+    loop: Any = None,
+    ref: bool = False,
+    forkpty: Callable[..., tuple[int, int]] | None = None,
+    *,
+    keep_greenlets: bool | None = None,
+    winsize: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """Fork with a pseudo-terminal, and watch the child: :func:`forkpty_and_watch`.
 
-        Returns:
-            (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
+    With GEVENT_NOWAITPID in the environment when the module is imported, this is :func:`forkpty_gevent`: it takes *keep_greenlets*
+    and *winsize* alone, and doesn't watch.
 
-        Raises:
-            OSError, RuntimeError, TypeError, ValueError, OverflowError: as :func:`forkpty_gevent`.
+    Args:
+        callback, loop, ref, keep_greenlets, winsize: as for :func:`forkpty_and_watch`.
+        forkpty: as there, by default :func:`forkpty_gevent`.
 
-        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
+    Returns:
+        (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
 
-        Source: forkpty(3); ``gevent.os.forkpty``.
+    Raises:
+        OSError, RuntimeError, TypeError, ValueError, OverflowError: as :func:`forkpty_and_watch`.
 
-        .. versionadded:: 0.1.0
-        """
-        return forkpty_gevent(keep_greenlets=keep_greenlets, winsize=winsize)
+    Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
 
-else:
+    Source: forkpty(3); ``gevent.os.forkpty``.
 
-    def fork(*args: Any, **kwargs: Any) -> int:  # type: ignore[misc]
-        """Fork, and watch the child: :func:`fork_and_watch`, whose arguments it takes.
+    .. versionadded:: 0.1.0
+    """
+    how = forkpty_gevent if forkpty is None else forkpty
+    return forkpty_and_watch(callback, loop, ref, how, keep_greenlets=keep_greenlets, winsize=winsize)
 
-        With GEVENT_NOWAITPID in the environment when the module is imported, it takes none and doesn't watch.
 
-        Returns:
-            int: in the parent the child's pid, in the child 0.
-
-        Raises:
-            OSError, RuntimeError: as :func:`fork_and_watch`.
-
-        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
-
-        Source: fork(2); ``gevent.os.fork``.
-
-        .. versionadded:: 0.1.0
-        """
-        return fork_and_watch(*args, **kwargs)
-
-    def forkpty(*args: Any, **kwargs: Any) -> tuple[int, int]:  # type: ignore[misc]
-        """Fork with a pseudo-terminal, and watch the child: :func:`forkpty_and_watch`, whose arguments it takes.
-
-        With GEVENT_NOWAITPID in the environment when the module is imported, it takes none and doesn't watch.
-
-        Returns:
-            (pid, fd): in the parent the child's pid and the master's descriptor; in the child 0 and -1.
-
-        Raises:
-            OSError, RuntimeError: as :func:`forkpty_and_watch`.
-
-        Keeps :ref:`what every function promises <promises>`. Switches greenlets as :func:`fork_gevent`.
-
-        Source: forkpty(3); ``gevent.os.forkpty``.
-
-        .. versionadded:: 0.1.0
-        """
-        return forkpty_and_watch(*args, **kwargs)
+if not TYPE_CHECKING and not _settings.WATCHES_CHILDREN:
+    fork, forkpty = fork_gevent, forkpty_gevent
 
 
 # ---- SIGCHLD -----------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,10 @@ def _spawner(name: str) -> Callable[..., int]:
     spawn.__name__ = spawn.__qualname__ = name
     spawn.__doc__ = f"""Start a program, and watch the child.
 
-    Arguments and errors are those of :func:`os.{name}`; the child's status is kept for :func:`waitpid`.
+    The child's status is kept for :func:`waitpid`.
+
+    Args:
+        path, argv, env, file_actions, setpgroup, resetids, setsid, setsigmask, setsigdef, scheduler: as for :func:`os.{name}`.
 
     Returns:
         int: the child's pid.
@@ -58,7 +61,9 @@ def _spawner(name: str) -> Callable[..., int]:
     return spawn
 
 
-if hasattr(os, "posix_spawn"):
+if TYPE_CHECKING:
+    from os import posix_spawn as posix_spawn, posix_spawnp as posix_spawnp
+elif hasattr(os, "posix_spawn"):
     posix_spawn = _spawner("posix_spawn")
     posix_spawnp = _spawner("posix_spawnp")
 

@@ -33,7 +33,7 @@ from coopos._stdlib import MAX_POLL_S, MAX_TIMEOUT_S, copy_subprocess, in_time, 
 from coopos.io import FileIO, WholeFileIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from subprocess import (
         DEVNULL as DEVNULL,
         PIPE as PIPE,
@@ -50,6 +50,10 @@ if TYPE_CHECKING:
         list2cmdline as list2cmdline,
         run as run,
     )
+    from typing import IO, Literal, TypedDict, overload
+
+    from _typeshed import StrOrBytesPath
+    from typing_extensions import Unpack
 
 _plain_waitpid, _plain_sleep = get_original("os", "waitpid"), get_original("time", "sleep")
 _get_ident = get_original("_thread", "get_ident")
@@ -112,8 +116,7 @@ def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
     """(master, slave) of a new pseudo-terminal."""
     size = b""
     if winsize is not None:
-        rows, columns = winsize
-        size = array("H", [rows, columns, 0, 0]).tobytes()
+        size = array("H", [*_core.window_size(winsize), 0, 0]).tobytes()
     master, slave = os.openpty()
     try:
         slave = _raise_above_streams(slave)
@@ -217,6 +220,34 @@ class _Link:
 
 
 if TYPE_CHECKING:
+    Command = StrOrBytesPath | Sequence[StrOrBytesPath]
+
+    class Options(TypedDict, total=False):
+        """The arguments of Popen, but for those that decide whether its files are of text. Some need a newer Python than others."""
+
+        executable: StrOrBytesPath | None
+        stdin: int | IO[Any] | None
+        stdout: int | IO[Any] | None
+        stderr: int | IO[Any] | None
+        preexec_fn: Callable[[], object] | None
+        close_fds: bool
+        shell: bool
+        cwd: StrOrBytesPath | None
+        env: Mapping[str, StrOrBytesPath] | Mapping[bytes, StrOrBytesPath] | None
+        startupinfo: Any
+        creationflags: int
+        restore_signals: bool
+        start_new_session: bool
+        pass_fds: Collection[int]
+        user: str | int | None
+        group: str | int | None
+        extra_groups: Iterable[str | int] | None
+        umask: int
+        pipesize: int
+        process_group: int | None
+        pty: bool
+        winsize: tuple[int, int] | None
+        threadpool: Any
 
     class _Base(_original.Popen[AnyStr]):
         text_mode: bool
@@ -288,7 +319,83 @@ class Popen(_Base[AnyStr]):
     # Whether posix_spawn(3) may be used, which hands on os.environ where execv(3) does the environment that C code sees.
     _may_posix_spawn = True
 
-    if not TYPE_CHECKING:
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Command,
+            bufsize: int = -1,
+            *,
+            text: Literal[True],
+            encoding: str | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **kwargs: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Command,
+            bufsize: int = -1,
+            *,
+            encoding: str,
+            errors: str | None = None,
+            text: bool | None = None,
+            universal_newlines: bool | None = None,
+            **kwargs: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Command,
+            bufsize: int = -1,
+            *,
+            errors: str,
+            encoding: str | None = None,
+            text: bool | None = None,
+            universal_newlines: bool | None = None,
+            **kwargs: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Command,
+            bufsize: int = -1,
+            *,
+            universal_newlines: Literal[True],
+            encoding: str | None = None,
+            errors: str | None = None,
+            text: bool | None = None,
+            **kwargs: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Popen[bytes],
+            args: Command,
+            bufsize: int = -1,
+            *,
+            encoding: None = None,
+            errors: None = None,
+            text: Literal[False] | None = None,
+            universal_newlines: Literal[False] | None = None,
+            **kwargs: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Popen[Any],
+            args: Command,
+            bufsize: int = -1,
+            *,
+            encoding: str | None = None,
+            errors: str | None = None,
+            text: bool | None = None,
+            universal_newlines: bool | None = None,
+            **kwargs: Unpack[Options],
+        ) -> None: ...
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    else:
 
         def __init__(self, *args, pty=False, winsize=None, threadpool=None, **kwargs):
             self._links, self._reopened = [], []

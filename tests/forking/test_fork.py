@@ -459,6 +459,77 @@ def test_fork_in_a_callback_of_the_hub():
     """)
 
 
+@pytest.mark.parametrize("call", ["coopos.read(reader, 1)", "coopos.nb_read(reader, 1)"])
+def test_child_of_a_callback_that_would_wait_is_told_what_to_do(call):
+    """It is in a callback of its hub, as its parent is."""
+    run(f"""
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+
+        def restart(child):
+            pids.append(coopos.fork())
+            if pids[-1] == 0:
+                try:
+                    {call}
+                except gevent.exceptions.BlockingSwitchOutError as ex:
+                    os._exit(7 if "gevent.spawn()" in str(ex) else 1)
+                finally:
+                    os._exit(2)
+
+        pids = []
+        if coopos.fork(restart) == 0:
+            os._exit(0)
+        until(lambda: pids)
+        assert coopos.waitpid(pids[0], 0) == (pids[0], STATUS)
+    """)
+
+
+def test_fork_in_a_callback_that_leaves_the_greenlets_says_what_to_do():
+    """And what it says works: a greenlet that the callback starts may do so, and its child may wait."""
+    run("""
+        def fork():
+            pid = coopos.fork(keep_greenlets=False)
+            if pid == 0:
+                gevent.sleep(0.001)
+                os._exit(7)
+            results.append(coopos.waitpid(pid, 0)[1])
+
+        def restart(child):
+            try:
+                fork()
+            except RuntimeError as ex:
+                results.append(str(ex))
+            gevent.spawn(fork)
+
+        results = []
+        if coopos.fork(restart) == 0:
+            os._exit(0)
+        until(lambda: len(results) == 2)
+        assert "gevent.spawn()" in results[0] and results[1] == STATUS
+    """)
+
+
+@pytest.mark.parametrize("ref", [True, False])
+def test_wait_for_what_a_callback_brings(ref):
+    """With ref=False the loop ends, and gevent raises LoopExit; with ref=True it runs until the callback was called."""
+    run(f"""
+        import signal
+        ended = gevent.event.Event()
+        pid = coopos.fork(lambda child: ended.set(), ref={ref})
+        if pid == 0:
+            {"gevent.sleep(0.05)" if ref else "signal.pause()"}
+            os._exit(7)
+        try:
+            ended.wait()
+        except gevent.exceptions.LoopExit as ex:
+            assert not {ref} and "would block forever" in str(ex)
+            os.kill(pid, signal.SIGKILL)
+            assert coopos.waitpid(pid, 0) == (pid, signal.SIGKILL)
+        else:
+            assert {ref} and coopos.waitpid(pid, 0) == (pid, STATUS)
+    """)
+
+
 # ---- GEVENT_NOWAITPID --------------------------------------------------------------------------------------------------------
 
 

@@ -377,16 +377,50 @@ def test_forkpty_winsize(name):
         ("(1,)", ValueError),
         ("(1, 2, 3)", ValueError),
         ("80", TypeError),
+        ("'80'", TypeError),
+        ("b'ab'", TypeError),
         ("('a', 'b')", TypeError),
+        ("(1.5, 1)", TypeError),
         ("(65536, 1)", OverflowError),
         ("(1, -1)", OverflowError),
     ],
 )
 def test_forkpty_winsize_that_is_none(winsize, error):
-    """Nothing is forked."""
+    """Nothing is forked, and the error says what it must be, and what it is. Popen says the same."""
     run(f"""
-        for name in ("forkpty", "forkpty_gevent", "forkpty_and_watch"):
-            assert raises({error.__name__}, lambda: getattr(coopos, name)(winsize={winsize}))
+        from coopos.subprocess import Popen
+        forks = [getattr(coopos, name) for name in ("forkpty", "forkpty_gevent", "forkpty_and_watch")]
+        for start in [*forks, lambda winsize: Popen(["true"], winsize=winsize)]:
+            try:
+                start(winsize={winsize})
+            except {error.__name__} as ex:
+                assert str(ex).startswith("winsize must be ") and str(ex).endswith(", not " + repr({winsize})), ex
+            else:
+                raise AssertionError(start)
+        assert raises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+    """)
+
+
+def test_error_names_the_wrong_argument():
+    """Of what forks and watches; before anything is forked, but for a function that forks and doesn't say what."""
+    run("""
+        def error_of(function, *args, **kwargs):
+            try:
+                function(*args, **kwargs)
+            except TypeError as ex:
+                return str(ex)
+
+        for name in ("fork", "forkpty"):
+            for function in (getattr(coopos, name), getattr(coopos, f"{name}_and_watch")):
+                assert error_of(function, 5) == "callback must be callable or None, not 5"
+                assert error_of(function, loop=5) == "loop must be an event loop of gevent or None, not 5"
+                assert error_of(function, **{name: 5}) == f"{name} must be callable, not 5"
+                assert f"{function.__name__}() got an unexpected keyword argument 'reff'" in error_of(function, reff=True)
+        assert error_of(coopos.fork, fork=lambda: None) == "fork must return the pid of a child, or 0 in it, not None"
+        for result in (None, 5, (1, 2, 3)):
+            assert error_of(coopos.forkpty, forkpty=lambda: result) == f"forkpty must return (pid, fd), not {result!r}"
+        for name in ("before", "after_in_child", "after_in_parent"):
+            assert error_of(coopos.register_at_fork, **{name: 5}) == f"{name} must be callable, not 5"
         assert raises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
     """)
 

@@ -203,6 +203,26 @@ def test_prefork_echo_workers_end_with_a_killed_master():
             connect(address)
 
 
+# --- supervisor.py
+
+
+def test_supervisor_restarts_what_ends_and_stops_clean():
+    with Example("supervisor.py") as supervisor:
+        pids = [int(match[2]) for match in supervisor.out.wait(r"worker (\d) runs: (\d+)", 2)]
+        for restarts, signum in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), 1):
+            os.kill(pids[-1], signum)
+            supervisor.out.wait(rf"worker (\d) ended: -{int(signum)}")
+            pids = [int(match[2]) for match in supervisor.out.wait(r"worker (\d) runs: (\d+)", 2 + restarts)]
+        assert len(set(pids)) == 5
+        numbers = [match[1] for match in supervisor.out.wait(r"worker (\d) runs: (\d+)", 5)]
+        assert set(numbers[:2]) == {"0", "1"} and numbers[2:] == [numbers[1]] * 3  # each in the place of the one that ended
+        supervisor.process.send_signal(signal.SIGTERM)
+        assert supervisor.wait_exit() == 0
+        assert supervisor.out.wait_end()[-1] == "stopped"
+        assert supervisor.err.wait_end() == []
+        assert not any(is_alive(pid) for pid in pids)
+
+
 # --- pty_recorder.py
 
 

@@ -257,11 +257,26 @@ def forkpty_process(keep_greenlets=None, size=None):
     return fork_any(b"os.forkpty", keep_greenlets, False, True, size)
 
 
+def window_size(size):
+    """(rows, columns), as *size* has them; what is wrong with it is in the exception."""
+    if isinstance(size, (str, bytes)) or not hasattr(size, "__iter__"):
+        raise TypeError(f"winsize must be (rows, columns), not {size!r}")
+    numbers = tuple(size)
+    if len(numbers) != 2:
+        raise ValueError(f"winsize must be (rows, columns), not {size!r}")
+    for number in numbers:
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"winsize must be two integers, not {size!r}")
+        if not 0 <= number <= 0xFFFF:
+            raise OverflowError(f"winsize must be two integers from 0 to 65535, not {size!r}")
+    return numbers
+
+
 cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pty, size):
     cdef winsize window
     cdef Fork call = Fork()
     if size is not None:
-        window.ws_row, window.ws_col = size
+        window.ws_row, window.ws_col = window_size(size)
         window.ws_xpixel = window.ws_ypixel = 0
     if is_exec:
         call.mode = EXEC

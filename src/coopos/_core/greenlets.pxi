@@ -74,7 +74,9 @@ cdef int check_leaving() except -1:
         check_greenlet(greenlet)
         _knows_greenlet = True
     if get_hub_if_exists() is getcurrent():
-        raise RuntimeError("keep_greenlets=False: there is no greenlet to keep in a callback of the hub")
+        raise RuntimeError(
+            "keep_greenlets=False: a callback of the hub is no greenlet, which the child could keep; "
+            "there, gevent.spawn() a greenlet that forks")
     return 0
 
 

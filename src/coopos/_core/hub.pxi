@@ -28,7 +28,8 @@ cdef dict _has_switch_out = {}
 
 
 cdef object in_hub_error():
-    return BlockingSwitchOutError("Impossible to call blocking function in the event loop callback")
+    return BlockingSwitchOutError(
+        "Impossible to call blocking function in the event loop callback: there, gevent.spawn() a greenlet that calls it")
 
 
 cdef bint has_switch_out(object greenlet) except -1:

@@ -208,7 +208,8 @@ def waitpid(Py_ssize_t pid, options):
 
     Like :func:`os.waitpid`, for any child, whoever has forked it: this module, :func:`os.fork` or a C library, in any thread. If
     several greenlets or threads wait for one child, one gets its status and the others get ChildProcessError. The status of a
-    watched child (see :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again.
+    watched child (see :func:`fork_and_watch`) stays available until somebody asks for it or its pid is used again. The wait keeps
+    the loop running: it never ends in ``LoopExit``, not even if the child is watched with ``ref=False``.
 
     Args:
         pid: int, a child's pid; -1 any child, 0 any of the caller's process group, ``-pgid`` any of that group.
