@@ -241,6 +241,20 @@ def test_os_fdopen_and_open_of_a_pipe(arguments):
     """)
 
 
+@pytest.mark.parametrize("arguments", ["bogus=1", "mode=3", "mode='q'", "newline='z'", "buffering='a'", "'rb', encoding='x'"])
+def test_wrong_arguments_of_open_get_the_error_they_had(arguments):
+    run(f"""
+        def error_of(call):
+            try:
+                call(os.dup(reader), {arguments})
+            except Exception as ex:
+                return type(ex), str(ex)
+        reader, writer = os.pipe()
+        ours, theirs = error_of(open), error_of(before_open)
+        assert ours == theirs is not None, (ours, theirs)
+    """)
+
+
 def test_a_file_in_non_blocking_mode_does_not_wait():
     """It returns None, as io's own; also if it was put into that mode after it was opened."""
     run("""

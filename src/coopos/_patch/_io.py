@@ -149,6 +149,8 @@ def _open(
     return coopos_io.open_file(_KINDS, file, mode, buffering, encoding, errors, newline, closefd, opener)
 
 
+_open.__qualname__ = "open"  # for the errors of its arguments
+
 # Made when the places are: it is coopos.open, or the plain one where no other greenlet could run.
 os_open: Callable[..., int] = posix.open
 
