@@ -209,6 +209,15 @@ def _take_read_ahead(stream: Any, raw: Any) -> bytes:
         posix.close(null)
 
 
+# (the stream before, ours), all that were ever made. print() of CPython before 3.14 doesn't hold the stream that it waits in: if
+# unpatch() freed it the process would crash. https://github.com/python/cpython/blob/3.13/Python/bltinmodule.c (builtin_print_impl)
+_made: list[tuple[Any, Any]] = []
+
+
+def _settings_of(stream: Any) -> tuple[Any, ...]:
+    return stream.encoding, stream.errors, stream.line_buffering, stream.write_through
+
+
 def _wrap_stream(stream: Any, fd: int) -> Any:
     """A stream as *stream*, which the interpreter has made over *fd*. None if it is another one, or never makes anybody wait."""
     buffer: Any = getattr(stream, "buffer", None)
@@ -217,12 +226,17 @@ def _wrap_stream(stream: Any, fd: int) -> Any:
         return None
     if stream.fileno() != fd or not is_waiting_file(fd):
         return None
+    if raw.readable():
+        ahead = _take_read_ahead(stream, raw)
+    else:
+        stream.flush()
+        for theirs, ours in _made:
+            if theirs is stream and not ours.closed and _settings_of(ours) == _settings_of(stream):
+                return ours
     file: Any = (_Input if raw.readable() else FileIO)(fd, raw.mode.replace("b", ""), False)
     file.name = raw.name
     if raw.readable():
-        file.ahead, file.was_read = _take_read_ahead(stream, raw), False
-    else:
-        stream.flush()
+        file.ahead, file.was_read = ahead, False
     if buffer is not raw:
         kind = BufferedReader if raw.readable() else BufferedWriter
         file = kind(file, coopos_io.buffer_size(file, file.isatty()))
@@ -230,6 +244,7 @@ def _wrap_stream(stream: Any, fd: int) -> Any:
     # https://github.com/python/cpython/blob/main/Python/pylifecycle.c
     made = io.TextIOWrapper(file, stream.encoding, stream.errors, "\n", stream.line_buffering, write_through=stream.write_through)
     made.mode = stream.mode  # type: ignore[misc]
+    _made.append((stream, made))
     return made
 
 
