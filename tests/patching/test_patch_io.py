@@ -175,7 +175,9 @@ def test_everything_cooperative_is_in_os():
         import pickle
         IO = set(coopos.__cooperative__) - set(coopos.__implements__)
         same = [name for name in coopos.__cooperative__ if getattr(os, name) is before[name]]
-        assert same == ["fdopen", "register_at_fork"], same
+        import gevent.os
+        closes = ["close"] if not hasattr(gevent.os, "close") else []  # an older gevent's, which leaves os.close alone
+        assert same == [*closes, "fdopen", "register_at_fork"], same
         for name in set(coopos.__cooperative__) - set(same):
             function = getattr(os, name)
             assert function.__name__ == name
@@ -213,8 +215,9 @@ def test_open_of_a_fifo():
         with open(fifo) as file:
             assert (file.name, file.mode) == (fifo, "r")
             assert [line for line in file] == ["0\\n", "1\\n", "2\\n"]
-        gevent.spawn(after_ticks, pathlib.Path(fifo).write_bytes, b"data")
-        assert pathlib.Path(fifo).read_text() == "data"
+        if sys.version_info >= (3, 11):  # before, pathlib has a copy of io.open
+            gevent.spawn(after_ticks, pathlib.Path(fifo).write_bytes, b"data")
+            assert pathlib.Path(fifo).read_text() == "data"
     """)
 
 

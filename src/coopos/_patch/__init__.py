@@ -242,7 +242,9 @@ def patched() -> dict[str, str]:
     found = {_name_of(place): _state_of(place, "patch() was not called") for place in _gevents + _stdlibs}
     if not hasattr(os, "fork"):
         return found
-    from coopos._patch import _io
+    from coopos._patch import _io, _os
+
+    found |= {f"os.{name}": "this version of gevent leaves it alone" for name in _os.names_left_to_os(_ours)}
 
     if not _ios:
         _ios.extend(_io.places(_forms))

@@ -33,6 +33,12 @@ def places_of_gevent(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     return places
 
 
+def names_left_to_os(ours: dict[str, Any]) -> list[str]:
+    """Names of os that newer versions of gevent replace, and the one that is here doesn't."""
+    replaced = [name for owner, name, *_ in places_of_gevent(ours) if owner is os]
+    return [name for name in _GEVENTS if name in ours and hasattr(os, name) and name not in replaced]
+
+
 def places_of_stdlib(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     """Names that gevent.monkey leaves alone: what they hold doesn't tell whether it has patched os."""
     places = [(os, name, get_original("os", name), ours[name]) for name in ours if hasattr(os, name) and name not in _GEVENTS]
