@@ -116,7 +116,10 @@ class BuildPyWithoutCore(build_py):
     """The modules that don't need the compiled ones, which call POSIX directly."""
 
     def find_package_modules(self, package, package_dir):
-        kept = {"coopos": {"__init__", "__main__", "_doctor", "_files", "_settings"}, "coopos._patch": {"__init__", "_os"}}[package]
+        kept = {
+            "coopos": {"__init__", "__main__", "_doctor", "_files", "_originals", "_settings"},
+            "coopos._patch": {"__init__", "_os"},
+        }[package]
         return [found for found in super().find_package_modules(package, package_dir) if found[1] in kept]
 
 

@@ -57,7 +57,8 @@ def test_names_of_gevent_os():
 def test_modules():
     """What needs the core is not installed, and all that is can be imported."""
     installed = {module.name for module in pkgutil.walk_packages(coopos.__path__, "coopos.")}
-    assert installed == {"coopos.__main__", "coopos._doctor", "coopos._files", "coopos._patch", "coopos._patch._os"}
+    modules = {"__main__", "_doctor", "_files", "_originals", "_patch", "_patch._os", "_settings"}
+    assert installed == {f"coopos.{name}" for name in modules}
     for name in installed:
         __import__(name)
     files = [str(file) for file in importlib.metadata.files("coopos")]

@@ -244,7 +244,7 @@ def patched() -> dict[str, str]:
         return found
     from coopos._patch import _io, _os
 
-    found |= {f"os.{name}": "this version of gevent leaves it alone" for name in _os.names_left_to_os(_ours)}
+    found |= {f"os.{name}": "this version of gevent leaves it alone" for name in _os.names_left_to_os(_ours, _gevents)}
 
     if not _ios:
         _ios.extend(_io.places(_forms))

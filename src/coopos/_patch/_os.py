@@ -33,9 +33,9 @@ def places_of_gevent(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     return places
 
 
-def names_left_to_os(ours: dict[str, Any]) -> list[str]:
-    """Names of os that newer versions of gevent replace, and the one that is here doesn't."""
-    replaced = [name for owner, name, *_ in places_of_gevent(ours) if owner is os]
+def names_left_to_os(ours: dict[str, Any], places: list[tuple[Any, str, Any, Any]]) -> list[str]:
+    """Names of os that newer versions of gevent replace, and the one that is here doesn't. *places*: of places_of_gevent()."""
+    replaced = [name for owner, name, *_ in places if owner is os]
     return [name for name in _GEVENTS if name in ours and hasattr(os, name) and name not in replaced]
 
 
