@@ -169,4 +169,4 @@ def test_module_opens_with_its_role(module):
 @pytest.mark.parametrize("module", [module for module in MODULES if module not in ("_core", "_doctor", "__main__")])
 def test_module_asks_for_no_platforms_name(module):
     """What differs is asked of a name in os. (The doctor prints the name.)"""
-    assert not re.search(r"sys\.platform|os\.name|platform\.\w+\(|os\.uname", text_of(module))
+    assert not re.search(r"sys\.platform|\bos\.name\b|platform\.\w+\(|os\.uname", text_of(module))
