@@ -268,7 +268,7 @@ def _check_open_arguments(call: str, mode: str, **texts: object) -> None:
     if "b" in mode:
         for name, text in texts.items():
             if text is not None:
-                raise ValueError(f"binary mode doesn't take an {name} argument")
+                raise ValueError(f"binary mode doesn't take {'a' if name == 'newline' else 'an'} {name} argument")
 
 
 def buffer_size(raw: FileIO, is_terminal: bool) -> int:

@@ -215,6 +215,16 @@ def test_open_of_a_fifo():
         with open(fifo) as file:
             assert (file.name, file.mode) == (fifo, "r")
             assert [line for line in file] == ["0\\n", "1\\n", "2\\n"]
+        class Path:
+            def __fspath__(self):
+                return fifo
+        gevent.spawn(after_ticks, lambda: open(Path(), "w").close())
+        with open(Path()) as file:
+            assert file.name == fifo
+        try:
+            open(Path(), "x")
+        except FileExistsError as ex:
+            assert ex.filename == fifo
         if sys.version_info >= (3, 11):  # before, pathlib has a copy of io.open
             gevent.spawn(after_ticks, pathlib.Path(fifo).write_bytes, b"data")
             assert pathlib.Path(fifo).read_text() == "data"
@@ -266,7 +276,7 @@ def test_unpatch_while_greenlets_print():
     """)
 
 
-@pytest.mark.parametrize("arguments", ["bogus=1", "mode=3", "mode='q'", "newline='z'", "buffering='a'", "'rb', encoding='x'"])
+@pytest.mark.parametrize("arguments", ["bogus=1", "mode=3", "mode='q'", "newline='z'", "'rb', newline=''", "'rb', encoding='x'"])
 def test_wrong_arguments_of_open_get_the_error_they_had(arguments):
     run(f"""
         def error_of(call):

@@ -146,6 +146,8 @@ def _open(
                 ex.filename = path
                 raise
 
+    if not isinstance(file, int):
+        file = os.fspath(file)
     return coopos_io.open_file(_KINDS, file, mode, buffering, encoding, errors, newline, closefd, opener)
 
 
@@ -275,44 +277,53 @@ _plain_input = builtins.input
 _turn = Semaphore()
 
 
+def _begin_anew() -> None:
+    """In a child without the parent's greenlets, one of which may have been in input()."""
+    global _turn
+    _turn = Semaphore()
+
+
+_core.call_when_left(_begin_anew)
+
+
 def _input(prompt: object = "", /) -> str:
     """The builtin input(), whose wait for the terminal is a wait on the hub.
 
     If something is thrown into the greenlet meanwhile, the code in C below it must return before it can come out. It returns when
-    it reads the end of a file: so for that moment descriptor 0 is /dev/null.
+    it reads the end of a file: so for that moment descriptor 0 is /dev/null. Both descriptors for that are had before the wait.
     """
     if not can_give_way():
         return _plain_input(prompt)
     thrown: list[BaseException] = []
-    saved: list[int] = []
+    spare: list[int] = []  # another descriptor of the terminal, and one of /dev/null
 
     def wait() -> None:
-        if thrown:
+        if thrown or not spare:
             return
         try:
             _core.wait_until_ready(0, READ, "input")
         except BaseException as ex:
             thrown.append(ex)
-            saved.append(posix.dup(0))
-            null = posix.open(os.devnull, os.O_RDONLY)
-            posix.dup2(null, 0)
-            posix.close(null)
+            posix.dup2(spare[1], 0)
 
     with _turn:
         modes = None
         with contextlib.suppress(termios.error):
             modes = termios.tcgetattr(0)
         try:
+            if modes is not None:
+                spare.append(posix.dup(0))
+                spare.append(posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
             line = _core.read_line(_plain_input, prompt, wait)
         except EOFError:
             if not thrown:
                 raise
         finally:
-            for fd in saved:
-                posix.dup2(fd, 0)
+            if thrown and modes is not None:
+                posix.dup2(spare[0], 0)
+                termios.tcsetattr(0, termios.TCSADRAIN, modes)
+            for fd in spare:
                 posix.close(fd)
-                if modes is not None:
-                    termios.tcsetattr(0, termios.TCSADRAIN, modes)
         if thrown:
             raise thrown[0]
         return line
