@@ -559,6 +559,50 @@ def test_repl_on_input(loop, imports, tmp_path):
     """)
 
 
+AT_A_TERMINAL = """
+import resource
+coopos.unpatch()
+main, terminal = os.openpty()
+saved = os.dup(1)
+os.dup2(terminal, 0), os.dup2(terminal, 1)
+coopos.patch(io=True)
+reading = gevent.spawn(input)
+gevent.sleep(0.1)
+assert not reading.dead
+"""
+
+
+def test_kill_of_input_when_no_descriptor_is_free():
+    run(
+        AT_A_TERMINAL
+        + """
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+held = []
+raises(OSError, lambda: [held.append(os.dup(main)) for _ in range(200)])
+reading.kill()
+for fd in held:
+    os.close(fd)
+os.dup2(saved, 1)
+"""
+    )
+
+
+def test_input_in_a_child_without_the_greenlet_that_was_in_it():
+    run(
+        AT_A_TERMINAL
+        + """
+pid = coopos.fork(keep_greenlets=False)
+if pid == 0:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    raises(EOFError, input)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+reading.kill()
+os.dup2(saved, 1)
+"""
+    )
+
+
 # ---- how it is asked for -----------------------------------------------------------------------------------------------------
 
 
