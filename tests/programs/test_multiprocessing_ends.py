@@ -81,6 +81,23 @@ for size in (1, 100_000):
     )
 
 
+def test_results_that_are_larger_than_a_pipe():
+    """The end may come while a worker writes one that nobody reads any more."""
+    run(
+        """
+def large():
+    return b"x" * 3_000_000
+
+
+for round in range(12):
+    with mp.get_context("fork").Pool(3) as pool:
+        for _ in range(200):
+            pool.apply_async(large)
+        time.sleep(0.005 * round)
+"""
+    )
+
+
 def test_handler_of_the_program_ends_the_worker():
     """A handler that raises has its time, whether it was inherited or set in the worker: the ``finally:`` of a task is run."""
     run(

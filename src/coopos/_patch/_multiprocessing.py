@@ -199,10 +199,12 @@ _WANTED = {
     "multiprocessing.pool": _Wanted(
         (
             "Pool._help_stuff_finish(inqueue, task_handler, size): _rlock, acquire, is_alive, _reader, poll",
-            "Pool._terminate_pool: _help_stuff_finish, terminate, join",
+            "Pool._handle_results(outqueue, get, cache): _state, TERMINATE, _reader, poll",
+            "Pool._terminate_pool: _help_stuff_finish, TERMINATE, terminate, join",
         ),
         lambda module: [
             (module.Pool, "_help_stuff_finish", _processes.dismissing_workers(module.Pool._help_stuff_finish)),
+            (module.Pool, "_handle_results", _processes.reading_on(module.Pool._handle_results, module.TERMINATE)),
         ],
     ),
     "multiprocessing.popen_forkserver": _Wanted(

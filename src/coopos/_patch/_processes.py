@@ -12,9 +12,10 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from errno import ECHILD
 from queue import Full
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,32 @@ def dismissing_workers(help_stuff_finish: Callable[..., None]) -> Callable[..., 
         tasks._rlock.release()
 
     return help_and_dismiss
+
+
+def reading_on(handle_results: Callable[..., None], terminate: str) -> Callable[..., None]:
+    """Wrap ``Pool._handle_results``: in a pool whose state is *terminate* it reads until both sentinels have come, the feeder's and
+    that of ``terminate()``.
+
+    The stdlib's stops where there is nothing to read for a moment. If a worker then begins to write a result that doesn't fit into
+    the pipe, it keeps the queue's lock for ever, and ``terminate()`` waits for that lock to put its sentinel.
+    """
+
+    @functools.wraps(handle_results)
+    def handle(results: Any, get: Callable[[], Any], cache: Any) -> None:
+        sentinels = 0
+
+        def get_and_count() -> Any:
+            nonlocal sentinels
+            task = get()
+            sentinels += task is None
+            return task
+
+        handle_results(results, get_and_count, cache)
+        with suppress(OSError, EOFError):
+            while hasattr(results, "_reader") and threading.current_thread()._state == terminate and sentinels < 2:  # type: ignore[attr-defined]
+                get_and_count()
+
+    return handle
 
 
 def noting_workers(init: Callable[..., None]) -> Callable[..., None]:
