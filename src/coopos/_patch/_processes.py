@@ -189,12 +189,19 @@ def forking_by(fork: Callable[..., int]) -> Callable[[], int]:
 def dismissing_workers(help_stuff_finish: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``Pool._help_stuff_finish``. It keeps the lock that workers take to get a task, so that none takes one any more.
 
-    Once nobody puts tasks any more, each worker is told that there is none, and the lock is released.
+    Once the feeder has ended, each worker is told that there is no task, and the lock is released. Until then nobody is terminated:
+    a worker that is ended while it writes a result keeps the lock of the results, which the feeder needs for its sentinel.
     """
 
     @functools.wraps(help_stuff_finish)
     def help_and_dismiss(tasks: Any, feeder: Any, size: int) -> None:
         help_stuff_finish(tasks, feeder, size)
+        deadline = time.monotonic() + GRACE_S
+        while feeder.is_alive() and threading.current_thread() is not feeder and time.monotonic() < deadline:
+            if tasks._reader.poll():
+                tasks._reader.recv_bytes()
+            else:
+                feeder.join(0.001)
         if feeder.is_alive():
             return
         while tasks._reader.poll():
@@ -208,26 +215,29 @@ def dismissing_workers(help_stuff_finish: Callable[..., None]) -> Callable[..., 
 
 def reading_on(handle_results: Callable[..., None], terminate: str) -> Callable[..., None]:
     """Wrap ``Pool._handle_results``: in a pool whose state is *terminate* it reads until both sentinels have come, the feeder's and
-    that of ``terminate()``.
+    that of ``terminate()``, and no further.
 
     The stdlib's stops where there is nothing to read for a moment. If a worker then begins to write a result that doesn't fit into
-    the pipe, it keeps the queue's lock for ever, and ``terminate()`` waits for that lock to put its sentinel.
+    the pipe, it keeps the queue's lock for ever, and ``terminate()`` waits for that lock to put its sentinel. What comes behind the
+    sentinels may have no end: its worker was terminated.
     """
 
     @functools.wraps(handle_results)
     def handle(results: Any, get: Callable[[], Any], cache: Any) -> None:
         sentinels = 0
 
-        def get_and_count() -> Any:
+        def get_until_told() -> Any:
             nonlocal sentinels
+            if sentinels == 2:
+                raise EOFError
             task = get()
             sentinels += task is None
             return task
 
-        handle_results(results, get_and_count, cache)
+        handle_results(results, get_until_told, cache)
         with suppress(OSError, EOFError):
-            while hasattr(results, "_reader") and threading.current_thread()._state == terminate and sentinels < 2:  # type: ignore[attr-defined]
-                get_and_count()
+            while hasattr(results, "_reader") and threading.current_thread()._state == terminate:  # type: ignore[attr-defined]
+                get_until_told()
 
     return handle
 
