@@ -112,11 +112,14 @@ def _raise_above_streams(fd: int) -> int:
         _core.close(fd)
 
 
+def _packed_size(winsize: tuple[int, int]) -> bytes:
+    """The struct winsize that TIOCSWINSZ takes."""
+    return array("H", [*_core.window_size(winsize), 0, 0]).tobytes()
+
+
 def _open_terminal(winsize: tuple[int, int] | None) -> tuple[int, int]:
     """(master, slave) of a new pseudo-terminal."""
-    size = b""
-    if winsize is not None:
-        size = array("H", [*_core.window_size(winsize), 0, 0]).tobytes()
+    size = b"" if winsize is None else _packed_size(winsize)
     master, slave = os.openpty()
     try:
         slave = _raise_above_streams(slave)
@@ -613,7 +616,7 @@ class Popen(_Base[AnyStr]):
         """
         if self.pty is None:
             raise ValueError("the child has no terminal: Popen was called without pty=True and winsize")
-        fcntl.ioctl(self.pty.fileno(), termios.TIOCSWINSZ, array("H", [rows, columns, 0, 0]).tobytes())
+        fcntl.ioctl(self.pty.fileno(), termios.TIOCSWINSZ, _packed_size((rows, columns)))
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the child, never to another process that has got its pid. Nothing, if it has ended."""

@@ -293,6 +293,21 @@ def test_wrong_arguments_of_open_get_the_error_they_had(arguments):
     """)
 
 
+def test_class_of_a_buffer_may_be_extended():
+    """What a program overrides is called, and reaches what it overrides."""
+    run("""
+        reader, writer = os.pipe()
+        os.write(writer, b"xyz")
+        file = open(reader, "rb")
+        class Doubling(type(file)):
+            def read(self, n=-1):
+                return 2 * super().read(n)
+        doubling = Doubling(file.detach())
+        assert (doubling.read(1), doubling.peek(), doubling.read(2)) == (b"xx", b"yz", b"yzyz")
+        doubling.close()
+    """)
+
+
 def test_a_file_in_non_blocking_mode_does_not_wait():
     """It returns None, as io's own; also if it was put into that mode after it was opened."""
     run("""

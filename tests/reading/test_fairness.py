@@ -11,6 +11,14 @@ PREPARED = """
     def ready_pair():
         coopos.write(writer, b"x")
         coopos.read(reader, 1)
+    polls = set()
+    def count_polls():
+        '''From now on *polls* has each *n* at which the loop polled.'''
+        global watcher
+        ready, peer = os.pipe()
+        os.write(peer, b"x")
+        watcher = gevent.get_hub().loop.io(ready, 1)
+        watcher.start(lambda: polls.add(n))
 """
 
 
@@ -25,11 +33,7 @@ def test_turn_after_so_many_ready_calls(fairness, turns):
         script("""
         os.write(writer, b"x" * 10)
         gevent.sleep(0.01)
-        polls = set()
-        ready, peer = os.pipe()
-        os.write(peer, b"x")
-        watcher = gevent.get_hub().loop.io(ready, 1)
-        watcher.start(lambda: polls.add(n))
+        count_polls()
         for n in range(10):
             coopos.read(reader, 1)
         print(len(polls))
@@ -37,6 +41,25 @@ def test_turn_after_so_many_ready_calls(fairness, turns):
         COOPOS_FAIRNESS=fairness,
     )
     assert int(out) == turns
+
+
+@pytest.mark.parametrize("is_blocking", [True, False], ids=["blocking", "nonblocking"])
+@pytest.mark.parametrize("call", ["raw_reader.read(1)", "raw_reader.readinto(bytearray(1))", "raw_writer.write(b'x')"])
+def test_turn_after_so_many_ready_calls_of_a_file(call, is_blocking):
+    """After every tenth call in a row the others have their turn; a call that had to wait begins a new row."""
+    run_script(
+        script(f"""
+        for fd in (reader, writer):
+            os.set_blocking(fd, {is_blocking})
+        raw_writer.write(b"x" * 1000)
+        count_polls()
+        for n in range(100):
+            {call}
+        assert 9 <= len(polls) <= 11, len(polls)
+        watcher.stop()
+        """),
+        COOPOS_FAIRNESS="10",
+    )
 
 
 PAIRS = {

@@ -120,35 +120,6 @@ def test_large_data_while_others_run(ends, kind):
     assert turns
 
 
-@pytest.mark.parametrize("is_blocking", [True, False], ids=["blocking", "nonblocking"])
-@pytest.mark.parametrize("call", ["reader.read(1)", "reader.readinto(bytearray(1))", "writer.write(b'x')"])
-def test_fairness_of_ready_calls(call, is_blocking):
-    """After every tenth call in a row the others have their turn; a call that had to wait begins a new row."""
-    run_script(
-        f"""
-        import os
-        import gevent
-        import coopos
-        fds = os.pipe()
-        for fd in fds:
-            os.set_blocking(fd, {is_blocking})
-        reader, writer = (coopos.FileIO(fd, mode) for fd, mode in zip(fds, "rw"))
-        writer.write(b"x" * 1000)
-        polls = set()
-        ready, peer = os.pipe()
-        os.write(peer, b"x")
-        watcher = gevent.get_hub().loop.io(ready, 1)
-        watcher.start(lambda: polls.add(n))
-        for n in range(100):
-            {call}
-        assert 9 <= len(polls) <= 11, len(polls)
-        watcher.stop()
-        reader.close(), writer.close()
-        """,
-        COOPOS_FAIRNESS="10",
-    )
-
-
 @pytest.mark.parametrize("has_waited", [False, True])
 @pytest.mark.parametrize("mode", ["rb", "wb"])
 def test_file_in_the_hub_stands_still(mode, has_waited):

@@ -99,16 +99,23 @@ cdef extern from "Python.h":
         PyMethodDef *m_ml
 
 
-def like_os(function, plain):
-    """The compiled *function* under the name of *plain*, which it replaces in os, and with its documentation and signature."""
+cdef PyMethodDef *new_method(builtin=None) except NULL:
+    """A definition, to begin with that of the *builtin* function. It is never freed, nor is what is made of it."""
     cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
     if method == NULL:
         raise MemoryError
+    if builtin is not None:
+        method[0] = (<BuiltinFunction *><PyObject *>builtin).m_ml[0]
+    return method
+
+
+def like_os(function, plain):
+    """The compiled *function* under the name of *plain*, which it replaces in os, and with its documentation and signature."""
+    cdef PyMethodDef *method = new_method(function)
     Py_INCREF(plain)               # the name and the documentation are its own
-    method[0] = (<BuiltinFunction *><PyObject *>function).m_ml[0]
     method.ml_name = (<BuiltinFunction *><PyObject *>plain).m_ml.ml_name
     method.ml_doc = (<BuiltinFunction *><PyObject *>plain).m_ml.ml_doc
-    return PyCFunction_NewEx(method, os, "os")    # never freed, nor is *method*
+    return PyCFunction_NewEx(method, os, "os")
 
 
 def as_builtin(function, str signature not None, str module not None):
@@ -119,12 +126,10 @@ def as_builtin(function, str signature not None, str module not None):
     """
     # Like any builtin function's, its self is a module. pickle then stores the function by its name.
     cdef object holder = type(os)(function.__name__)
-    cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
-    if method == NULL:
-        raise MemoryError
+    cdef PyMethodDef *method = new_method()
     holder.function = function
     holder.name = function.__name__.encode()
     holder.doc = f"{function.__name__}{signature}\n--\n\n{function.__doc__}".encode()
     method.ml_name, method.ml_doc = holder.name, holder.doc
     method.ml_meth, method.ml_flags = <PyCFunction><void *>call_function, METH_VARARGS | METH_KEYWORDS
-    return PyCFunction_NewEx(method, holder, module)    # never freed, nor is *method*
+    return PyCFunction_NewEx(method, holder, module)

@@ -115,15 +115,12 @@ cdef PyObject *call_open(PyObject *self, PyObject **args, Py_ssize_t nargs, PyOb
 def make_open(plain, own):
     """What stands in for io.open. It calls *own* for files that may wait, and where there is an opener; else *plain*."""
     global _own_open, _plain_open
-    cdef PyMethodDef *method = <PyMethodDef *>malloc(sizeof(PyMethodDef))
-    if method == NULL:
-        raise MemoryError
+    cdef PyMethodDef *method = new_method(plain)
     Py_INCREF(plain)
     Py_INCREF(own)
     _plain_open, _own_open = <PyObject *>plain, <PyObject *>own
-    method[0] = (<BuiltinFunction *><PyObject *>plain).m_ml[0]
     method.ml_meth, method.ml_flags = <PyCFunction><void *>call_open, METH_FASTCALL | METH_KEYWORDS
-    return PyCFunction_NewEx(method, plain.__self__, "io")       # never freed, nor is *method*
+    return PyCFunction_NewEx(method, plain.__self__, "io")
 
 
 # ---- input() -----------------------------------------------------------------------------------------------------------------

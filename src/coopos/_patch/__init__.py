@@ -200,7 +200,8 @@ def unpatch() -> None:
     Children that were forked in between stay watched; wait for them with :func:`waitpid` of this module. A ``sys.stdin`` that was
     read from stays as it is, since it may have read ahead.
 
-    Keeps :ref:`what every function promises <promises>`. Doesn't switch greenlets.
+    Keeps :ref:`what every function promises <promises>`. It writes what the standard streams of ``patch(io=True)`` hold, which may
+    have to wait; else it doesn't switch greenlets.
 
     .. versionadded:: 0.1.0
     """

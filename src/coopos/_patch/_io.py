@@ -72,35 +72,37 @@ class FileIO(coopos_io.WholeFileIO):
     _as_os = True
 
 
-def _one_by_one(name: str) -> Any:
+def _one_by_one(kind: type, name: str) -> Any:
     def method(self: Any, *args: Any) -> Any:
-        return self._when_free(getattr(super(type(self), self), name), *args)
+        return self._when_free(getattr(super(kind, self), name), *args)
 
     method.__name__ = name
     return method
 
 
-class _Shared:
-    """A buffer that many greenlets use: each waits until the one that is inside has left."""
-
-    __slots__ = ()
-    _METHODS = ("read", "read1", "readinto", "readinto1", "readline", "peek", "write", "seek", "truncate", "close", "flush")
-
-    def __init_subclass__(cls) -> None:
-        for name in _Shared._METHODS:
-            if hasattr(cls, name):
-                setattr(cls, name, _one_by_one(name))
+_ONE_BY_ONE = ("read", "read1", "readinto", "readinto1", "readline", "peek", "write", "seek", "truncate", "close", "flush")
 
 
-class BufferedReader(_Shared, coopos_io.BufferedReader):
-    __slots__ = ()
+def _shared(kind: Any) -> Any:
+    """Decorate a class of buffers that many greenlets use: each waits until the one that is inside has left."""
+    for name in _ONE_BY_ONE:
+        if hasattr(kind, name):
+            setattr(kind, name, _one_by_one(kind, name))
+    return kind
 
 
-class BufferedRandom(_Shared, coopos_io.BufferedRandom):
+@_shared
+class BufferedReader(coopos_io.BufferedReader):
     __slots__ = ()
 
 
-class BufferedWriter(_Shared, coopos_io.BufferedWriter):
+@_shared
+class BufferedRandom(coopos_io.BufferedRandom):
+    __slots__ = ()
+
+
+@_shared
+class BufferedWriter(coopos_io.BufferedWriter):
     __slots__ = ()
 
 
