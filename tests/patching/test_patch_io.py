@@ -254,9 +254,10 @@ def test_os_fdopen_and_open_of_a_pipe(arguments):
     """)
 
 
-def test_unpatch_while_greenlets_print():
-    """What they print comes out whole, and print() may go on with the stream that it began with."""
-    run("""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_unpatch_while_greenlets_print(unbuffered):
+    """What they print comes out whole, and print() may go on with the stream that it began with. A buffer is written first."""
+    source = """
         reader, writer = os.pipe()
         coopos.unpatch()
         saved = os.dup(1)
@@ -265,15 +266,18 @@ def test_unpatch_while_greenlets_print():
             coopos.patch(io=True)
             assert sys.stdout is not sys.__stdout__
             printing = gevent.spawn(print, "x" * 300_000)
+            reading = gevent.spawn_later(0.1, coopos.read_exactly, reader, 300_001)
             gevent.sleep(0.05)
             coopos.unpatch()
             coopos.patch(io=True)
-            got = coopos.read_exactly(reader, 300_001)
             printing.get()
+            sys.stdout.flush()
+            got = reading.get()
             assert got == b"x" * 300_000 + b"\\n"
             coopos.unpatch()
         os.dup2(saved, 1)
-    """)
+    """
+    run(source, PYTHONUNBUFFERED=unbuffered)
 
 
 @pytest.mark.parametrize("arguments", ["bogus=1", "mode=3", "mode='q'", "newline='z'", "'rb', newline=''", "'rb', encoding='x'"])
@@ -413,6 +417,33 @@ for plain, ours in zip(before_streams[1:], (sys.stdout, sys.stderr)):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_print_that_outlives_the_patch_is_written_at_the_end(unbuffered):
+    run_script(
+        textwrap.dedent("""
+            import fcntl, subprocess, sys, termios, textwrap, time
+            program = '''
+            from gevent import monkey
+            monkey.patch_all()
+            import gevent
+            import coopos
+            coopos.patch(io=True)
+            printing = gevent.spawn(print, "x" * 300_000)
+            gevent.sleep(0.05)
+            coopos.unpatch()
+            printing.join()
+            '''
+            with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE) as process:
+                while int.from_bytes(fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)), sys.byteorder) < 30000:
+                    time.sleep(0.01)  # until its pipe is full
+                time.sleep(0.1)
+                assert process.stdout.read() == b"x" * 300_000 + b"\\n"
+            assert process.returncode == 0
+        """),
+        PYTHONUNBUFFERED=unbuffered,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_print_to_a_full_pipe(unbuffered):
     """print() waits for room while others run, in order, also what was printed before the patch and by a forked child."""
     run_script(
@@ -491,8 +522,10 @@ def tick():
     while True:
         ticks.append(1)
         gevent.sleep(0.001)
-gevent.spawn(tick)
+ticker = gevent.spawn(tick)
 while True:
+    if ticker.dead:  # Ctrl-C came while it ran
+        ticker = gevent.spawn(tick)
     before = len(ticks)
     try:
         line = input("> ")

@@ -12,6 +12,7 @@ Nothing is replaced here. Places are made as in `_os`. The module `posix` stays 
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import contextlib
 import io
@@ -218,6 +219,12 @@ def _take_read_ahead(stream: Any, raw: Any) -> bytes:
 _made: list[tuple[Any, Any]] = []
 
 
+def _flush_retired(stream: Any) -> None:
+    """At the end: who was in print() at unpatch() may have written the rest to *stream*. Errors are reported as all of atexit's."""
+    if stream not in (sys.stdout, sys.stderr) and not stream.closed:
+        stream.flush()
+
+
 def _settings_of(stream: Any) -> tuple[Any, ...]:
     return stream.encoding, stream.errors, stream.line_buffering, stream.write_through
 
@@ -249,6 +256,8 @@ def _wrap_stream(stream: Any, fd: int) -> Any:
     made = io.TextIOWrapper(file, stream.encoding, stream.errors, "\n", stream.line_buffering, write_through=stream.write_through)
     made.mode = stream.mode  # type: ignore[misc]
     _made.append((stream, made))
+    if not raw.readable():
+        atexit.register(_flush_retired, made)
     return made
 
 
