@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 
+import gevent.os
 import pytest
 
 from ..helpers.support import run_script
@@ -94,7 +95,8 @@ def run(script, path, io=True):
 
 
 CLOSING = ["os.closerange(3, 65536)", "os.closerange(3, 200); os.closerange(200, 1024)"]
-if not os.environ.get("GEVENT_LOOP", "").startswith("libuv"):
+# With libuv close() doesn't recognize all; an older gevent leaves os.close alone, and patch() with it.
+if not os.environ.get("GEVENT_LOOP", "").startswith("libuv") and "close" in gevent.os.__implements__:
     CLOSING.append("one_by_one(3, 1024)")
 
 
