@@ -121,7 +121,7 @@ cdef extern from "c/closing.h" nogil:
 cdef extern from "c/turns.h" nogil:
     ctypedef enum coopos_turn "enum coopos_turn":
         COOPOS_NO_TURN
-        COOPOS_QUEUE_CALLBACK
+        COOPOS_ASK_LOOP
         COOPOS_TURN_IS_DUE
     coopos_turn coopos_count_ready_call(int max_calls)
     void coopos_forget_ready_calls()

@@ -57,14 +57,15 @@ cdef int be_fair(int fd, str call) except -1:
 
 cdef bint turn_is_due() except -1:
     """Count a call that may be ready."""
-    cdef object hub
+    cdef object hub, check
     cdef coopos_turn turn = coopos_count_ready_call(max_ready_calls) if max_ready_calls else COOPOS_NO_TURN
-    if turn == COOPOS_QUEUE_CALLBACK:
+    if turn == COOPOS_ASK_LOOP:
         hub = reachable_hub()
         if hub is None:
             coopos_turn_taken()
         else:
-            hub.loop.run_callback(note_turn)
+            check = hub.loop.check(ref=False)
+            check.start(note_turn, check)
     return turn == COOPOS_TURN_IS_DUE
 
 
@@ -75,9 +76,18 @@ cdef int take_turn(int fd, str call) except -1:
     return 0
 
 
-def note_turn():
-    """The callback: the hub runs."""
+def note_turn(check):
+    """Called by the watcher *check*, once: the loop has polled."""
+    end_watchers((check,))
     coopos_turn_taken()
+
+
+def yield_turn():
+    """For Python: let the other greenlets that are ready run once, and timers and I/O if it is their turn."""
+    if turn_is_due():
+        take_turn(-1, "")
+    else:
+        let_others_run()
 
 
 cdef enum Step:

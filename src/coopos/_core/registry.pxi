@@ -172,11 +172,6 @@ cdef int let_others_run(int fd=-1, str name="", double seconds=0, bint polls=Fal
     return 0
 
 
-def yield_turn():
-    """For Python: let the other greenlets that are ready run once."""
-    let_others_run()
-
-
 # ---- close -------------------------------------------------------------------------------------------------------------------
 
 @cython.final

@@ -310,12 +310,10 @@ static inline long long coopos_now_us(void)
     return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
 }
 
-/* A clock that costs a few nanoseconds and goes on in steps of some milliseconds. */
+/* The same clock, some milliseconds late, for a few nanoseconds where there is such a thing. */
 static inline long long coopos_coarse_now_us(void)
 {
-#if defined(__APPLE__)
-    return (long long)(clock_gettime_nsec_np(CLOCK_MONOTONIC_RAW_APPROX) / 1000);
-#elif defined(__linux__)
+#if defined(__linux__)
     struct timespec now;
     (void)clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
