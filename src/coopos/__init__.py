@@ -27,7 +27,8 @@ yes, off is 0, false, off or no:
 """
 
 import os as _os
-from typing import TYPE_CHECKING
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any as _Any
 
 from coopos import _patch, _settings
 from coopos._files import tp_read as tp_read, tp_write as tp_write
@@ -49,9 +50,30 @@ __extensions__: list[str] = ["tp_read", "tp_write"]
 #: Forms of functions of :mod:`os` that only ``patch(io=True)`` puts there.
 _forms: list[str] = []
 
+#: The functions of :mod:`os` whose form of ours is imported when a program first asks for it, by module.
+_later: dict[str, str] = {}
+
+if TYPE_CHECKING:
+    from coopos._copying import copy_file_range as copy_file_range, sendfile as sendfile, splice as splice
+    from coopos._programs import (  # type: ignore[assignment]
+        popen as popen,
+        posix_spawn as posix_spawn,
+        posix_spawnp as posix_spawnp,
+        spawnl as spawnl,
+        spawnle as spawnle,
+        spawnlp as spawnlp,
+        spawnlpe as spawnlpe,
+        spawnv as spawnv,
+        spawnve as spawnve,
+        spawnvp as spawnvp,
+        spawnvpe as spawnvpe,
+        system as system,
+    )
+    from coopos.io import FileIO as FileIO, fdopen as fdopen  # type: ignore[no-redef]
+
 if hasattr(_os, "fork"):
-    from coopos import _copying
     from coopos._core import (
+        as_builtin as _as_builtin,
         close as close,
         closerange as closerange,
         make_nonblocking as make_nonblocking,
@@ -98,30 +120,15 @@ if hasattr(_os, "fork"):
         register_at_fork as register_at_fork,
         watch as watch,
     )
-    from coopos._programs import (  # type: ignore[assignment]
-        popen as popen,
-        spawnl as spawnl,
-        spawnle as spawnle,
-        spawnlp as spawnlp,
-        spawnlpe as spawnlpe,
-        spawnv as spawnv,
-        spawnve as spawnve,
-        spawnvp as spawnvp,
-        spawnvpe as spawnvpe,
-        system as system,
-    )
-    from coopos.io import FileIO as FileIO, fdopen as fdopen  # type: ignore[no-redef]
 
-    for _name in ("sendfile", "splice", "copy_file_range"):
-        if hasattr(_copying, _name):
-            globals()[_name] = getattr(_copying, _name)
-            _forms.append(_name)
+    _forms += ["sendfile", "splice", "copy_file_range"]
+    _later |= dict.fromkeys(_forms, "_copying")
     _forms += ["fsync", "fdatasync", "sync", "posix_fallocate", "truncate", "ftruncate", "open", "lockf"]
     _forms += ["eventfd_read", "eventfd_write", "getrandom", "urandom", "getlogin", "getgrouplist", "initgroups"]
     _forms += ["register_at_fork"]
     for _name in [name for name in _forms if not hasattr(_os, name)]:
         _forms.remove(_name)
-        del globals()[_name]
+        _later.pop(_name, globals().pop(_name, None))
     _wait_family = ["waitpid", "wait", "wait3", "wait4"]
     if hasattr(_os, "waitid"):
         from coopos._core import waitid as waitid
@@ -132,8 +139,13 @@ if hasattr(_os, "fork"):
         from coopos._core import preadv as preadv, pwritev as pwritev
 
         _forms += ["preadv", "pwritev"]
-    __implements__ += ["fork", "close", "closerange", "system", "popen"]
-    __implements__ += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
+    _starters = ["system", "popen"]
+    _starters += ["spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"]
+    if _settings.WATCHES_CHILDREN and hasattr(_os, "posix_spawn"):
+        _starters += ["posix_spawn", "posix_spawnp"]
+    _later |= dict.fromkeys(_starters, "_programs")
+    _later |= dict.fromkeys(("FileIO", "fdopen"), "io")
+    __implements__ += ["fork", "close", "closerange", *_starters]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
     __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO", "flock"]
     (_forms if hasattr(_os, "readinto") else __extensions__).append("readinto")
@@ -147,18 +159,7 @@ if hasattr(_os, "fork"):
 
         __implements__ += ["forkpty"]
         __extensions__ += ["forkpty_gevent", "forkpty_and_watch", "read_pty"]
-    if _settings.WATCHES_CHILDREN:
-        __implements__ += _wait_family
-        if hasattr(_os, "posix_spawn"):
-            from coopos._programs import posix_spawn as posix_spawn, posix_spawnp as posix_spawnp
-
-            __implements__ += ["posix_spawn", "posix_spawnp"]
-    else:
-        __extensions__ += _wait_family
-
-
-if hasattr(_os, "fork"):
-    from coopos._core import as_builtin as _as_builtin
+    (__implements__ if _settings.WATCHES_CHILDREN else __extensions__).extend(_wait_family)
 
     # What is builtin in os is builtin here too: it doesn't become a method where it is an attribute of a class. What is compiled is
     # builtin already.
@@ -175,10 +176,19 @@ if hasattr(_os, "fork"):
     for _name in _signatures.keys() & globals().keys():
         globals()[_name] = _as_builtin(globals()[_name], _signatures[_name], __name__)
 
-_patch.offer(
-    {_name: globals()[_name] for _name in __implements__ + __extensions__},
-    {_name: globals()[_name] for _name in _forms},
-)
+
+def __getattr__(name: str) -> _Any:
+    """Import the name *name*, the first time that a program asks for it."""
+    if name not in _later:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_later[name]}"), name)
+    if name in _signatures:
+        value = _as_builtin(value, _signatures[name], __name__)
+    return globals().setdefault(name, value)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_later})
 
 
 def doctor() -> int:
@@ -199,13 +209,19 @@ def doctor() -> int:
     return main()
 
 
+def _functions(names: list[str]) -> dict[str, _Any]:
+    return {name: globals()[name] if name in globals() else __getattr__(name) for name in names}
+
+
+_patch.offer(lambda: _functions(__implements__ + __extensions__), lambda: _functions(_forms))
+
 __all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "patched", "unpatch"})
 
 #: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets. docs/census.rst says why these.
 __cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))
 
 #: The names taken from :mod:`os` as they are.
-__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in __all__]
+__imports__: list[str] = [name for name in vars(_os).keys() - {*__all__} if not name.startswith("__")]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
 del _name

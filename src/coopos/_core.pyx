@@ -47,6 +47,7 @@ These rules hold everywhere:
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.contextvars cimport PyContextVar_New
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
@@ -74,8 +75,6 @@ import os
 import posix
 import signal
 import sys
-from contextvars import ContextVar
-from resource import struct_rusage
 
 import greenlet as _greenlet_module
 from gevent import Greenlet, GreenletExit, Timeout, sleep
@@ -91,9 +90,16 @@ from coopos import _settings
 from coopos._originals import get_original
 
 
+# What only some programs need is imported when they do.
+
 cdef object new_turns():
-    from gevent.lock import Semaphore      # only who uses multiprocessing needs it
+    from gevent.lock import Semaphore
     return Semaphore(1)
+
+
+cdef object struct_rusage():
+    from resource import struct_rusage as kind
+    return kind
 
 
 include "_core/basics.pxi"

@@ -35,7 +35,7 @@ cdef dict _forks = {}
 # {greenlet: the Watching that it is in}
 cdef dict _watching = {}
 #: Whether children keep the parent's greenlets, as :func:`coopos.fork_policy` says in this context. It may be unset.
-policy = ContextVar("coopos.keep_greenlets")
+policy = PyContextVar_New("coopos.keep_greenlets", NULL)
 cdef bint _default_keeps = _settings.KEEP_GREENLETS
 # The hooks of call_last() and of call_when_left().
 cdef list _last_hooks = []

@@ -268,11 +268,11 @@ cdef double seconds(const timeval *time) noexcept:
     return time.tv_sec + time.tv_usec * 1e-6
 
 
-cdef tuple pid_status_usage(Report *report):
+cdef tuple pid_status_usage(Report *report, kind):
     cdef const timeval *user = &report.usage.ru_utime
     cdef const timeval *system = &report.usage.ru_stime
     usage = report.usage
-    return report.pid, report.status, struct_rusage((
+    return report.pid, report.status, kind((
         seconds(user), seconds(system), usage.ru_maxrss, usage.ru_ixrss, usage.ru_idrss, usage.ru_isrss, usage.ru_minflt,
         usage.ru_majflt, usage.ru_nswap, usage.ru_inblock, usage.ru_oublock, usage.ru_msgsnd, usage.ru_msgrcv, usage.ru_nsignals,
         usage.ru_nvcsw, usage.ru_nivcsw))
@@ -300,8 +300,9 @@ def wait3(options):
     .. versionadded:: 0.1.0
     """
     cdef Report report
+    kind = struct_rusage()         # before a status is collected: an import may fail
     wait_by_pid("wait3", -1, as_int(options), &report)
-    return pid_status_usage(&report)
+    return pid_status_usage(&report, kind)
 
 
 def wait4(Py_ssize_t pid, options):
@@ -327,8 +328,9 @@ def wait4(Py_ssize_t pid, options):
     .. versionadded:: 0.1.0
     """
     cdef Report report
+    kind = struct_rusage()         # before a status is collected: an import may fail
     wait_by_pid("wait4", as_int(pid), as_int(options), &report)
-    return pid_status_usage(&report)
+    return pid_status_usage(&report, kind)
 
 
 def waitid(idtype, Py_ssize_t id, options):

@@ -20,6 +20,8 @@ from coopos import _settings
 from coopos._originals import is_module_patched
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coopos._patch import _multiprocessing
 
 #: (module or class, name, what the name holds before, ours)
@@ -28,10 +30,8 @@ _Place = tuple[Any, str, Any, Any]
 #: The modules of which one at least is patched once gevent.monkey has done anything.
 _MONKEYS = ("os", "subprocess", "socket", "time", "thread", "threading", "select", "signal", "ssl", "queue")
 
-# {name: function}, what the façade offers in place of those of os and gevent.os.
-_ours: dict[str, Any] = {}
-# The same, for patch(io=True) in os alone.
-_forms: dict[str, Any] = {}
+# They return {name: function}, what the façade offers in place of those of os and gevent.os, and for patch(io=True) in os alone.
+_offered: list[Callable[[], dict[str, Any]]] = []
 # What patch() may replace, whether or not it has. The first call finds it, while every name still holds what gevent and Python gave
 # it. These names hold something of gevent's, so they tell by themselves whether gevent.monkey has patched their module.
 _gevents: list[_Place] = []
@@ -48,10 +48,17 @@ _has_warned = False
 _finder: _multiprocessing.Finder | None = None
 
 
-def offer(ours: dict[str, Any], forms: dict[str, Any]) -> None:
-    """Called by the façade, with the functions that patch() is to put in place, and those that only patch(io=True) does."""
-    _ours.update(ours)
-    _forms.update(forms)
+def offer(ours: Callable[[], dict[str, Any]], forms: Callable[[], dict[str, Any]]) -> None:
+    """Called by the façade. *ours* imports the functions that patch() is to put in place, *forms* those of patch(io=True)."""
+    _offered[:] = ours, forms
+
+
+def _ours() -> dict[str, Any]:
+    return _offered[0]()
+
+
+def _forms() -> dict[str, Any]:
+    return _offered[1]()
 
 
 def _find_places() -> None:
@@ -59,7 +66,8 @@ def _find_places() -> None:
         return
     from coopos._patch import _os
 
-    gevents, stdlibs = _os.places_of_gevent(_ours), _os.places_of_stdlib(_ours)
+    ours = _ours()
+    gevents, stdlibs = _os.places_of_gevent(ours), _os.places_of_stdlib(ours)
     if hasattr(os, "fork"):
         from coopos._patch import _subprocess, _time
 
@@ -92,7 +100,7 @@ def _patch_io() -> None:
     from coopos._patch import _io
 
     if not _ios:
-        _ios.extend(_io.places(_forms))
+        _ios.extend(_io.places(_forms()))
     _replace(_ios)
     streams = _io.streams()
     _streams.extend(streams)
@@ -245,10 +253,10 @@ def patched() -> dict[str, str]:
         return found
     from coopos._patch import _io, _os
 
-    found |= {f"os.{name}": "this version of gevent leaves it alone" for name in _os.names_left_to_os(_ours, _gevents)}
+    found |= {f"os.{name}": "this version of gevent leaves it alone" for name in _os.names_left_to_os(_ours(), _gevents)}
 
     if not _ios:
-        _ios.extend(_io.places(_forms))
+        _ios.extend(_io.places(_forms()))
     found |= {_name_of(place): _state_of(place, "patch(io=True) was not called") for place in _ios}
     found |= {f"os.{name}": reason for name, reason in _io.LEFT_ALONE.items()}
     for name in ("stdin", "stdout", "stderr"):
