@@ -275,6 +275,8 @@ if hasattr(posix, "splice"):
         sides = ((src, offset_src, READ), (dst, offset_dst, WRITE))
         waiting = [(fd, events) for fd, offset, events in sides if _may_wait(fd, offset)]
         with InFlight("splice", src, dst) as call:
+            _core.be_fair(src, "splice")
+            call.check()
             while True:
                 is_sure = all(is_pipe or (not is_file and not os.get_blocking(fd)) for fd, is_pipe, is_file in ends)
                 if flags & os.SPLICE_F_NONBLOCK and is_sure:

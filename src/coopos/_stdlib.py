@@ -90,6 +90,7 @@ class CooperativeSelector(selectors.PollSelector):
 #: replace must have these and no others. https://github.com/python/cpython/blob/main/Lib/subprocess.py
 _REPLACED = {
     "Popen._communicate": ("self", "input", "endtime", "orig_timeout"),
+    "Popen._translate_newlines": ("self", "data", "encoding", "errors"),
     "Popen._wait": ("self", "timeout"),
 }
 _USED = {

@@ -168,8 +168,8 @@ class FileIO(Moving, io.FileIO):
     def _dealloc_warn(self, source: object) -> None:
         """Called by the buffer *source* over it, which closes it because it is garbage-collected."""
         if self.closefd and not self.closed:
-            # The warning is for the code that lost the file: over this frame, and those of _Lock.close() and _Lock._when_free().
-            warn_unclosed(source, 4 if isinstance(source, _Lock) else 2)
+            # The warning is for the code that lost the file: over this frame, and those of the buffer's close().
+            warn_unclosed(source, 2 + getattr(source, "frames_of_close", 0))
 
     def __repr__(self) -> str:
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -220,6 +220,7 @@ class _Lock:
     """
 
     __slots__ = ()
+    frames_of_close = 2
     if TYPE_CHECKING:
         raw: Any
 

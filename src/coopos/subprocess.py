@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import inspect
 import io as _io
 import os
@@ -25,6 +26,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from gevent.event import AsyncResult
+from greenlet import getcurrent
 
 from coopos import _core
 from coopos._files import read_to_hangup
@@ -186,27 +188,38 @@ def _evict(file: Any) -> None:
         _core.yield_turn()
 
 
-def _take_read_ahead(file: Any) -> list[bytes]:
-    """The bytes that the buffers of *file* have read and nobody has taken. Nothing is read or waited for."""
+def _is_ours(file: Any) -> bool:
+    """Whether *file* is as it was made, and nobody reads it."""
+    raw = _raw_of(file)
+    return isinstance(raw, FileIO) and not raw.closed and not _core.awaited(raw.fileno())
+
+
+def _raw_of(file: Any) -> Any:
     buffer = getattr(file, "buffer", file)
-    raw = getattr(buffer, "raw", buffer)
-    if not isinstance(raw, FileIO) or raw.closed or _core.awaited(raw.fileno()):
+    return getattr(buffer, "raw", buffer)
+
+
+def _take_read_ahead(file: Any) -> list[bytes]:
+    """The bytes that the buffer of the binary *file* has read and nobody has taken. Nothing is read or waited for."""
+    raw = _raw_of(file)
+    if raw is file or not _is_ours(file):
         return []
-    text, rest = "", b""
-    # The buffers don't tell what they hold without reading on. So the file below them says for now that there is nothing.
-    vars(raw).update(readinto=lambda _: None, read=lambda _: b"")
+    # The buffer doesn't tell what it holds without reading on. So the file below it says for now that there is nothing.
+    vars(raw).update(readinto=lambda _: None)
     try:
-        if buffer is not raw:
-            rest = buffer.read1(len(buffer.peek()))
-        if buffer is not file:
-            try:
-                while char := file.read(1):
-                    text += char
-            except UnicodeDecodeError as ex:
-                rest = ex.object + rest  # the beginning of a character
+        return [file.read1(len(file.peek()))]
     finally:
-        del raw.readinto, raw.read
-    return [text.encode(file.encoding, file.errors) if text else b"", rest]
+        del raw.readinto
+
+
+def _decode_rest(file: Any, data: bytes) -> str:
+    """The rest of the text *file*, by its own decoder, which knows what came before. *data* is what was not read yet."""
+    raw = _raw_of(file)
+    vars(raw).update(readall=lambda: data, read=lambda *_: data)
+    try:
+        return file.read()  # type: ignore[no-any-return]
+    finally:
+        del raw.readall, raw.read
 
 
 class _Link:
@@ -651,7 +664,9 @@ class Popen(_Base[AnyStr]):
         # The stdlib does this in its first call only. Here it is done so that a call cut short anywhere in it can be continued.
         if not self._communication_started:
             self._communication_started = True
-            self._fileobj2output = {file: _take_read_ahead(file) for file in (self.stdout, self.stderr) if file}
+            self._texts: dict[Any, str | UnicodeError] = {}
+            files = [file for file in (self.stdout, self.stderr) if file]
+            self._fileobj2output = {file: [] if self.text_mode else _take_read_ahead(file) for file in files}
             self._save_input(input)
         if self.stdin and self.stdin.closed is not True:  # a mock neither says so nor denies it
             with contextlib.suppress(BrokenPipeError):
@@ -661,7 +676,38 @@ class Popen(_Base[AnyStr]):
             else:
                 with contextlib.suppress(BrokenPipeError):
                     self.stdin.close()
-        return super()._communicate(input, endtime, orig_timeout)
+        outputs = self.stdout, self.stderr
+        texts = [file for file in outputs if file and self.text_mode and _is_ours(file)]
+        for file in texts:
+            vars(file)["close"] = functools.partial(self._close_text, file, getcurrent())
+        try:
+            found = super()._communicate(input, endtime, orig_timeout)
+        finally:
+            for file in texts:
+                del vars(file)["close"]
+        return tuple(self._text_of(file, data) if self.text_mode else data for file, data in zip(outputs, found, strict=True))
+
+    def _close_text(self, file: Any, reader: object) -> None:
+        """The close() of a text file at its end: its decoder is asked before. Others than *reader* close it in the middle."""
+        try:
+            if getcurrent() is reader:
+                self._texts[file] = _decode_rest(file, b"".join(self._fileobj2output[file]))
+        except UnicodeError as ex:
+            self._texts[file] = ex  # raised once the child has ended
+        finally:
+            type(file).close(file)
+
+    def _translate_newlines(self, data: Any, encoding: str, errors: str) -> Any:
+        """Called by the stdlib's _communicate(). The text is made in ours."""
+        return data
+
+    def _text_of(self, file: Any, data: Any) -> Any:
+        if file in self._texts or not isinstance(data, bytes):
+            text = self._texts.get(file, data)
+            if isinstance(text, UnicodeError):
+                raise text
+            return text
+        return super()._translate_newlines(data, file.encoding, file.errors)  # type: ignore[misc]
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
         _core.outright(self._close_and_wait, exc_type, value, traceback)

@@ -117,6 +117,37 @@ assert coopos.waitpid(pid, 0) == (pid, 7 << 8)
     )
 
 
+@both_paths
+def test_status_collected_without_memory(children):
+    """Wherever an allocation fails once the kernel has given the status: waitpid(-1) finds it."""
+    pytest.importorskip("_testcapi")
+    run_here(
+        """
+import _testcapi
+gevent.get_hub()
+def poll(child, n):
+    _testcapi.set_nomemory(n, n + 1)
+    try:
+        child.look()
+    finally:
+        _testcapi.remove_mem_hooks()
+for n in range(30):
+    pid, end = living()
+    child = coopos.watch(pid)
+    os.close(end)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    try:
+        poll(child, n)
+    except MemoryError:
+        pass
+    with gevent.Timeout(5):
+        assert coopos.waitpid(-1, 0) == (pid, 7 << 8), n
+""",
+        COOPOS_CHILDREN=children,
+        may_complain=True,
+    )
+
+
 # ---- nothing to switch to ----------------------------------------------------------------------------------------------------
 
 

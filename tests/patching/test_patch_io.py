@@ -369,6 +369,10 @@ def test_open_with_an_opener():
         assert raises(OSError, os.fstat, number)
         with open(path, "wb", opener=os.open) as file:
             assert type(file) is io.BufferedWriter
+        with open(path, "wb", opener=None) as file:
+            assert type(file.raw) is io.FileIO
+        with open(reader, "rb", 0, closefd=False, opener=opener) as file:  # io.open asks none for a descriptor either
+            assert waits(file.read, 2, until=lambda: os.write(writer, b"xy")) == b"xy"
         assert raises(ValueError, lambda: open("a", opener=lambda *_: -1))
         assert raises(ZeroDivisionError, lambda: open("a", opener=lambda *_: 1 / 0))
     """)
@@ -389,6 +393,93 @@ def test_greenlets_share_a_file():
             lines = file.readlines()
         gevent.joinall(jobs, raise_error=True)
         assert sorted(lines) == sorted(f"{number}" * 999 + "\\n" for number in range(5) for _ in range(50))
+    """)
+
+
+def test_greenlets_take_turns_at_a_file():
+    """One that is always inside a buffer, and waits there, doesn't keep the others out: not even one that comes back at once."""
+    run("""
+        reader, writer = os.pipe()
+        out, source = open(writer, "w"), open(reader, "rb")
+        counts = {}
+        def loop(name, call):
+            counts[name] = 0
+            while True:
+                call()
+                counts[name] += 1
+        jobs = [gevent.spawn(loop, f"write {n}", lambda: print("x" * 2000, file=out, flush=True)) for n in range(2)]
+        jobs += [gevent.spawn(loop, f"read {n}", source.readline) for n in range(2)]
+        gevent.sleep(0.3)
+        assert all(count > 3 for count in counts.values()), counts
+        # One is killed while it waits for its turn, and one just when it gets it.
+        for job in jobs:
+            gevent.sleep(0)
+            job.kill()
+    """)
+
+
+def test_signal_handler_waits_inside_a_buffer():
+    """The greenlet that it interrupts may be in the middle of a print(). Others wait until that is over."""
+    run("""
+        reader, writer = os.pipe()
+        out = open(writer, "w")
+        signal.signal(signal.SIGALRM, lambda *_: gevent.sleep(0.003) if gevent.getcurrent() is not get_hub() else None)
+        signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+        def write(number):
+            for _ in range(50):
+                print(f"{number}" * 3000, file=out, flush=True)
+        jobs = [gevent.spawn(write, number) for number in range(5)]
+        gevent.spawn(lambda: (gevent.joinall(jobs), out.close()))
+        with open(reader) as file:
+            lines = file.readlines()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        gevent.joinall(jobs, raise_error=True)
+        assert sorted(lines) == sorted(f"{number}" * 3000 + "\\n" for number in range(5) for _ in range(50))
+    """)
+
+
+def test_timeout_that_is_a_blockingioerror():
+    """It is no EAGAIN of the file's: nothing returns None, and no text ends."""
+    run("""
+        class Late(BlockingIOError):
+            pass
+        reader, writer = os.pipe()
+        raw = open(writer, "wb", 0, closefd=False)
+        def late(function, *args):
+            with gevent.Timeout(0.02, Late):
+                function(*args)
+        for mode, buffering in (("rb", 0), ("rb", -1), ("r", -1)):
+            for method, *args in (["read"], ["readline"], ["readlines"], ["readinto", bytearray(3)], ["readall"]):
+                file = open(reader, mode, buffering, closefd=False)
+                if hasattr(file, method):
+                    assert raises(Late, late, getattr(file, method), *args)
+        assert raises(Late, late, os.read, reader, 1)
+        assert raises(Late, late, raw.write, bytes(100_000))
+    """)
+
+
+def test_keywords_in_any_order():
+    """The descriptors whose mode counts are found by their names."""
+    run("""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(4096))
+        except BlockingIOError:
+            pass
+        with before_open(path, "wb+") as file:
+            file.write(b"x" * 10)
+            file.flush()
+            for names in (("in_fd", "out_fd"), ("out_fd", "in_fd")):
+                fds = {"in_fd": file.fileno(), "out_fd": writer}
+                assert raises(BlockingIOError, lambda: os.sendfile(**{name: fds[name] for name in names}, offset=0, count=10))
+        os.set_blocking(writer, True)
+        source, sink = os.pipe()
+        os.write(sink, b"ab")
+        def empty():
+            before["read"](reader, 65536)
+        assert waits(lambda: os.splice(count=2, dst=writer, src=source), until=empty) == 2
     """)
 
 
@@ -414,6 +505,29 @@ for plain, ours in zip(before_streams[1:], (sys.stdout, sys.stderr)):
         PYTHONIOENCODING="latin-1:replace",
         PYTHONUNBUFFERED=unbuffered,
     )
+
+
+def test_end_of_the_program_while_a_greenlet_prints():
+    """What atexit functions print waits for it, as in threads."""
+    program = """
+import atexit
+from gevent import monkey
+monkey.patch_all()
+import gevent
+import coopos
+coopos.patch(io=True)
+atexit.register(print, "the last line")
+printing = gevent.spawn(print, "x" * 300_000)
+gevent.sleep(0.05)
+"""
+    run_script(f"""
+import subprocess, sys, time
+with subprocess.Popen([sys.executable, "-c", {program!r}], stdout=subprocess.PIPE) as process:
+    time.sleep(0.5)  # it prints to a full pipe
+    written = process.stdout.read()
+    assert written.count(b"x") == 300_000 and b"the last line" in written
+assert process.returncode == 0
+""", PYTHONUNBUFFERED="")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -641,6 +755,10 @@ def test_input_in_a_child_without_the_greenlet_that_was_in_it():
         + """
 pid = coopos.fork(keep_greenlets=False)
 if pid == 0:
+    reader, writer = os.pipe()
+    os.dup2(reader, 0)
+    gevent.spawn_later(0.01, os.write, writer, b"a line\\n")
+    assert input() == "a line"
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     raises(EOFError, input)
     os._exit(7)

@@ -344,6 +344,32 @@ def test_communicate_has_what_was_read_ahead(gate, tmp_path, kwargs, pipes, is_k
     assert line + process.communicate()[0] == (said if is_text else data)
 
 
+@pytest.mark.parametrize("pipes", [{"stdout": PIPE}, {"stdout": PIPE, "stderr": PIPE}], ids=" ".join)
+@pytest.mark.parametrize(
+    ("kwargs", "first", "second", "text"),
+    [
+        ({"encoding": "ascii", "errors": "replace"}, b"line\n\xffabc", b"", "\ufffdabc"),
+        ({"encoding": "utf-16"}, "\ufeffline\n".encode("utf-16-be"), "more\n".encode("utf-16-be"), "more\n"),
+        ({"text": True}, b"line\nabc\r", b"\ndef", "abc\ndef"),
+        ({"encoding": "utf-8"}, b"line\nx\xc3", b"\xa9z", "x\xe9z"),
+        ({"encoding": "iso2022_jp"}, "line\n\u3042".encode("iso2022_jp")[:-3], "\u3042\u3044".encode("iso2022_jp")[3:],
+         "\u3042\u3042\u3044"),
+    ],
+)  # fmt: skip
+def test_communicate_goes_on_with_the_decoder_of_the_file(gate, tmp_path, kwargs, pipes, first, second, text):
+    """What a readline() before it has read ahead counts: a byte order, a shift, half a character or line's end, errors replaced."""
+    (tmp_path / "first").write_bytes(first)
+    (tmp_path / "second").write_bytes(second)
+    process = sh(f"cat {tmp_path}/first; {gate.wait}; cat {tmp_path}/second", **pipes, **kwargs)
+    assert process.stdout.readline() == "line\n"
+    with pytest.raises(stdlib.TimeoutExpired):
+        process.communicate(timeout=0.01)
+    gate.open()
+    assert process.communicate()[0] == text
+    assert process.communicate()[0] == text
+    assert process.stdout.closed
+
+
 @each_thrown
 @pytest.mark.parametrize("pipes", [{}, {"stdout": PIPE}], ids=["stdin", "both"])
 def test_communicate_writes_all_of_its_input(gate, tmp_path, throw, pipes):

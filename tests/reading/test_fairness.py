@@ -1,5 +1,7 @@
 """A greenlet that never has to wait gives the hub its turns. Each script would never end if it didn't."""
 
+import os
+
 import pytest
 
 from ..helpers.support import run_script
@@ -166,6 +168,20 @@ def test_child_of_a_greenlet_that_was_due():
                     ready_pair()
                 os._exit(7)
             assert os.waitstatus_to_exitcode(coopos.waitpid(pid, 0)[1]) == 7
+        """)
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="this system or Python has no os.splice")
+def test_splice_that_is_always_ready():
+    run_script(
+        script("""
+        other_reader, other_writer = os.pipe()
+        os.write(writer, b"x")
+        with gevent.Timeout(0.05, False):
+            while True:
+                coopos.splice(reader, other_writer, 1)
+                coopos.splice(other_reader, writer, 1)
         """)
     )
 

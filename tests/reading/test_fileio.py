@@ -330,9 +330,9 @@ def test_fileio_audit():
     run_script("""
         import sys, io
         import coopos
-        events = []
+        events, kinds = [], (io.FileIO, coopos.FileIO)
         sys.addaudithook(lambda event, args: event == "open" and events.append(args))
-        for kind in io.FileIO, coopos.FileIO:
+        for kind in kinds:
             kind("/dev/null", "r").close()
             first = events.pop(0)
             assert first[:2] == ("/dev/null", "r"), first

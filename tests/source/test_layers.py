@@ -43,7 +43,7 @@ GEVENT = {
     "_fork": {"gevent.os", "gevent.hub"},
     "_files": {"gevent.exceptions", "gevent.hub", "greenlet"},
     "_stdlib": {"gevent"},
-    "subprocess": {"gevent.event"},
+    "subprocess": {"gevent.event", "greenlet"},
     "_patch._os": {"gevent", "gevent.os"},
     "_patch._subprocess": {"gevent.os", "gevent.subprocess"},
     "_patch._time": {"gevent"},

@@ -215,6 +215,7 @@ cdef class Child(Record):
         True: the child has not ended, but this process traces it, and it has stopped. The stop is taken into *stop*, or left in the
         kernel if *stop* is NULL. *is_dead*: a pidfd said that the child has ended, so it can't be such a stop.
         """
+        global _is_incomplete
         cdef Report report
         cdef int pidfd, rc
         if self.state != ALIVE or self.is_parents():
@@ -248,8 +249,11 @@ cdef class Child(Record):
             if self.is_watched:
                 if not claims:
                     self.inode = coopos_pidfd_inode(pidfd)
-                if children.get(self.pid) is self:
-                    ended[self.pid] = self
+                try:
+                    if children.get(self.pid) is self:
+                        ended[self.pid] = self
+                except MemoryError:
+                    _is_incomplete = True
             self.announce_end()
         return False
 
@@ -366,6 +370,8 @@ cdef class Child(Record):
 cdef dict children = {}
 # {pid: Child}: the watched children that are ENDED, in the order in which they were collected
 cdef dict ended = {}
+# Whether there was no memory to put one there.
+cdef bint _is_incomplete = False
 # In a forked child, the parent's tables. They are never freed: freeing thousands of records would copy the pages they are on.
 cdef list _parent_tables = []
 
@@ -496,6 +502,17 @@ cdef int _born = 0                 # the generation that the tables are of
 cdef int ensure_own_tables() except -1:
     """For children forked by C code that runs no at-fork hooks: they still have the parent's tables when they first ask."""
     return make_own_tables() if _born != generation else 0
+
+
+cdef int complete_ended() except -1:
+    global _is_incomplete
+    cdef Child child
+    if _is_incomplete:
+        for child in children.values():
+            if child.is_watched and child.state == ENDED:
+                ended.setdefault(child.pid, child)
+        _is_incomplete = False
+    return 0
 
 
 cdef int make_own_tables() except -1:

@@ -47,7 +47,7 @@ cdef int first_rung = COOPOS_NOWAIT if has_nowait() else COOPOS_REFUSED
 cdef int max_ready_calls = _settings.FAIRNESS
 
 
-cdef int be_fair(int fd, str call) except -1:
+cpdef int be_fair(int fd, str call) except -1:
     """Give the hub its turn if one is due. Called before any byte is moved: a kill here loses none."""
     check_open(fd, call)
     if turn_is_due():
@@ -238,7 +238,7 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags, bint as_os=False
     move.count = 0
     move.offset = offset
     move.flags = flags
-    move.may_block, move.as_os = False, as_os
+    move.may_block, move.as_os, move.would_block = False, as_os, False
     move.max_bytes = 0
     return move
 
@@ -273,6 +273,7 @@ cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
         if move.how == COOPOS_GUARDED and not move.writes and coopos_vmin_vtime(move.fd, &min_bytes, &tenths):
             return wait_as_terminal(move, n, call)
         if move.as_os and is_nonblocking(move.fd) and not is_always_ready(move.fd):
+            move.would_block = True
             raise os_error(err, call, move.fd)
         if not park(move.fd, WRITE if move.writes else READ, call, move.may_block):
             if is_always_ready(move.fd):

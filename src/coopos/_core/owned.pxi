@@ -9,6 +9,7 @@
 cdef enum:
     CHUNK = 65536
     SMALL_FILE_READ = 8192
+    NOTHING_YET = -2           # of a file in non-blocking mode
 
 
 cdef extern from "Python.h":
@@ -65,6 +66,8 @@ cdef class Owned:
     cdef readonly Py_ssize_t late  # bytes that the last write wrote before it raised an exception
     cdef list in_calls             # greenlets, of any thread, in a read or write that may switch
     cdef list waiters              # (hub, Wait) of the greenlets in wait_for_others()
+    cdef dict owners               # {hub: greenlet in in_turn()}, one in each thread
+    cdef list queue                # (hub, Wait) of those that wait for their turn
 
     def __init__(self, int fd, bint may_read, bint may_write, bint as_os=False):
         cdef stat_t st
@@ -73,7 +76,7 @@ cdef class Owned:
             err = errno
             raise OSError(err, os.strerror(err))
         self.fd = fd
-        self.in_calls, self.waiters = [], []
+        self.in_calls, self.waiters, self.owners, self.queue = [], [], {}, []
         self.may_read, self.may_write, self.as_os = may_read, may_write, as_os
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
 
@@ -108,8 +111,8 @@ cdef class Owned:
         return 0
 
     cdef ssize_t read_stream(self, Move *move) except -2:
-        """One read into the buffer of *move*. -1: there is nothing to read yet, or `is_stream` is now false and read_bytes() has to
-        find out.
+        """One read into the buffer of *move*. -1: there is nothing to read yet, and `would_block` says if that is the answer; or
+        `is_stream` is now false and read_bytes() has to find out.
         """
         cdef int err = 0
         cdef ssize_t nread
@@ -117,9 +120,8 @@ cdef class Owned:
         if nread >= 0:
             self.is_drained = 0 < nread < <ssize_t>move.iov.iov_len
         elif err == EAGAIN:
-            if self.as_os and is_nonblocking(self.fd):
-                raise os_error(err, "read", self.fd)
             self.is_drained = True
+            move.would_block = self.as_os and is_nonblocking(self.fd)
         elif is_undecided(err):
             self.is_stream = self.is_drained = False
         else:
@@ -200,6 +202,62 @@ cdef class Owned:
                 wait.queued.stop()
         return True
 
+    def in_turn(self, method, *args):
+        """``method(*args)``, as the only greenlet of this thread. The others queue, first come, first served.
+
+        For buffers that many greenlets share. Between threads the buffer's own lock decides; within a greenlet, as when its signal
+        handler prints, the buffer itself does.
+        """
+        cdef object hub = reachable_hub()
+        cdef object current = this_greenlet()
+        if hub is None:
+            return method(*args)
+        owner = self.owners.get(hub)
+        if owner is current:
+            return method(*args)
+        if owner is None or owner.dead:
+            self.owners[hub] = current
+        else:
+            self.wait_for_turn(hub, current)
+        try:
+            return method(*args)
+        finally:
+            self.pass_turn(hub)
+
+    cdef int wait_for_turn(self, hub, current) except -1:
+        cdef Wait wait = Wait.__new__(Wait)
+        wait.greenlet = current
+        member = (hub, wait)
+        self.queue.append(member)
+        try:
+            came_back = give_way(hub, current)
+            if came_back is not wait:
+                raise wrong_switch(came_back, "its turn in a file's buffer")
+        except BaseException:
+            if self.owners.get(hub) is current:
+                self.pass_turn(hub)    # it was just given
+            raise
+        finally:
+            if member in self.queue:
+                self.queue.remove(member)
+            wait.greenlet = None
+            if wait.queued is not None:
+                wait.queued.stop()
+        return 0
+
+    cdef int pass_turn(self, hub) except -1:
+        """Give the turn to the next greenlet before it runs, or the one that leaves could take it again, for ever."""
+        cdef Wait wait
+        for member in self.queue:
+            home, wait = member
+            if home is hub and not wait.greenlet.dead:     # a forked child may have left it behind
+                self.owners[hub] = wait.greenlet
+                self.queue.remove(member)
+                wait.queued = hub.loop.run_callback(wait.wake)
+                return 0
+        del self.owners[hub]
+        return 0
+
     def close(self, bint closes=True):
         """Close the descriptor, or only give it up if *closes* is false. Greenlets that wait for it get ``OSError(EBADF)``."""
         cdef int fd = self.fd
@@ -234,24 +292,32 @@ cdef inline Owned owned_by(file):
     return None if owned == NULL else <Owned>owned
 
 
+# Where io.FileIO returns None in non-blocking mode, `would_block` of the Move says so. The exception doesn't: it may be a timeout
+# that somebody has thrown in.
+
 cdef inline object read_from(Owned owned, Py_ssize_t n):
+    """One read of up to *n* bytes. None: nothing yet."""
     cdef Move move = owned.move(False)
     n = min(n, <Py_ssize_t>COOPOS_IO_MAX)
     while owned.is_stream and n:
         owned.wait()           # before any memory is allocated
         data = owned.read_some(&move, n)
-        if data is not None:
+        if data is not None or move.would_block:
             return data
     move = owned.move(False)
     current = owned.enter()
     try:
         return read_bytes(&move, n, "read")
+    except BaseException:
+        if move.would_block:
+            return None
+        raise
     finally:
         owned.leave(current)
 
 
 cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
-    """One read into *iov*. Returns how many bytes."""
+    """One read into *iov*. Returns how many bytes, or NOTHING_YET."""
     cdef Move move = owned.move(False)
     cdef ssize_t nread
     while owned.is_stream and iov.iov_len:
@@ -260,17 +326,23 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
         nread = owned.read_stream(&move)
         if nread >= 0:
             return nread
+        if move.would_block:
+            return NOTHING_YET
     move = owned.move(False)
     set_one_buffer(&move, iov)
     current = owned.enter()
     try:
         return read_into(&move, "readinto")
+    except BaseException:
+        if move.would_block:
+            return NOTHING_YET
+        raise
     finally:
         owned.leave(current)
 
 
 cdef object read_all_from(Owned owned):
-    """Read until the end, into one object that grows. Joining pieces would copy each byte twice more."""
+    """Read until the end, into one object that grows. Joining pieces would copy each byte twice more. None: nothing yet."""
     cdef stat_t st
     cdef off_t offset
     cdef iovec iov
@@ -282,16 +354,16 @@ cdef object read_all_from(Owned owned):
         size = max(size, <Py_ssize_t>(st.st_size - offset) + 1)
     data = new_bytes(NULL, size)
     try:
-        while nread:
+        while nread and nread != NOTHING_YET:
             if total == size:
                 size += max(size >> 2, CHUNK)
                 resize_bytes(&data, size)
             iov.iov_base = PyBytes_AS_STRING(<object>data) + total
             iov.iov_len = <size_t>min(size - total, <Py_ssize_t>COOPOS_IO_MAX)
             nread = fill_from(owned, &iov)
-            total += nread
+            total += max(nread, 0)
         resize_bytes(&data, total)
-        return <object>data
+        return <object>data if total or not nread else None
     except BaseException as ex:
         if data != NULL:
             resize_bytes(&data, total)
@@ -299,13 +371,6 @@ cdef object read_all_from(Owned owned):
         raise
     finally:
         Py_XDECREF(data)
-
-
-cdef object nothing_yet(Owned owned, ex):
-    """What io.FileIO returns in non-blocking mode where BlockingIOError came: None, or what readall() has read."""
-    if not owned.as_os:
-        raise ex
-    return getattr(ex, "partial", None) or None
 
 
 class Moving:
@@ -321,10 +386,7 @@ class Moving:
         if owned is None or owned.fd < 0 or not owned.may_read:
             return super().read(size)
         n = -1 if size is None else size
-        try:
-            return read_all_from(owned) if n < 0 else read_from(owned, n)
-        except BlockingIOError as ex:
-            return nothing_yet(owned, ex)
+        return read_all_from(owned) if n < 0 else read_from(owned, n)
 
     def readall(self):
         """All there is until the end."""
@@ -333,16 +395,14 @@ class Moving:
         # https://github.com/python/cpython/blob/main/Modules/_io/fileio.c
         if owned is None or owned.fd < 0 or (PY_VERSION_HEX >= 0x030F0000 and not owned.may_read):
             return super().readall()
-        try:
-            return read_all_from(owned)
-        except BlockingIOError as ex:
-            return nothing_yet(owned, ex)
+        return read_all_from(owned)
 
     def readinto(self, buffer, /):
         """Fill *buffer* with as much as one system call brings; how many bytes."""
         cdef Owned owned = owned_by(self)
         cdef Py_buffer view
         cdef iovec iov
+        cdef Py_ssize_t nread
         if owned is None or owned.fd < 0 or not owned.may_read:
             return super().readinto(buffer)
         try:
@@ -350,9 +410,8 @@ class Moving:
         except BufferError:
             raise TypeError(f"readinto() argument must be read-write bytes-like object, not {type(buffer).__name__}") from None
         try:
-            return fill_from(owned, &iov)
-        except BlockingIOError as ex:
-            return nothing_yet(owned, ex)
+            nread = fill_from(owned, &iov)
+            return None if nread == NOTHING_YET else nread
         finally:
             PyBuffer_Release(&view)
 
@@ -375,9 +434,9 @@ class Moving:
                 if owned.fd < 0:
                     raise closed_error()       # while others had their turn
                 return write_once(&move, "write", True, &owned.late)
-            except BlockingIOError as ex:
-                return nothing_yet(owned, ex)
             except BaseException as ex:
+                if move.would_block:
+                    return None
                 attach_progress(ex, "characters_written", owned.late or None)
                 raise
             finally:

@@ -98,7 +98,7 @@ cdef PyObject *_own_open = NULL
 cdef PyObject *call_open(PyObject *self, PyObject **args, Py_ssize_t nargs, PyObject *names) except NULL:
     """open(): *args* are the positional arguments, with those behind them that *names* names."""
     cdef PyObject *file = args[0] if nargs else NULL
-    cdef bint has_opener = nargs > 7
+    cdef PyObject *opener = args[7] if nargs > 7 else <PyObject *>None
     cdef Py_ssize_t i
     if names != NULL:
         for i in range(PyTuple_GET_SIZE(names)):
@@ -106,7 +106,8 @@ cdef PyObject *call_open(PyObject *self, PyObject **args, Py_ssize_t nargs, PyOb
             if name == "file":
                 file = args[nargs + i]
             elif name == "opener":
-                has_opener = True
+                opener = args[nargs + i]
+    cdef bint has_opener = opener != <PyObject *>None and file != NULL and not isinstance(<object>file, int)
     if file != NULL and (has_opener or is_waiting_file(<object>file)):
         return PyObject_Vectorcall(_own_open, args, <size_t>nargs, names)
     return PyObject_Vectorcall(_plain_open, args, <size_t>nargs, names)

@@ -113,6 +113,7 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
     cdef bint looks
     cdef int err, pid
     while True:
+        complete_ended()
         while ended and asks_records:
             child = find_ended(idtype, id)
             if child is None:

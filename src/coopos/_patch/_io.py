@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 
 #: The functions of os that coopos has in a form of its own and that are left alone all the same: why.
 LEFT_ALONE = {"fdopen": "it calls io.open", "register_at_fork": "every child has a hub that works before its hooks run"}
-#: How many of a function's first arguments are descriptors whose non-blocking mode counts.
-_DESCRIPTORS = {"eventfd_read": 1, "eventfd_write": 1, "sendfile": 1, "splice": 2}
+#: A function's first parameters, if they are descriptors whose non-blocking mode counts.
+_DESCRIPTORS = {
+    "eventfd_read": ("fd",),
+    "eventfd_write": ("fd",),
+    "sendfile": ("out_fd",),
+    "splice": ("src", "dst"),
+}
 
 
 # ---- os ----------------------------------------------------------------------------------------------------------------------
@@ -52,10 +57,11 @@ def _like_os(name: str, ours: Callable[..., Any]) -> Any:
     plain = getattr(posix, name)
     if hasattr(_core, f"os_{name}"):
         return _core.like_os(getattr(_core, f"os_{name}"), plain)
-    count = _DESCRIPTORS.get(name, 0)
+    descriptors = _DESCRIPTORS.get(name, ())
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        is_plain = not can_give_way() or not all(map(_may_wait, [*args, *kwargs.values()][:count]))
+        given = {**dict(zip(descriptors, args, strict=False)), **kwargs}
+        is_plain = not can_give_way() or not all(_may_wait(given[fd]) for fd in descriptors if fd in given)
         return (plain if is_plain else ours)(*args, **kwargs)
 
     function.__name__, function.__doc__ = name, plain.__doc__
@@ -73,9 +79,12 @@ class FileIO(coopos_io.WholeFileIO):
     _as_os = True
 
 
-def _one_by_one(kind: type, name: str) -> Any:
+def _one_by_one(kind: Any, name: str) -> Any:
+    plain = getattr(kind, name)
+
     def method(self: Any, *args: Any) -> Any:
-        return self._when_free(getattr(super(kind, self), name), *args)
+        owned = getattr(self.raw, "_owned", None)
+        return plain(self, *args) if owned is None else owned.in_turn(plain, self, *args)
 
     method.__name__ = name
     return method
@@ -89,21 +98,22 @@ def _shared(kind: Any) -> Any:
     for name in _ONE_BY_ONE:
         if hasattr(kind, name):
             setattr(kind, name, _one_by_one(kind, name))
+    kind.frames_of_close = 1
     return kind
 
 
 @_shared
-class BufferedReader(coopos_io.BufferedReader):
+class BufferedReader(io.BufferedReader):
     __slots__ = ()
 
 
 @_shared
-class BufferedRandom(coopos_io.BufferedRandom):
+class BufferedRandom(io.BufferedRandom):
     __slots__ = ()
 
 
 @_shared
-class BufferedWriter(coopos_io.BufferedWriter):
+class BufferedWriter(io.BufferedWriter):
     __slots__ = ()
 
 
@@ -126,7 +136,7 @@ def _open(
     opener: Callable[[Any, int], int] | None = None,
 ) -> Any:
     """open() of a file that may wait. Its arguments may still be wrong, and the *opener* may open another one."""
-    if opener is not None:
+    if opener is not None and not isinstance(file, int):
         theirs = opener
 
         def ask(path: Any, flags: int) -> int:
@@ -219,10 +229,14 @@ def _take_read_ahead(stream: Any, raw: Any) -> bytes:
 _made: list[tuple[Any, Any]] = []
 
 
-def _flush_retired(stream: Any) -> None:
-    """At the end: who was in print() at unpatch() may have written the rest to *stream*. Errors are reported as all of atexit's."""
-    if stream not in (sys.stdout, sys.stderr) and not stream.closed:
-        stream.flush()
+def _flush(stream: Any) -> None:
+    """At the end, while the hub still works: a greenlet may be in print(). Of ``sys.stdout`` the interpreter reports the errors."""
+    try:
+        if not stream.closed:
+            stream.flush()
+    except Exception:
+        if stream not in (sys.stdout, sys.stderr):
+            raise
 
 
 def _settings_of(stream: Any) -> tuple[Any, ...]:
@@ -257,7 +271,7 @@ def _wrap_stream(stream: Any, fd: int) -> Any:
     made.mode = stream.mode  # type: ignore[misc]
     _made.append((stream, made))
     if not raw.readable():
-        atexit.register(_flush_retired, made)
+        atexit.register(_flush, made)
     return made
 
 
@@ -286,12 +300,25 @@ def is_in_use(stream: Any) -> bool:
 
 _plain_input = builtins.input
 _turn = Semaphore()
+# Whether a greenlet that the parent has left behind was in input(). PyOS_Readline() takes that for a call that is under way.
+_is_left_inside = False
 
 
 def _begin_anew() -> None:
     """In a child without the parent's greenlets, one of which may have been in input()."""
-    global _turn
+    global _turn, _is_left_inside
+    _is_left_inside |= _turn.locked()
     _turn = Semaphore()
+
+
+def _read_plainly(prompt: object) -> str:
+    """input() without the editing of lines."""
+    sys.stdout.write(str(prompt))
+    sys.stdout.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError("EOF when reading a line")
+    return line.removesuffix("\n")
 
 
 _core.call_when_left(_begin_anew)
@@ -303,6 +330,8 @@ def _input(prompt: object = "", /) -> str:
     If something is thrown into the greenlet meanwhile, the code in C below it must return before it can come out. It returns when
     it reads the end of a file: so for that moment descriptor 0 is /dev/null. Both descriptors for that are had before the wait.
     """
+    if _is_left_inside:
+        return _read_plainly(prompt)
     if not can_give_way():
         return _plain_input(prompt)
     thrown: list[BaseException] = []

@@ -32,6 +32,7 @@ struct coopos_move {
     int flags;                 /* those of preadv2(2) */
     int may_block;             /* a wait in the hub blocks, instead of raising BlockingSwitchOutError */
     int as_os;                 /* as the function of os: plain in the hub, EAGAIN in non-blocking mode */
+    int would_block;           /* set where that EAGAIN is raised */
     size_t max_bytes;          /* how much a guarded read may take; 0: as much as fits into the buffers */
 };
 
