@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import benchmarks
-from benchmarks import _report, _system
+from benchmarks import _instructions, _report, _system
 from benchmarks._model import load_all
 from benchmarks._run import run_benchmark
 
@@ -21,6 +21,8 @@ def main(arguments: list[str]) -> int:
         for benchmark in registry.values():
             print(f"{benchmark.name:<17}{benchmark.summary}")
         return 0
+    if options.instructions:
+        return _instructions.main(options.names, options.record, options.check)
     names = list(dict.fromkeys(options.names)) or list(registry)
     if unknown := [name for name in names if name not in registry]:
         parser.error(f"no such benchmark: {', '.join(unknown)} (try --list)")
@@ -58,6 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--repeat", type=positive, metavar="N", help="rounds per case")
     parser.add_argument("--list", action="store_true", help="list what there is")
+    parser.add_argument("--instructions", action="store_true", help="count instructions of the hot paths, by valgrind")
+    parser.add_argument("--check", action="store_true", help="with --instructions: fail if one has grown by more than 5 %%")
+    parser.add_argument("--record", metavar="WHY", help="with --instructions: keep the counts, and why they have grown")
     return parser
 
 

@@ -418,6 +418,41 @@ def test_greenlets_take_turns_at_a_file():
     """)
 
 
+def test_threads_with_hubs_share_a_file():
+    """While a greenlet of one thread is inside, one of another thread waits. Its hub runs on, and has what reads the pipe."""
+    run_script("""
+        from gevent import monkey
+        monkey.patch_all(thread=False)
+        import os, threading
+        import gevent
+        import coopos
+        coopos.patch(io=True)
+        reader, writer = os.pipe()
+        out = open(writer, "w", buffering=1)
+        def print_in_thread():
+            with gevent.Timeout(20):
+                gevent.joinall([gevent.spawn(print, "x" * 100_000, file=out) for _ in range(3)], raise_error=True)
+        threads = [threading.Thread(target=print_in_thread) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        gevent.sleep(0.05)
+        killed = gevent.spawn(print, "never", file=out)
+        gevent.sleep(0.01)
+        killed.kill()
+        printing = gevent.spawn(print, "y", file=out)
+        gevent.sleep(0.01)
+        assert not printing.dead
+        read = 0
+        while read < 600_000 + 6 + 2:
+            read += len(coopos.read(reader, 65536))
+        printing.get()
+        for thread in threads:
+            thread.join()
+        out.close()
+        os.close(reader)
+    """)
+
+
 def test_signal_handler_waits_inside_a_buffer():
     """The greenlet that it interrupts may be in the middle of a print(). Others wait until that is over."""
     run("""

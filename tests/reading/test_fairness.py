@@ -172,6 +172,22 @@ def test_child_of_a_greenlet_that_was_due():
     )
 
 
+def test_ready_calls_with_work_in_between():
+    """The first call that finds the hub late gives it its turn."""
+    run_script(
+        script("""
+        gevent.sleep(0.01)
+        count_polls()
+        for n in range(1, 11):
+            end = time.monotonic() + 0.02
+            while time.monotonic() < end:
+                pass
+            ready_pair()
+            assert len(polls) >= n - 1, (n, len(polls))
+        """)
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="this system or Python has no os.splice")
 def test_splice_that_is_always_ready():
     run_script(

@@ -46,8 +46,9 @@ cdef object give_way(object hub, object current):
     """
     if current is hub:
         raise in_hub_error()
-    coopos_forget_ready_calls()
-    return switch_to(hub, None, current)
+    came_back = switch_to(hub, None, current)
+    coopos_has_waited()
+    return came_back
 
 
 cdef object switch_to(object greenlet, tuple args, object current):
@@ -72,6 +73,8 @@ cdef object reachable_hub():
     """The hub that the caller can give way to, or None: in the hub itself (its callbacks, and signal handlers while it sleeps), in
     a thread that has no hub and so no other greenlets, and at the interpreter's end.
     """
+    if get_hub_if_exists is None:  # the names of this module are gone
+        return None
     cdef object hub = get_hub_if_exists()
     cdef object current = this_greenlet()
     return None if current is None or current is hub else hub

@@ -66,8 +66,8 @@ cdef class Owned:
     cdef readonly Py_ssize_t late  # bytes that the last write wrote before it raised an exception
     cdef list in_calls             # greenlets, of any thread, in a read or write that may switch
     cdef list waiters              # (hub, Wait) of the greenlets in wait_for_others()
-    cdef dict owners               # {hub: greenlet in in_turn()}, one in each thread
-    cdef list queue                # (hub, Wait) of those that wait for their turn
+    cdef object owner              # the greenlet in in_turn(), or None
+    cdef list queue                # (greenlet, async watcher of its loop) of those that wait for their turn
 
     def __init__(self, int fd, bint may_read, bint may_write, bint as_os=False):
         cdef stat_t st
@@ -76,7 +76,7 @@ cdef class Owned:
             err = errno
             raise OSError(err, os.strerror(err))
         self.fd = fd
-        self.in_calls, self.waiters, self.owners, self.queue = [], [], {}, []
+        self.in_calls, self.waiters, self.queue = [], [], []
         self.may_read, self.may_write, self.as_os = may_read, may_write, as_os
         self.is_stream = not S_ISREG(st.st_mode) and not S_ISBLK(st.st_mode) and not S_ISDIR(st.st_mode)
 
@@ -203,59 +203,58 @@ cdef class Owned:
         return True
 
     def in_turn(self, method, *args):
-        """``method(*args)``, as the only greenlet of this thread. The others queue, first come, first served.
+        """``method(*args)``, as the only greenlet that has a hub to wait in. The others queue, first come, first served.
 
-        For buffers that many greenlets share. Between threads the buffer's own lock decides; within a greenlet, as when its signal
-        handler prints, the buffer itself does.
+        For buffers that many greenlets share. A thread without a hub waits for the buffer's own lock. Within a greenlet, as when its
+        signal handler prints, the buffer itself decides.
         """
         cdef object hub = reachable_hub()
         cdef object current = this_greenlet()
-        if hub is None:
+        if hub is None or self.owner is current:
             return method(*args)
-        owner = self.owners.get(hub)
-        if owner is current:
-            return method(*args)
-        if owner is None or owner.dead:
-            self.owners[hub] = current
+        if self.owner is None or self.owner.dead:
+            self.owner = current
         else:
             self.wait_for_turn(hub, current)
         try:
             return method(*args)
         finally:
-            self.pass_turn(hub)
+            self.pass_turn()
 
     cdef int wait_for_turn(self, hub, current) except -1:
-        cdef Wait wait = Wait.__new__(Wait)
-        wait.greenlet = current
-        member = (hub, wait)
-        self.queue.append(member)
+        cdef object turn = hub.loop.async_()   # which other threads may use, and which keeps the loop alive
+        member = (current, turn)
         try:
-            came_back = give_way(hub, current)
-            if came_back is not wait:
-                raise wrong_switch(came_back, "its turn in a file's buffer")
+            turn.start(current.switch, member)
+            self.queue.append(member)
+            if self.owner is None:
+                self.pass_turn()       # another thread left meanwhile
+            while self.owner is not current:
+                came_back = give_way(hub, current)
+                if came_back is not member:
+                    raise wrong_switch(came_back, "its turn in a file's buffer")
         except BaseException:
-            if self.owners.get(hub) is current:
-                self.pass_turn(hub)    # it was just given
+            if self.owner is current:
+                self.pass_turn()       # it was just given
             raise
         finally:
             if member in self.queue:
                 self.queue.remove(member)
-            wait.greenlet = None
-            if wait.queued is not None:
-                wait.queued.stop()
+            end_watchers((turn,))
         return 0
 
-    cdef int pass_turn(self, hub) except -1:
+    cdef int pass_turn(self) except -1:
         """Give the turn to the next greenlet before it runs, or the one that leaves could take it again, for ever."""
-        cdef Wait wait
-        for member in self.queue:
-            home, wait = member
-            if home is hub and not wait.greenlet.dead:     # a forked child may have left it behind
-                self.owners[hub] = wait.greenlet
-                self.queue.remove(member)
-                wait.queued = hub.loop.run_callback(wait.wake)
-                return 0
-        del self.owners[hub]
+        self.owner = None
+        while self.queue:
+            next_one, turn = self.queue.pop(0)
+            if not next_one.dead:      # a forked child may have left it behind
+                self.owner = next_one
+                try:
+                    turn.send()
+                    return 0
+                except Exception:      # its loop is destroyed
+                    self.owner = None
         return 0
 
     def close(self, bint closes=True):
