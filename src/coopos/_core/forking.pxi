@@ -50,7 +50,8 @@ class _Turn(_local):
 
     def __init__(self):
         self.owner = None
-        self.is_free = _Event()
+        self.is_free = _Event()        # set, but while somebody waits
+        self.is_free.set()
 
 
 _turn = _Turn()
@@ -305,7 +306,7 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
         finally:
             restore_entry(_forks, current, before)
             turn.owner = owner
-            if owner is None:
+            if owner is None and not turn.is_free.is_set():
                 turn.is_free.set()
         return pid, master
     except BaseException as ex:

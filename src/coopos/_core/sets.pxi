@@ -616,6 +616,8 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
         here.posted = []
     # Waits that are dropped are not written to: the kernel would copy their pages.
     for fd in range(_parked.size):
+        if _parked.at[fd] == NULL:
+            continue
         link, _parked.at[fd] = _parked.at[fd], NULL
         while link != NULL:
             next = (<Wait>link).next
