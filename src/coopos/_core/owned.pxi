@@ -205,8 +205,8 @@ cdef class Owned:
     def in_turn(self, method, *args):
         """``method(*args)``, as the only greenlet that has a hub to wait in. The others queue, first come, first served.
 
-        For buffers that many greenlets share. A thread without a hub waits for the buffer's own lock. Within a greenlet, as when its
-        signal handler prints, the buffer itself decides.
+        For buffers that many greenlets share. A thread without a hub waits for the buffer's own lock. Within a greenlet, as when
+        its signal handler prints, the buffer itself decides.
         """
         cdef object hub = reachable_hub()
         cdef object current = this_greenlet()
