@@ -124,7 +124,8 @@ cdef extern from "c/turns.h" nogil:
         COOPOS_ASK_LOOP
         COOPOS_TURN_IS_DUE
     coopos_turn coopos_count_ready_call(int max_calls)
-    void coopos_has_waited()
+    void coopos_forget_ready_calls()
+    void coopos_loop_asked()
     void coopos_turn_taken()
 
 

@@ -684,7 +684,7 @@ class Popen(_Base[AnyStr]):
             found = super()._communicate(input, endtime, orig_timeout)
         finally:
             for file in texts:
-                del vars(file)["close"]
+                vars(file).pop("close", None)
         return tuple(self._text_of(file, data) if self.text_mode else data for file, data in zip(outputs, found, strict=True))
 
     def _close_text(self, file: Any, reader: object) -> None:

@@ -46,9 +46,8 @@ cdef object give_way(object hub, object current):
     """
     if current is hub:
         raise in_hub_error()
-    came_back = switch_to(hub, None, current)
-    coopos_has_waited()
-    return came_back
+    coopos_forget_ready_calls()
+    return switch_to(hub, None, current)
 
 
 cdef object switch_to(object greenlet, tuple args, object current):

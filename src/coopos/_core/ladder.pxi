@@ -57,22 +57,31 @@ cpdef int be_fair(int fd, str call) except -1:
 
 cdef bint turn_is_due() except -1:
     """Count a call that may be ready."""
-    cdef object hub, check
     cdef coopos_turn turn = coopos_count_ready_call(max_ready_calls) if max_ready_calls else COOPOS_NO_TURN
     if turn == COOPOS_ASK_LOOP:
-        hub = reachable_hub()
-        if hub is None:
-            coopos_turn_taken()
-        else:
-            check = hub.loop.check(ref=False)
-            check.start(note_turn, check)
+        ask_loop()
     return turn == COOPOS_TURN_IS_DUE
+
+
+cdef int ask_loop() except -1:
+    """Have the loop tell when it has polled."""
+    cdef object hub = reachable_hub()
+    cdef object check
+    if hub is None:
+        coopos_turn_taken()
+    else:
+        check = hub.loop.check(ref=False)
+        check.start(note_turn, check)
+        coopos_loop_asked()
+    return 0
 
 
 cdef int take_turn(int fd, str call) except -1:
     coopos_turn_taken()
     let_others_run(fd, call, 0, True)
-    turn_is_due()                  # this call is the first of the next row
+    if max_ready_calls:
+        coopos_count_ready_call(max_ready_calls)       # this call is the first of the next row
+        ask_loop()
     return 0
 
 
