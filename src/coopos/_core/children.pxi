@@ -521,8 +521,6 @@ cdef int make_own_tables() except -1:
     _hook_is_due = False
     _born = generation
     close_all_pidfds()
-    if not (children or ended or _exit_questions or _questions) and _hook_loop is None:
-        return 0                   # and no page is copied
     _parent_tables.append((children, ended, _exit_questions, _questions, _hook_loop))
     children, ended, _exit_questions, _questions, _hook_loop = {}, {}, {}, {}, None
     return 0
