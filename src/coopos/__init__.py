@@ -128,7 +128,8 @@ if hasattr(_os, "fork"):
     _forms += ["register_at_fork"]
     for _name in [name for name in _forms if not hasattr(_os, name)]:
         _forms.remove(_name)
-        _later.pop(_name, globals().pop(_name, None))
+        _later.pop(_name, None)
+        globals().pop(_name, None)
     _wait_family = ["waitpid", "wait", "wait3", "wait4"]
     if hasattr(_os, "waitid"):
         from coopos._core import waitid as waitid
@@ -220,8 +221,9 @@ __all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", 
 #: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets. docs/census.rst says why these.
 __cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))
 
+_own = {*__all__}
 #: The names taken from :mod:`os` as they are.
-__imports__: list[str] = [name for name in vars(_os).keys() - {*__all__} if not name.startswith("__")]
+__imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in _own]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
-del _name
+del _name, _own

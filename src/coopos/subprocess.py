@@ -702,12 +702,12 @@ class Popen(_Base[AnyStr]):
         return data
 
     def _text_of(self, file: Any, data: Any) -> Any:
-        if file in self._texts or not isinstance(data, bytes):
-            text = self._texts.get(file, data)
-            if isinstance(text, UnicodeError):
-                raise text
+        text = self._texts.get(file, data)
+        if isinstance(text, UnicodeError):
+            raise text
+        if not isinstance(text, bytes):
             return text
-        return super()._translate_newlines(data, file.encoding, file.errors)  # type: ignore[misc]
+        return super()._translate_newlines(text, file.encoding, file.errors)  # type: ignore[misc]
 
     def __exit__(self, exc_type: Any, value: Any, traceback: Any) -> None:
         _core.outright(self._close_and_wait, exc_type, value, traceback)

@@ -505,6 +505,7 @@ cdef int ensure_own_tables() except -1:
 
 
 cdef int complete_ended() except -1:
+    """Put the children into `ended` that collect() had no memory for."""
     global _is_incomplete
     cdef Child child
     if _is_incomplete:

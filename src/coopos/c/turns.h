@@ -1,7 +1,7 @@
 /* Whether a greenlet that never has to wait has kept the hub from running for too long. The state is one for each thread.
 
    After COOPOS_ASK_US a ready call has the loop tell when it has polled: the hub may run for anybody's waits. A turn is due if it
-   hasn't after COOPOS_TURN_US more. Who has given the hub a turn asks again at once, so that the next call may find it late. */
+   hasn't after COOPOS_TURN_US more. A call that has given the hub a turn asks again at once, for the next call. */
 
 #ifndef COOPOS_TURNS_H
 #define COOPOS_TURNS_H
