@@ -40,6 +40,10 @@ MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
 MAX_POLL_S = 2e6
 
 
+#: Bytes: what a pipe holds, see pipe(7).
+PIPE_SIZE = 65536
+
+
 def over(module: types.ModuleType, **ours: Any) -> types.ModuleType:
     """A namespace to take the place of *module* in one of its users: *ours*, and what else *module* has at the time."""
     namespace = types.ModuleType(module.__name__, module.__doc__)
@@ -114,6 +118,7 @@ def _read(fd: int, n: int) -> bytes:
     What a vforked child says of its start is there at once, or in the next moment: vfork(2) lets the parent go on before it closes
     the child's end. No greenlet may be killed in that moment.
     """
+    n = max(n, PIPE_SIZE)  # communicate() asks for half of it, and takes more as well
     return _plain_read(fd, n) if _get_ident() in starting or not _core.can_give_way() else _core.read(fd, n)
 
 

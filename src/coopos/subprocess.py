@@ -35,7 +35,7 @@ from coopos._stdlib import MAX_POLL_S, MAX_TIMEOUT_S, copy_subprocess, in_time, 
 from coopos.io import FileIO, WholeFileIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from subprocess import (
         DEVNULL as DEVNULL,
         PIPE as PIPE,
@@ -199,15 +199,39 @@ def _raw_of(file: Any) -> Any:
     return getattr(buffer, "raw", buffer)
 
 
-def _take_read_ahead(file: Any) -> list[bytes]:
+class _Output:
+    """Where the stdlib's _communicate() puts what it reads, in place of a list. Joining pieces would copy all and hold it twice."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._buffer = _io.BytesIO()
+        self._pieces = [data]  # still to be written: what there was no memory for isn't lost
+
+    def append(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._write()
+
+    def _write(self) -> None:
+        while self._pieces:
+            self._buffer.write(self._pieces[0])
+            del self._pieces[0]
+
+    def __len__(self) -> int:
+        return self._buffer.tell() + sum(map(len, self._pieces))
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._write()
+        yield self._buffer.getvalue()  # its own object, until more is written
+
+
+def _take_read_ahead(file: Any) -> _Output:
     """The bytes that the buffer of the binary *file* has read and nobody has taken. Nothing is read or waited for."""
     raw = _raw_of(file)
     if raw is file or not _is_ours(file):
-        return []
+        return _Output()
     # The buffer doesn't tell what it holds without reading on. So the file below it says for now that there is nothing.
     vars(raw).update(readinto=lambda _: None)
     try:
-        return [file.read1(len(file.peek()))]
+        return _Output(file.read1(len(file.peek())))
     finally:
         del raw.readinto
 
@@ -271,7 +295,7 @@ if TYPE_CHECKING:
         errors: str | None
         _input: Any
         _communication_started: bool
-        _fileobj2output: dict[Any, list[bytes]]
+        _fileobj2output: dict[Any, _Output]
         _input_offset: int
 
         def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
@@ -666,7 +690,7 @@ class Popen(_Base[AnyStr]):
             self._communication_started = True
             self._texts: dict[Any, str | UnicodeError] = {}
             files = [file for file in (self.stdout, self.stderr) if file]
-            self._fileobj2output = {file: [] if self.text_mode else _take_read_ahead(file) for file in files}
+            self._fileobj2output = {file: _Output() if self.text_mode else _take_read_ahead(file) for file in files}
             self._save_input(input)
         if self.stdin and self.stdin.closed is not True:  # a mock neither says so nor denies it
             with contextlib.suppress(BrokenPipeError):

@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import io
 import os
 import signal
 import socket
 import subprocess as stdlib
+import tracemalloc
 import warnings
+from unittest import mock
 
 import gevent
 import gevent.socket
@@ -40,6 +43,41 @@ def test_communicate_much(pipes):
     assert process.returncode == 0
     assert process.stdin.closed
     assert process.stdout.closed
+
+
+@pytest.mark.parametrize("pipes", [{}, {"stderr": PIPE}], ids=["out", "out, err"])
+def test_communicate_holds_the_output_once(pipes):
+    """The stdlib's own, which joins pieces, holds it twice."""
+    size = 1 << 24
+    process = subprocess.Popen(["head", "-c", str(size), "/dev/zero"], stdout=PIPE, **pipes)
+    tracemalloc.start()
+    try:
+        out, _ = process.communicate()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(out) == size
+    assert peak < 1.5 * size
+
+
+def test_communicate_loses_nothing_without_memory():
+    """The object that grows can't, at one time or another. The next communicate() goes on."""
+    size = 1 << 22
+    process = subprocess.Popen(["head", "-c", str(size), "/dev/zero"], stdout=PIPE, stderr=PIPE)
+    failures = []
+
+    class Buffer(io.BytesIO):
+        def write(self, data):
+            if len(failures) < 3 and self.tell() >= len(failures) << 20:
+                failures.append(self.tell())
+                raise MemoryError
+            return super().write(data)
+
+    with mock.patch("coopos.subprocess._io.BytesIO", Buffer):
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                process.communicate()
+    assert len(process.communicate()[0]) == size
 
 
 def test_communicate_timeout_and_again(gate):
