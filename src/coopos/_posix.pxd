@@ -168,6 +168,7 @@ cdef extern from "c/system.h" nogil:
     int coopos_bytes_available(int fd)
     int RWF_NOWAIT
     int coopos_sem_value(sem_t *semaphore, int *value)
+    bint coopos_write_at_once(int fd, const void *data, size_t size)
 
 
 cdef extern from "c/moving.h" nogil:

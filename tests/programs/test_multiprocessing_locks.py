@@ -1,5 +1,7 @@
 """multiprocessing's locks and conditions under patch(), and what it does in the hub."""
 
+import textwrap
+
 from ..helpers.multiprocess import run, run_throwing
 
 # ---- locks -------------------------------------------------------------------------------------------------------------------
@@ -350,6 +352,141 @@ def test_put_that_is_broken_off_takes_no_place():
         assert queue.get() == 1
         queue.task_done()
     queue.join()
+    """)
+
+
+# ---- queues ------------------------------------------------------------------------------------------------------------------
+
+QUEUES = """
+class Slow:
+    def __reduce__(self):
+        gevent.sleep(0.001)
+        return int, (-1,)
+
+
+class Never:
+    def __reduce__(self):
+        raise ValueError("not to be pickled")
+
+
+reported = []
+
+
+def idle(queue):
+    '''Wait until the feeder has sent all it was given.'''
+    while queue._buffer or not queue._notempty.is_waited_for():
+        gevent.sleep(0.001)
+
+
+def begun(*args):
+    queue = mp.Queue(*args)
+    queue._on_queue_feeder_error = lambda ex, obj: reported.append(str(ex))
+    queue.put("this begins the feeder")
+    assert queue.get()
+    idle(queue)
+    return queue
+"""
+
+
+def run_queues(source):
+    run(QUEUES + textwrap.dedent(source))
+
+
+def test_queue_keeps_the_order_of_objects_of_all_kinds():
+    """Of those that put() sends itself, and of those that the feeder sends, which may wait while it pickles or writes."""
+    run_queues("""
+    import random
+    KINDS = [
+        lambda i: i,
+        lambda i: (i, b"x" * 4090),
+        lambda i: (i, b"x" * 100_000),
+        lambda i: (i, {"a": [None, 1.5]}),
+        lambda i: (i, Slow()),
+    ]
+
+    def take(queue, count):
+        got = [queue.get() for _ in range(count)]
+        return [one if type(one) is int else one[0] for one in got]
+
+    for kind in mp.Queue, mp.JoinableQueue:
+        queue = kind()
+        for seed in range(5):
+            dice = random.Random(seed)
+            taker = gevent.spawn(take, queue, 400)
+            for i in range(400):
+                queue.put(dice.choice(KINDS)(i))
+                if dice.random() < 0.3:
+                    gevent.sleep(0)
+                if dice.random() < 0.05:
+                    idle(queue)
+            assert taker.get() == list(range(400))
+    """)
+
+
+def test_small_object_is_in_the_pipe_when_put_returns():
+    """If there is room for it, and no other process sends. Otherwise the feeder gets it. Nothing is lost or sent twice."""
+    run_queues("""
+    queue = begun()
+    for one in 1, (2, {"three": [4, None]}), "\\udcff":
+        queue.put(one)
+        assert queue._reader.poll() and not queue._buffer
+        assert queue.get() == one and not queue._reader.poll()
+    with queue._wlock:
+        queue.put(5)
+        assert queue._buffer and not queue._reader.poll()
+    assert queue.get() == 5
+    idle(queue)
+    sent = 0
+    while not queue._buffer:
+        queue.put(b"x" * 4000)
+        sent += 1
+    queue.put("last")
+    assert [len(queue.get()) for _ in range(sent)] == [4000] * sent and sent > 2
+    assert queue.get() == "last"
+    idle(queue)
+    assert not queue._reader.poll()
+    """)
+
+
+def test_object_that_cannot_be_pickled_is_reported_and_takes_no_place():
+    """put() returns, as in the stdlib, and what follows comes."""
+    run_queues("""
+    queue = begun(2)
+    for _ in range(3):
+        queue.put([Never()], timeout=10)
+        queue.put(2, timeout=10)
+        assert queue.get() == 2
+        idle(queue)
+    assert reported == ["not to be pickled"] * 3 and queue.qsize() == 0
+    """)
+
+
+def test_put_while_the_pipe_is_closed_is_the_feeders():
+    """It reports that, as in the stdlib."""
+    run_queues("""
+    queue = begun(1)
+    queue._writer.close()
+    for i in range(2):
+        queue.put(i, timeout=10)
+        idle(queue)
+    assert reported == ["handle is closed"] * 2
+    """)
+
+
+def test_no_message_is_sent_into_the_middle_of_another():
+    """Of one that was broken off, and whose rest the next one sends first."""
+    run_throwing("""
+    from coopos._patch._connections import send_at_once
+    reader, writer = mp.Pipe(duplex=False)
+    assert send_at_once(writer, b"1") and reader.recv_bytes() == b"1"
+    throw(ValueError, parked(raises, ValueError, writer.send_bytes, b"x" * 300_000))
+    receiver = gevent.spawn(reader.recv_bytes)
+    while reader.poll():
+        gevent.sleep(0.001)
+    assert not send_at_once(writer, b"2")
+    writer.send_bytes(b"3")
+    assert receiver.get() == b"x" * 300_000 and reader.recv_bytes() == b"3"
+    assert send_at_once(writer, b"4") and reader.recv_bytes() == b"4"
     """)
 
 

@@ -13,6 +13,7 @@ import io
 import os
 import socket
 import struct
+from select import PIPE_BUF
 from typing import TYPE_CHECKING, Any
 
 from gevent.exceptions import BlockingSwitchOutError
@@ -122,6 +123,13 @@ def send_bytes(connection: Any, buf: Any) -> None:
         if isinstance(buf, memoryview):
             buf.release()  # in a traceback it would outlive its BytesIO, which complains
         raise
+
+
+def send_at_once(connection: Any, buf: Any) -> bool:
+    """Send a message if there is room for it, without waiting. Returns whether it was sent. Nobody else may send meanwhile."""
+    if connection._handle is None or "_coopos_rest" in connection.__dict__ or len(buf) > PIPE_BUF:
+        return False
+    return _core.write_at_once(connection._handle, _SHORT.pack(len(buf)) + buf)
 
 
 def close_connection(connection: Any, close: Callable[[int], None] = _core.close) -> None:

@@ -63,6 +63,14 @@ def _in_forkserver(forkserver: Any) -> _Replacements:
     ]
 
 
+def _in_queues(queues: Any) -> _Replacements:
+    return [
+        (queues, "threading", over(threading, Condition=_processes.NotEmpty)),
+        (queues.Queue, "put", _processes.put),
+        (queues.JoinableQueue, "put", _processes.put),
+    ]
+
+
 def _in_reduction(reduction: Any) -> _Replacements:
     """Sockets are pickled by their class. If multiprocessing was imported first, as in a spawned child, it doesn't know gevent's.
 
@@ -219,8 +227,10 @@ _WANTED = {
         (
             "Queue.put(self, obj, block, timeout): _closed, _sem, Full, _notempty, _thread, _start_thread, _buffer",
             "JoinableQueue.put(self, obj, block, timeout): _closed, _sem, Full, _notempty, _cond, _buffer, _unfinished_tasks",
+            "Queue._reset(self, after_fork): threading, Condition, Lock, _notempty, _buffer, _thread",
+            "Queue.__init__: _writer, _wlock",
         ),
-        lambda module: [(module.Queue, "put", _processes.put), (module.JoinableQueue, "put", _processes.put)],
+        _in_queues,
     ),
     "multiprocessing.reduction": _Wanted(
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -18,14 +19,17 @@ import traceback
 from contextlib import nullcontext, suppress
 from errno import ECHILD
 from queue import Full
+from select import PIPE_BUF
 from typing import TYPE_CHECKING, Any
 
 from coopos import _core, io as coopos_io
+from coopos._patch import _connections
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+_SCALARS = frozenset((int, float, bool, str, bytes, type(None)))
 #: So long a pool's worker that was terminated has for its own SIGTERM handler.
 GRACE_S = 2.0
 
@@ -104,6 +108,44 @@ def notify_condition(condition: Any, n: int = 1) -> None:
 # ---- queues ------------------------------------------------------------------------------------------------------------------
 
 
+class NotEmpty(threading.Condition):
+    """The :class:`threading.Condition` of a queue, in which its feeder waits for the next object."""
+
+    def __init__(self, lock: Any) -> None:
+        super().__init__(lock)
+        # The stdlib's tries to take the lock. A gevent lock that can't be taken gives the hub a turn, in each wait() and notify().
+        self._is_owned = lock.locked
+
+    def is_waited_for(self) -> bool:
+        return bool(self._waiters)  # type: ignore[attr-defined]
+
+
+def _is_small(obj: Any, depth: int = 3) -> bool:
+    """Whether *obj* is soon pickled, and no code of the program takes part in that: it may wait, or fail."""
+    kind = type(obj)
+    if kind in _SCALARS:
+        return kind not in (str, bytes) or len(obj) <= PIPE_BUF
+    if not (kind in (tuple, list, dict) and depth and len(obj) <= 16):
+        return False
+    return all(_is_small(one, depth - 1) for one in ((*obj, *obj.values()) if kind is dict else obj))
+
+
+def _send_if_idle(queue: Any, obj: Any) -> bool:
+    """Send *obj* at once, if the feeder has sent all that it was given, and nobody has to wait. Returns whether it was sent.
+
+    To wake the feeder takes longer than all the rest.
+    """
+    if queue._buffer or not (isinstance(queue._notempty, NotEmpty) and queue._notempty.is_waited_for() and _is_small(obj)):
+        return False
+    data = pickle.dumps(obj)
+    if not queue._wlock.acquire(False):
+        return False
+    try:
+        return _connections.send_at_once(queue._writer, data)
+    finally:
+        queue._wlock.release()
+
+
 def put(queue: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
     """``Queue.put`` and ``JoinableQueue.put``. If an exception comes out, the object takes no place in the queue."""
     if queue._closed:
@@ -115,10 +157,11 @@ def put(queue: Any, obj: Any, block: bool = True, timeout: float | None = None) 
         with queue._notempty, queue._cond if is_joinable else nullcontext():
             if queue._thread is None:
                 queue._start_thread()
-            queue._buffer.append(obj)
             if is_joinable:
                 queue._unfinished_tasks.release()
-            queue._notempty.notify()
+            if not _send_if_idle(queue, obj):
+                queue._buffer.append(obj)
+                queue._notempty.notify()
     except BaseException:
         queue._sem.release()
         raise

@@ -561,6 +561,15 @@ static inline int coopos_sem_value(sem_t *semaphore, int *value)
 #endif
 }
 
+/* Whether a pipe has taken *data*, whole and at once, as it does up to PIPE_BUF bytes when poll(2) calls it ready. If not, nothing
+ * is written.
+ */
+static inline int coopos_write_at_once(int fd, const void *data, size_t size)
+{
+    struct pollfd room = {.fd = fd, .events = POLLOUT};
+    return size <= PIPE_BUF && poll(&room, 1, 0) == 1 && room.revents == POLLOUT && write(fd, data, size) == (ssize_t)size;
+}
+
 /* ---- Linux calls that move bytes ---- */
 
 /* preadv2(2) and pwritev2(2); an offset of -1 is the file's own. The kernel takes the offset in two halves, and on 64-bit machines
