@@ -25,7 +25,7 @@ def run_program(*command):
 
 @app.task
 def count(words):
-    # The pool's processes inherit Celery's handler of SIGTERM, which would write "Warm shutdown" to the log when the pool ends them.
+    # The pool's processes inherit Celery's handler of SIGTERM. It would write "Warm shutdown" to the log when the pool ends them.
     with multiprocessing.Pool(2, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
         return pool.map(len, words)
 

@@ -1,6 +1,7 @@
 """Print the SHA-256 of many files, as ``sha256sum`` does, while the program does other things.
 
-It shows ``coopos.read`` on regular files: what is in memory is there at once, and what is not is read by worker threads, many at a time.
+It shows ``coopos.read`` on regular files: what is in memory is there at once, and what is not is read by worker threads, many at a
+time.
 
     python examples/hash_files.py DIRECTORY ...
     python examples/hash_files.py --at-once 64 --status DIRECTORY

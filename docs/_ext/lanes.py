@@ -7,8 +7,8 @@
        2: into the table of those who wait
        2 > 3: epoll_ctl
 
-``1 > 2: words`` is an arrow from the first lane to the second, ``2: words`` a note in the second. It is drawn as SVG, in the colours of
-the page, light or dark. Builders other than HTML show the text.
+``1 > 2: words`` is an arrow from the first lane to the second, ``2: words`` a note in the second. It is drawn as SVG, in the
+colours of the page, light or dark. Builders other than HTML show the text.
 """
 
 from __future__ import annotations

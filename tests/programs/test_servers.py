@@ -577,8 +577,8 @@ def test_recipe_gunicorn(tmp_path):
 
 
 def test_recipe_uwsgi(tmp_path):
-    arguments = ("--master", "--processes", "2", "--gevent", "100", "--gevent-monkey-patch", "--die-on-term", "--module", "wsgi_app")
-    with Recipe(tmp_path, "wsgi_app.py", "uwsgi", "--http-socket", "127.0.0.1:0", *arguments) as server:
+    arguments = "--http-socket 127.0.0.1:0 --master --processes 2 --gevent 100 --gevent-monkey-patch --die-on-term"
+    with Recipe(tmp_path, "wsgi_app.py", "uwsgi", *arguments.split(), "--module", "wsgi_app") as server:
         worker = int(server.in_log(r"spawned uWSGI worker 1 \(pid: (\d+)")[0][1])
 
         def addresses():

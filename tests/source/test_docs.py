@@ -81,6 +81,6 @@ def test_programs_that_pages_show():
             assert path.exists(), (page, name)
             shown.add(path)
     tests = "".join(ROOT.joinpath("tests", name).read_text() for name in ("source/test_examples.py", "programs/test_servers.py"))
-    programs = {path for path in ROOT.joinpath("examples").rglob("*.py")}
+    programs = set(ROOT.joinpath("examples").rglob("*.py"))
     assert {path for path in shown if path.suffix == ".py"} <= programs
     assert not [path.name for path in programs if path.name not in tests]
