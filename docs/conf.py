@@ -14,7 +14,7 @@ copyright = "2026, coopos authors"
 version = release = coopos.__version__
 
 extensions = [
-    "lanes",
+    "drawings",
     "myst_parser",  # for the pages that are Markdown in the repository: the changelog, CONTRIBUTING.md, SECURITY.md
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
