@@ -218,7 +218,7 @@ _patch.offer(lambda: _functions(__implements__ + __extensions__), lambda: _funct
 
 __all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "patched", "unpatch"})
 
-#: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets. docs/census.rst says why these.
+#: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets: docs/concepts/census.rst says why.
 __cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))
 
 _own = {*__all__}

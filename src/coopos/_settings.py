@@ -1,7 +1,7 @@
 """The environment variables, all of them, parsed here and nowhere else, when coopos is imported.
 
-A value that means nothing raises ValueError, so the import fails. An empty value is as none. docs/api.rst has the table of the
-variables; tests/source/test_settings.py compares the two.
+A value that means nothing raises ValueError, so the import fails. An empty value is as none. docs/reference/environment.rst has the
+table of the variables; tests/source/test_settings.py compares the two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gunicorn's workers and Celery's gevent pool, each run as a user runs it, over coopos.
+"""gunicorn's workers and Celery's gevent pool, each run as a user runs it, over coopos; and the programs of the recipes.
 
 Their workers fork: the master its workers, a request handler or a task a multiprocessing.Process. What a forked child must not do
 is go on with the greenlets of its parent, which accept connections, take tasks and look whether the master is still there: over
@@ -539,3 +539,76 @@ def test_celery_tasks_use_pools(method, tmp_path):
         server.send(*works, ("leave", 100))
         assert [server.wait_done(*work) for work in [*works, ("leave", 100)]] == [[server.process.pid]] * (len(works) + 1)
         server.stop()
+
+
+# ---- the programs of the recipes, in examples/, started by their pages' commands ------------------------------------------------
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+SCRIPTS = pathlib.Path(sys.executable).parent
+#: As the pages have it: nothing but the environment switches coopos on.
+FROM_OUTSIDE = {"COOPOS_PATCH": "1", "COOPOS_KEEP_GREENLETS": "0"}
+
+
+class Recipe(Server):
+    """A script of this environment, run by its name beside an example."""
+
+    def __init__(self, directory, example, script, *arguments):
+        if not SCRIPTS.joinpath(script).exists():
+            pytest.skip(f"{script} is not installed")
+        if not EXAMPLES.is_dir():
+            pytest.skip("the examples are not beside the tests")
+        (directory / example).write_text(EXAMPLES.joinpath(example).read_text())
+        program = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+        super().__init__(directory, "-c", program, str(SCRIPTS / script), *arguments, **FROM_OUTSIDE)
+
+
+def check_wsgi_app(url):
+    for path, answer in (("", b"hello\n"), ("program", b"from a program\n"), ("pool", b"[3, 5]\n")):
+        with urllib.request.urlopen(f"{url}/{path}", timeout=DEADLINE_S) as response:
+            assert response.read() == answer
+
+
+def test_recipe_gunicorn(tmp_path):
+    arguments = ("-k", "gevent", "-b", "127.0.0.1:0", "--control-socket", str(tmp_path / "control"), "wsgi_app")
+    with Recipe(tmp_path, "wsgi_app.py", "gunicorn", *arguments) as server:
+        [listening] = server.in_log(r"Listening at: (http://\S+)")
+        check_wsgi_app(listening[1])
+        server.stop()
+
+
+def test_recipe_uwsgi(tmp_path):
+    arguments = "--http-socket 127.0.0.1:0 --master --processes 2 --gevent 100 --gevent-monkey-patch --die-on-term"
+    with Recipe(tmp_path, "wsgi_app.py", "uwsgi", *arguments.split(), "--module", "wsgi_app") as server:
+        worker = int(server.in_log(r"spawned uWSGI worker 1 \(pid: (\d+)")[0][1])
+
+        def addresses():
+            return {connection.laddr for connection in psutil.Process(worker).net_connections("inet")}
+
+        [address] = wait_until(addresses, "the worker listens")
+        url = f"http://{address.ip}:{address.port}"
+        check_wsgi_app(url)
+        os.kill(worker, signal.SIGKILL)
+        server.in_log(r"Respawned uWSGI worker 1")
+        check_wsgi_app(url)
+        server.stop()
+
+
+def test_recipe_celery(tmp_path):
+    for name in ("queue", "control"):
+        (tmp_path / name).mkdir()
+    arguments = ("-A", "celery_tasks", "worker", "-P", "gevent", "-c", "100", "-l", "INFO")
+    with Recipe(tmp_path, "celery_tasks.py", "celery", *arguments) as server:
+        server.in_log(r"celery@\S+ ready")
+        subprocess.run([sys.executable, "celery_tasks.py"], cwd=tmp_path, check=True, timeout=DEADLINE_S)
+        server.in_log(r"count\[\S+\] succeeded in \S+: \[3, 5\]")
+        server.in_log(r"run_program\[\S+\] succeeded", 2)
+        assert "Warm shutdown" not in server.log()
+        server.stop()
+
+
+def test_recipe_locust(tmp_path):
+    arguments = ("-f", "locustfile.py", "--headless", "-u", "20", "-r", "20", "-t", "3s", "--processes", "2")
+    with Recipe(tmp_path, "locustfile.py", "locust", *arguments) as server:
+        assert server.process.wait(DEADLINE_S) == 0, server.log()
+        ran = [int(match[1]) for match in server.in_log(r"program +true +(\d+) +0\(0\.00%\)")]
+        assert ran[-1] > 0

@@ -1,4 +1,4 @@
-"""docs/census.rst against os and against coopos."""
+"""docs/concepts/census.rst against os and against coopos."""
 
 import inspect
 import os
@@ -12,7 +12,7 @@ import coopos
 
 from ..helpers.support import run_script
 
-CENSUS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "census.rst"
+CENSUS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "concepts" / "census.rst"
 needs_census = pytest.mark.skipif(not CENSUS.exists(), reason="the documentation is not beside the tests")
 
 
@@ -74,7 +74,7 @@ def test_census_gives_one_of_a_few_answers():
 def test_cooperative_is_what_the_census_says():
     said = {name for names, _, here in census() if here.startswith("cooperative") for name in names}
     said = {name for name in said if hasattr(os, name)}
-    assert not set(coopos.__cooperative__) - said, "cooperative, but docs/census.rst says otherwise"
+    assert not set(coopos.__cooperative__) - said, "cooperative, but docs/concepts/census.rst says otherwise"
     assert not said - set(coopos.__cooperative__), "docs/census.rst says cooperative, but coopos has it from os"
 
 

@@ -4,6 +4,7 @@ Nothing here sleeps to let something happen. A test waits for a line that the pr
 its exit, and fails when a deadline passes.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -63,9 +64,10 @@ class Output:
 class Example:
     """A running example, with its input and both outputs in our hands; killed at the end of the test if still there."""
 
-    def __init__(self, name, *args, stdin=subprocess.PIPE):
+    def __init__(self, name, *args, stdin=subprocess.PIPE, **env):
         self.process = subprocess.Popen(
             [sys.executable, EXAMPLES / name, *map(os.fspath, args)],
+            env={**os.environ, **env},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -196,6 +198,81 @@ def test_prefork_echo_workers_end_with_a_killed_master():
     server, address, _pids = start_echo(workers=2)
     with server, connect(address) as client:
         check_echo(client, b"hello")
+        server.process.kill()
+        server.wait_exit()
+        server.out.wait_end()  # the workers have it open as well, so this is the end of them all
+        with pytest.raises(ConnectionRefusedError):
+            connect(address)
+
+
+# --- tutorial/
+
+
+def start_step(name):
+    """The server of a step, its address and the process ids of its workers."""
+    server = Example(f"tutorial/{name}", PORT="0")
+    [listening] = server.out.wait(r"listening on port (\d+)")
+    return server, ("127.0.0.1", int(listening[1])), worker_pids(server, 0 if name == "step1.py" else 2)
+
+
+def test_tutorial_step1():
+    server, address, _ = start_step("step1.py")
+    with server:
+        check_clients(address, 3)
+
+
+def test_tutorial_step2_goes_on_with_one_worker():
+    server, address, pids = start_step("step2.py")
+    with server:
+        check_clients(address, 6)
+        os.kill(pids[0], signal.SIGKILL)
+        server.out.wait(f"worker {pids[0]} ended: -9")
+        check_clients(address, 3)
+        os.kill(pids[1], signal.SIGKILL)
+        server.out.wait(f"worker {pids[1]} ended: -9")
+        assert server.wait_exit() == 0
+
+
+def test_tutorial_step3_replaces_killed_workers():
+    server, address, pids = start_step("step3.py")
+    with server:
+        for killed in range(4):
+            os.kill(pids[-1], signal.SIGKILL)
+            server.out.wait(f"worker {pids[-1]} ended: -9")
+            pids = worker_pids(server, 3 + killed)
+            check_clients(address, 3)
+        server.process.kill()
+        server.wait_exit()
+        with connect(address) as client:
+            check_echo(client, b"nobody looks after them any more")
+        for pid in {pids[0], pids[-1]}:
+            os.kill(pid, signal.SIGKILL)
+        server.out.wait_end()
+
+
+def test_tutorial_step4_replaces_killed_workers_and_stops_clean():
+    """A connection that is open when the server is told to stop, as by systemd or Ctrl-C, is served to its end."""
+    server, address, pids = start_step("step4.py")
+    with server:
+        os.kill(pids[-1], signal.SIGKILL)
+        server.out.wait(f"worker {pids[-1]} ended: -9")
+        new = worker_pids(server, 3)[-1]
+        check_clients(address, 6)
+        with connect(address) as client:
+            check_echo(client, b"before")
+            os.killpg(server.process.pid, signal.SIGTERM)
+            server.out.wait(r"worker \d+ ended: 0")  # the one without a connection
+            check_echo(client, b"after")
+        assert server.wait_exit() == 0
+        lines = server.out.wait_end()
+        assert lines[-1] == "stopped" and set(lines[-3:-1]) == {f"worker {pid} ended: 0" for pid in (pids[0], new)}
+        assert server.err.wait_end() == []
+
+
+def test_tutorial_step4_leaves_nothing_behind_a_killed_supervisor():
+    server, address, _ = start_step("step4.py")
+    with server:
+        check_clients(address, 3)
         server.process.kill()
         server.wait_exit()
         server.out.wait_end()  # the workers have it open as well, so this is the end of them all
@@ -409,3 +486,21 @@ def test_log_follower_loses_nothing_of_a_fifo_to_its_timeouts(tmp_path):
             if number % 50 == 49:  # now it runs dry, and the next line meets a read at any point of its life
                 follower.out.wait(line)
         assert follower.out.lines == expected
+
+
+# --- hash_files.py
+
+
+def test_hash_files_prints_what_sha256sum_prints(tmp_path):
+    below = tmp_path / "directory"
+    below.mkdir()
+    contents = {below / "empty": b"", below / "large": os.urandom(1_000_003), tmp_path / "small": b"small\n"}
+    for path, content in contents.items():
+        path.write_bytes(content)
+    os.mkfifo(below / "fifo")
+    with Example("hash_files.py", "--at-once", "2", "--status", below, tmp_path / "small", tmp_path / "missing") as hashing:
+        assert hashing.wait_exit() == 1
+        assert hashing.out.wait_end() == [f"{hashlib.sha256(content).hexdigest()}  {path}" for path, content in contents.items()]
+        *errors, ticks = hashing.err.wait_end()
+        assert errors == [f"{below / 'fifo'}: not a regular file", f"{tmp_path / 'missing'}: No such file or directory"]
+        assert re.fullmatch(r"\d+ ticks", ticks)

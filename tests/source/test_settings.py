@@ -161,9 +161,9 @@ def test_facade_names_every_setting():
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason="the documents are not beside the tests")
 def test_table_names_every_setting_with_its_words():
-    """The section "Environment" of docs/api.rst: every variable, what holds without it, and each value other than on and off."""
-    section = DOCS.joinpath("api.rst").read_text().split("\nEnvironment\n")[1]
-    rows = dict(re.findall(r"^``(\w+)``\n((?:   .*\n)+)", section, re.MULTILINE))
+    """docs/reference/environment.rst: every variable, what holds without it, and each value other than on and off."""
+    page = DOCS.joinpath("reference", "environment.rst").read_text()
+    rows = dict(re.findall(r"^   \* - ``(\w+)``\n((?:     .*\n)+)", page, re.MULTILINE))
     assert rows.keys() == {*MEANINGS, "GEVENT_NOWAITPID"}
     for name, (default, meanings, _refused) in MEANINGS.items():
         words = {str(meaning) for meaning in [default, *meanings.values()] if isinstance(meaning, str)} or {str(default)}

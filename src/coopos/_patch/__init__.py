@@ -155,7 +155,7 @@ def patch(*, keep_greenlets: bool | None = None, io: bool = False) -> None:
     * ``sys.stdin``, ``sys.stdout`` and ``sys.stderr``, where they are such files and nobody has replaced them;
     * :func:`input`, which lets other greenlets run until there is a line.
 
-    See :doc:`patching`. Names that other modules have imported before stay as they are. A second call replaces nothing twice.
+    See :doc:`/patching`. Names that other modules have imported before stay as they are. A second call replaces nothing twice.
 
     With COOPOS_PATCH=1 in the environment ``gevent.monkey.patch_all()`` makes this call; with COOPOS_PATCH=io, ``patch(io=True)``.
 

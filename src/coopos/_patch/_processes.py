@@ -225,8 +225,8 @@ def forking_by(fork: Callable[..., int]) -> Callable[[], int]:
 
 # A forked worker inherits the SIGTERM handler of a server. gunicorn's and Celery's set a flag and return. Nobody in the worker
 # looks at the flag, so the stdlib waits for such a worker until its task is over, and for one that waits for a task for ever. We
-# change no handler: docs/multiprocessing.rst has the reasons. The workers that wait for a task are told to end. Those that are
-# still there after GRACE_S are killed.
+# change no handler: docs/reference/multiprocessing.rst has the reasons. The workers that wait for a task are told to end. Those
+# that are still there after GRACE_S are killed.
 
 
 def dismissing_workers(help_stuff_finish: Callable[..., None]) -> Callable[..., None]:
