@@ -60,9 +60,11 @@ def test_turn_after_so_many_ready_calls_of_a_file(call, is_blocking):
             os.set_blocking(fd, {is_blocking})
         raw_writer.write(b"x" * 1000)
         count_polls()
+        since = time.monotonic()
         for n in range(100):
             {call}
-        assert 9 <= len(polls) <= 11, len(polls)
+        by_time = (time.monotonic() - since) / 0.007  # the machine may be slow, or have stood still
+        assert 9 <= len(polls) <= 11 + by_time, (len(polls), by_time)
         watcher.stop()
         """),
         COOPOS_FAIRNESS="10",
@@ -121,8 +123,8 @@ def test_each_thread_has_its_own_turns():
 def test_a_hub_that_had_its_turn_gets_none():
     run_script(
         script("""
-        ran = []
         for _ in range(20):
+            ran = []
             gevent.sleep(0.005)
             other = gevent.spawn(ran.append, 1)
             since = time.monotonic()
