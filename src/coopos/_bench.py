@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OURS, GEVENT, OS = IMPLEMENTATIONS = ("coopos", "gevent", "os")
 MODULES = {OURS: "coopos", GEVENT: "gevent.os", OS: "os"}
 PROGRAMS = {OURS: "coopos.subprocess", GEVENT: "gevent.subprocess", OS: "subprocess"}
-PATIENCE_S = 60.0  # then a measurement hangs
+PATIENCE_S = 30.0  # then a measurement hangs
 MB = 1 << 20
 CHUNK_B, CHUNKS = 4096, 256
 
@@ -140,9 +140,9 @@ def measure_lines(of: str, size: Size) -> float:
                 raise RuntimeError("lines were lost")
         seconds = time.perf_counter() - start
         other.join()
-        return seconds / 100
+        return seconds
 
-    return repeat(run, size)
+    return repeat(run, size) / 100
 
 
 def measure_cached(of: str, size: Size) -> float:
@@ -336,7 +336,7 @@ def has_memory(size_mb: int) -> bool:
 
 
 class Result(NamedTuple):
-    """Of one row: {implementation: seconds of each round}, {implementation: what went wrong}."""
+    """Of one row: {implementation: seconds of each round}, {implementation: what went wrong, after which it is left out}."""
 
     samples: dict[str, list[float]]
     failed: dict[str, str]
@@ -345,12 +345,12 @@ class Result(NamedTuple):
 def run_row(row: str, size: Size, tell: Callable[[str], object]) -> Result:
     result = Result({of: [] for of in IMPLEMENTATIONS}, {})
     for number in range(size.rounds):
-        for of in in_turns(list(result.samples), number):
-            tell(f"{row}, round {number + 1} of {size.rounds}: {of}")
+        for of in in_turns([of for of in IMPLEMENTATIONS if of not in result.failed], number):
+            which = f"round {number + 1} of {size.rounds}"
+            tell(f"{row}, {which}: {of}")
             seconds = measure(row, of, size)
             if isinstance(seconds, str):
-                result.failed[of] = seconds
-                del result.samples[of]
+                result.failed[of] = f"{seconds}, in {which}"
             else:
                 result.samples[of].append(seconds)
     return result

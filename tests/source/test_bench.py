@@ -106,7 +106,7 @@ def test_implementation_that_fails_is_left_out_of_later_rounds(monkeypatch):
 
     monkeypatch.setattr(_bench, "measure", measure)
     result = _bench.run_row("parked", _bench.Size(), lambda words: None)
-    assert result == ({"coopos": [1.0] * 3, "os": [1.0] * 3}, {"gevent": "broken"})
+    assert result == ({"coopos": [1.0] * 3, "gevent": [], "os": [1.0] * 3}, {"gevent": "broken, in round 1 of 3"})
     assert calls == ["coopos", "gevent", "os", "os", "coopos", "coopos", "os"]
 
 
@@ -114,7 +114,7 @@ def test_implementation_that_fails_is_left_out_of_later_rounds(monkeypatch):
 def test_exit_status_is_that_of_coopos(monkeypatch, capsys, failing, status):
     monkeypatch.setattr(_bench, "measure", lambda row, of, size: "broken" if of == failing else 1e-6)
     assert _bench.main(["--quick"]) == status
-    assert capsys.readouterr().out.count(f"    {failing}: broken\n") == 8
+    assert capsys.readouterr().out.count(f"    {failing}: broken, in round 1 of 1\n") == 8
 
 
 def test_comparison_takes_out_what_the_machine_has_changed():
