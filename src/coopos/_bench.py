@@ -431,7 +431,7 @@ COLORS = {OURS: ("#0b7a5c", "#3ecf9f"), GEVENT: ("#b4532a", "#f0936b"), OS: ("#6
 
 def svg(report: dict[str, Any]) -> str:
     """The bars as a picture. It follows the reader's choice of light or dark."""
-    row_height, top, left, width = 84, 64, 24, 760
+    row_height, top, left, width = 84, 80, 24, 760
     rows = report["rows"]
     height = top + row_height * len(rows) + 20
     light = "".join(f".{of}{{fill:{COLORS[of][0]}}}" for of in IMPLEMENTATIONS)
@@ -442,7 +442,8 @@ def svg(report: dict[str, Any]) -> str:
         "@media (prefers-color-scheme: dark){.page{fill:#0d1117}text{fill:#e6edf3}.small{fill:#9198a1}" + dark + "}</style>",
         f'<rect class="page" width="{width}" height="{height}"/>',
         f'<text x="{left}" y="28" font-size="16" font-weight="600">What it costs: shorter is better</text>',
-        f'<text class="small" x="{left}" y="48">{_escaped(_versions(report))}</text>',
+        f'<text class="small" x="{left}" y="47">{_escaped(_versions(report))}</text>',
+        f'<text class="small" x="{left}" y="62">{_escaped(_machine(report))}</text>',
     ]
     for number, summary in enumerate(rows):
         y = top + number * row_height
@@ -465,10 +466,11 @@ def _escaped(text: str) -> str:
 
 
 def _versions(report: dict[str, Any]) -> str:
-    return (
-        f"coopos {report['coopos']}, gevent {report['gevent']} on {report['loop']}, Python {report['python']}, "
-        f"{report['platform']}, {report['cpus']} CPUs"
-    )
+    return f"coopos {report['coopos']}, gevent {report['gevent']} on {report['loop']}, Python {report['python']}"
+
+
+def _machine(report: dict[str, Any]) -> str:
+    return f"{report['platform']}, {report['cpus']} CPUs"
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------
@@ -505,7 +507,7 @@ def main(arguments: list[str]) -> int:
     size = QUICK if options.quick else Size()
     report: dict[str, Any] = {**_doctor.facts(), "cpus": os.cpu_count(), "size": size._asdict(), "rows": []}
     del report["patched"]
-    print(f"{_versions(report)}\n\n{HEAD}", flush=True)
+    print(f"{_versions(report)}\n{_machine(report)}\n\n{HEAD}", flush=True)
     is_terminal = sys.stderr.isatty()
     for name, row in ROWS.items():
         result = run_row(name, size, lambda words: is_terminal and print(f"{words:60}", end="\r", file=sys.stderr, flush=True))

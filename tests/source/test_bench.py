@@ -1,6 +1,7 @@
 """``python -m coopos bench``, with next to nothing to measure; no test asserts a time."""
 
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from coopos import _bench
 
 from ..helpers.support import DEADLINE_S
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(*arguments, cwd):
@@ -74,6 +77,31 @@ def test_picture_of_a_report_with_failures():
     text = _bench.svg(report_of(failed=["gevent"]))
     check_picture(text, bars=16)
     assert "hangs" in text and "&lt;libev&gt;" in text and "a &amp; b" in text
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are not beside the tests")
+def test_benchmarks_draw_what_they_measure(tmp_path):
+    """Lines where there are several cases, bars where there is one; nothing lies outside the picture."""
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks", "ready", "tp_read", "--quick", "--repeat", "1", "--svg", tmp_path],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        timeout=DEADLINE_S * 3,
+    )
+    shapes = {}
+    for path in tmp_path.iterdir():
+        elements = list(ElementTree.fromstring(path.read_text(encoding="utf-8")).iter())
+        shapes[path.name] = [element.tag.rpartition("}")[2] for element in elements if str(element.get("class")).startswith("c")]
+        for element in elements:
+            for name, limit in (("x", 760), ("cx", 760), ("y", 420), ("cy", 420)):
+                assert 0 <= float(element.get(name, 0)) <= limit, path
+    lines = sorted(["polyline", "circle", "circle", "text"] * 3)
+    assert {name: sorted(tags) for name, tags in shapes.items()} == {
+        **dict.fromkeys(("ready-pair.svg", "ready-read.svg", "ready-write.svg"), lines),
+        "tp_read-read.svg": ["rect"] * 3,
+    }
 
 
 def test_table_and_bars_of_a_failure():
