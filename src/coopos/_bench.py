@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import signal
@@ -504,6 +505,8 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--compare {options.compare}: {ex}")
     from coopos import _doctor
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no × gets a ?
     size = QUICK if options.quick else Size()
     report: dict[str, Any] = {**_doctor.facts(), "cpus": os.cpu_count(), "size": size._asdict(), "rows": []}
     del report["patched"]
