@@ -35,7 +35,7 @@ CHUNK_B, CHUNKS = 4096, 256
 class Size(NamedTuple):
     """How much is measured."""
 
-    budget_s: float = 0.15  # the least time that a measurement must have taken, or it is repeated with twice as much
+    budget_s: float = 0.1  # the least time that a measurement must have taken, or it is repeated with twice as much
     children: int = 1000
     memory_mb: int = 1000
     rounds: int = 3
