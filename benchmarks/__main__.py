@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import benchmarks
-from benchmarks import _instructions, _report, _system
+from benchmarks import _drawing, _instructions, _report, _system
 from benchmarks._model import load_all
 from benchmarks._run import run_benchmark
 
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> int:
         "system": system,
         "benchmarks": [],
     }
+    if options.svg:
+        Path(options.svg).mkdir(parents=True, exist_ok=True)
     print_head(system)
     for name in names:
         benchmark = registry[name]
@@ -45,6 +48,8 @@ def main(arguments: list[str]) -> int:
         print("\n".join(_report.table(summary)), end="\n\n", flush=True)
         if options.json:  # after each, so that an interrupted run leaves its part
             write_json(options.json, report)
+        if options.svg:
+            _drawing.draw_all(summary, Path(options.svg))
     has_failed = any(case["failed"] for summary in report["benchmarks"] for case in summary["cases"])
     return 1 if has_failed else 0
 
@@ -57,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
+    parser.add_argument("--svg", metavar="DIR", help="draw a picture of each metric there")
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--repeat", type=positive, metavar="N", help="rounds per case")
     parser.add_argument("--list", action="store_true", help="list what there is")

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks._model import OS, OURS, Benchmark, Growth
 from benchmarks._run import CaseResult
+from coopos._bench import ratio
 
 LEGEND = "times in us per operation; gevent/it: times faster than gevent's row; it/os: times the cost of os"
 
@@ -103,12 +104,6 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return lower, median, upper
-
-
-def ratio(above: list[float] | None, below: list[float] | None) -> float | None:
-    if not above or not below:
-        return None
-    return statistics.median(a / b for a, b in zip(above, below, strict=False))
 
 
 def table(summary: dict[str, Any]) -> Iterator[str]:

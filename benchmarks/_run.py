@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._model import Benchmark, Sample
+from coopos._bench import describe_end, in_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER_TIMEOUT_S = 300
@@ -62,11 +63,9 @@ def run_benchmark(
 
 def run_round(benchmark: Benchmark, result: CaseResult, number: int, quick: bool) -> None:
     """Give each implementation that is left its turn, starting with another each."""
-    names = list(result.samples)
+    names = in_turns(list(result.samples), number)
     if not names:
         return
-    first = number % len(names)
-    names = names[first:] + names[:first]
     for group in [names] if benchmark.is_shared else [[name] for name in names]:
         try:
             answer = ask_worker(
@@ -104,7 +103,6 @@ def ask_worker(benchmark: str, **arguments: Any) -> dict[str, Any]:
         raise WorkerFailed(f"no answer in {WORKER_TIMEOUT_S} s") from None
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise WorkerFailed(lines[-1] if lines else f"ended with {done.returncode}")
+        raise WorkerFailed(describe_end(done.returncode, done.stderr))
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -245,7 +245,8 @@ register(
         name="cached_files",
         summary="what reads a regular file in the page cache; gevent has tp_read alone",
         case_label="{} bytes",
-        cases=(CHUNK_B,),
+        cases=(512, CHUNK_B, 65_536),
+        quick_cases=(CHUNK_B,),
         metrics={"read": "one read"},
         implementations={
             **{row: partial(cached_files, *read) for row, read in CACHED_READS.items()},
@@ -253,7 +254,9 @@ register(
             OS: partial(cached_files, OS, "pread"),
             "os.read": partial(cached_files, OS, "read"),
         },
-        targets=tuple(Target("read", GEVENT, at_least=25, of=row, words=">= 25 x gevent's tp_read") for row in CACHED_READS),
+        targets=tuple(
+            Target("read", GEVENT, at_least=25, of=row, words=">= 25 x gevent's tp_read", cases=(CHUNK_B,)) for row in CACHED_READS
+        ),
         note=describe_disk,
         repeat=7,
     )

@@ -372,7 +372,7 @@ register(
         name="readers",
         summary="greenlets parked on a pipe each, woken over and over",
         case_label="{} readers",
-        cases=(100, 4900),
+        cases=(10, 100, 1000, 4900),
         quick_cases=(100,),
         metrics={
             "burst": "one wait, all woken by a writer, lap after lap",

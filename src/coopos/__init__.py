@@ -199,7 +199,7 @@ def doctor() -> int:
     process a pidfd, so that a thread watched the child.
 
     Returns:
-        int: 0 if all are well, else 1. The report goes to standard output, a line for each.
+        int: 0 if all are well, if only by a fallback, else 1. The report goes to standard output, a line for each.
 
     Keeps :ref:`what every function promises <promises>`. Forks, and starts a program.
 

@@ -1,20 +1,44 @@
 """``python -m coopos``: run a program under ``gevent.monkey.patch_all()`` and :func:`coopos.patch`, or look at this machine.
 
-    python -m coopos [--no-io] script.py [argument ...]
-    python -m coopos [--no-io] -m module [argument ...]
-    python -m coopos doctor
-
-It calls ``patch(io=True)``: os.read, open(), the standard streams and input() let other greenlets run. With --no-io it doesn't.
-
-A directory or zip file with a ``__main__.py`` runs too. What comes after the script or module is its own. The program sees the
-argv, sys.path and ``__main__`` that it would see without coopos.
+HELP below says what there is. The program sees the argv, sys.path and ``__main__`` that it would see without coopos. The commands
+are imported by who asks for them.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
+
+HELP = """\
+usage: python -m coopos [--no-io] FILE [ARGUMENT ...]
+       python -m coopos [--no-io] -m MODULE [ARGUMENT ...]
+       python -m coopos [--no-io] -c CODE [ARGUMENT ...]
+       python -m coopos doctor [--json]
+       python -m coopos bench [--json FILE] [--svg FILE] [--compare FILE]
+
+Run a program as if it had called gevent.monkey.patch_all() and coopos.patch(io=True):
+os.read, open(), the standard streams, input(), subprocess and multiprocessing let
+other greenlets run while they wait.
+
+the program:
+  FILE           a script, or a directory or zip file that has a __main__.py
+  -m MODULE      a module
+  -c CODE        Python code
+  ARGUMENT ...   what comes after these is the program's own
+  --no-io        leave os.read, open(), the standard streams and input() alone
+
+commands:
+  doctor         say which mechanism serves what on this machine, and prove each
+  bench          compare coopos, gevent and os on this machine, in about a minute
+                 Each has a --help of its own. A script of that name is ./doctor.
+
+options:
+  -h, --help     print this
+  -V, --version  print the versions of coopos, gevent and Python
+"""
+COMMANDS = ("doctor", "bench")
+OPTIONS = ("--no-io", "-m", "-c", "--help", "--version")
 
 
 def _take_working_directory() -> list[str]:
@@ -90,6 +114,9 @@ def _run_script(path: str) -> None:
             code = compile(loader.get_data(path), path, "exec", dont_inherit=True)
     except OSError as ex:
         print(f"{sys.executable}: can't open file {path!r}: [Errno {ex.errno}] {ex.strerror}", file=sys.stderr)
+        word = sys.argv[0]
+        if isinstance(ex, FileNotFoundError) and word.isidentifier():
+            _fail(f"{word!r} is no command either: {_right_words(word, COMMANDS)}")
         sys.exit(2)
     assert code is not None
     namespace = _clear_main()
@@ -97,37 +124,94 @@ def _run_script(path: str) -> None:
     exec(code, namespace)
 
 
+def _run_code(code: str) -> None:
+    """What ``python -c code`` does."""
+    import importlib.machinery
+    import linecache
+    import textwrap
+
+    if sys.version_info >= (3, 14):
+        code = textwrap.dedent(code)
+    if sys.version_info >= (3, 13):
+        linecache.cache["<string>"] = (len(code), None, code.splitlines(True), "<string>")  # for tracebacks
+    compiled = compile(code, "<string>", "exec", dont_inherit=True)
+    namespace = _clear_main()
+    namespace.pop("__cached__", None)
+    namespace.update(__loader__=importlib.machinery.BuiltinImporter)
+    exec(compiled, namespace)
+
+
+def _right_words(word: str, words: tuple[str, ...]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(words[:-1])} and {words[-1]}"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"python -m coopos: {message} (python -m coopos --help says more)", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_versions() -> None:
+    import platform
+
+    import gevent
+
+    ours = sys.modules["coopos"].__version__
+    print(f"coopos {ours}, gevent {gevent.__version__}, {platform.python_implementation()} {platform.python_version()}")
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    if name == "doctor":
+        from coopos import _doctor
+
+        return _doctor.main(arguments)
+    if not hasattr(os, "fork"):
+        _fail("bench forks, and this system can't")
+    from coopos import _bench
+
+    return _bench.main(arguments)
+
+
 def main() -> None:
     """Do what the command line says."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if arguments else 2)
-    if arguments == ["doctor"]:
-        from coopos import _doctor
-
-        sys.exit(_doctor.main())
+    if not arguments:
+        print(HELP, end="", file=sys.stderr)
+        sys.exit(2)
+    if arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    if arguments[0] in ("-V", "--version"):
+        _print_versions()
+        return
+    if arguments[0] in COMMANDS:
+        sys.exit(_run_command(arguments[0], arguments[1:]))
     import pkgutil
 
     io = arguments[0] != "--no-io"
     if not io:
         del arguments[0]
     if not arguments:
-        print("python -m coopos: --no-io needs a program", file=sys.stderr)
-        sys.exit(2)
-    if arguments[0] == "-m":
+        _fail("--no-io needs a program")
+    option = arguments[0]
+    if option in ("-m", "-c"):
         if len(arguments) < 2:
-            print("python -m coopos: -m needs the name of a module", file=sys.stderr)
-            sys.exit(2)
+            _fail("-m needs the name of a module" if option == "-m" else "-c needs code")
         working_directory = _take_working_directory()
         _patch(io)
-        sys.path[:0] = working_directory
-        sys.argv[:] = ["-m", *arguments[2:]]
-        _run_as_main(arguments[1], True)
+        sys.argv[:] = [option, *arguments[2:]]
+        if option == "-m":
+            sys.path[:0] = working_directory
+            _run_as_main(arguments[1], True)
+        else:
+            if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+                sys.path.insert(0, "")
+            _run_code(arguments[1])
         return
-    if arguments[0].startswith("-"):
-        print(f"python -m coopos: unknown option {arguments[0]}", file=sys.stderr)
-        sys.exit(2)
+    if option.startswith("-"):
+        _fail(f"unknown option {option}: {_right_words(option, OPTIONS)}")
     _take_working_directory()
     _patch(io)
     sys.argv[:] = arguments

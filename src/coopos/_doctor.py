@@ -1,24 +1,28 @@
 """``python -m coopos doctor``: which mechanism serves what on this machine, each proved on a real one.
 
-A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out; it returns the name of the
-mechanism that did it. A check that hangs is ended by a timeout, and has failed. Where there is no compiled core only the threadpool
-is checked. Asks the modules that do the work, and doesn't know the façade.
+A check makes the thing, has coopos wait for it while another greenlet runs, and compares what came out. It returns the name of the
+mechanism that did it; or a Fallback, if that one stands in for a better one which this machine refuses. A fallback is no failure. A
+check that hangs is ended by a timeout, and has failed. What patch() changes is checked in a fresh interpreter. Where there is no
+compiled core only the threadpool is checked. Asks the modules that do the work, and doesn't know the façade.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
+import json
 import os
 import platform
 import socket
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+import textwrap
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.hub import get_hub
 
-from coopos import _files, _patch
+from coopos import _files, _patch, _settings
 
 HAS_CORE = hasattr(os, "fork")
 if HAS_CORE:
@@ -27,8 +31,21 @@ if HAS_CORE:
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CHECK_TIMEOUT_S = 10.0
+CHECK_TIMEOUT_S = 30.0
 MESSAGE = b"coopos"
+#: errnos by which a kernel or a sandbox says that it has no such call.
+REFUSALS = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EMFILE, errno.ENFILE)
+
+
+class Fallback(str):
+    """A mechanism that serves in the place of a better one; *advice* says why, and how to get the other."""
+
+    advice: str
+
+    def __new__(cls, mechanism: str, advice: str) -> Fallback:
+        self = super().__new__(cls, mechanism)
+        self.advice = advice
+        return self
 
 
 def _expect(got: object, wanted: object) -> None:
@@ -39,11 +56,14 @@ def _expect(got: object, wanted: object) -> None:
 def _waits(read: Callable[[], bytes], write: Callable[[], object]) -> None:
     """*read* must wait, let *write* happen meanwhile, and bring what was written."""
     reader = gevent.spawn(read)
-    gevent.sleep(0)
-    if reader.ready():
-        raise AssertionError(f"read did not wait: {reader.value!r}, {reader.exception!r}")
-    write()
-    _expect(reader.get(), MESSAGE)
+    try:
+        gevent.sleep(0)
+        if reader.ready():
+            raise AssertionError(f"read did not wait: {reader.value!r}, {reader.exception!r}")
+        write()
+        _expect(reader.get(), MESSAGE)
+    finally:
+        reader.kill()
 
 
 def _close(fd: int) -> None:
@@ -144,7 +164,36 @@ def check_file() -> str:
         file.write(MESSAGE)
         file.flush()
         os.lseek(file.fileno(), 0, os.SEEK_SET)
-        return _any_mode(file.fileno(), file.fileno())
+        mechanism = _any_mode(file.fileno(), file.fileno())
+        if mechanism == "a worker thread" and hasattr(os, "RWF_NOWAIT"):
+            return Fallback(mechanism, _why_no_nowait(file.fileno()))
+        return mechanism
+
+
+def _why_no_nowait(fd: int) -> str:
+    if not _settings.NOWAIT:
+        return "COOPOS_NOWAIT=0 is set. Without it, coopos reads a file in the page cache without a thread."
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError as ex:
+        if ex.errno in (errno.EPERM, errno.EACCES):
+            return "A sandbox refuses preadv2(2). Allow preadv2 and pwritev2 in its profile: then cached files need no thread."
+    return f"The kernel, or the file system of {tempfile.gettempdir()}, has no RWF_NOWAIT. Linux has it since 4.14."
+
+
+def check_set() -> str:
+    err = _core.set_error(get_hub().loop)
+    if not err:
+        return "one epoll(7) set for all waits of the loop"
+    mechanism = "a watcher of gevent's loop for each wait"
+    if _settings.SETS == "watchers":
+        return Fallback(mechanism, "COOPOS_SETS=watchers is set. Without it, one epoll set serves all waits, faster.")
+    if err in (errno.EMFILE, errno.ENFILE):
+        return Fallback(mechanism, "No descriptor is left for a set: raise the limit of open files (ulimit -n).")
+    if not sys.platform.startswith("linux"):
+        return mechanism
+    refusal = errno.errorcode.get(err, err)
+    return Fallback(mechanism, f"epoll_create1(2) fails with {refusal}. Allow it in the seccomp profile: a wait then costs less.")
 
 
 def check_close() -> str:
@@ -172,6 +221,17 @@ def check_close() -> str:
     return "close(2) at once, EBADF for whoever waits"
 
 
+def _why_no_pidfd(err: int) -> str:
+    if _settings.CHILDREN == "thread":
+        return "COOPOS_CHILDREN=thread is set. Without it, pidfds watch the children."
+    if err in (errno.EMFILE, errno.ENFILE):
+        return "No descriptor was left for a pidfd: raise the limit of open files (ulimit -n)."
+    return (
+        f"pidfd_open(2) fails with {errno.errorcode.get(err, err)}. Linux has it since 5.3; a container may refuse it. Allow "
+        "pidfd_open, pidfd_send_signal and waitid in the seccomp profile: children then cost less, and no signal hits a wrong one."
+    )
+
+
 def check_child() -> str:
     ended: list[_core.Child] = []
     pid = _fork.fork_and_watch(ended.append)
@@ -180,7 +240,10 @@ def check_child() -> str:
     _expect(_core.waitpid(pid, 0), (pid, 7 << 8))
     while not ended:
         gevent.sleep(0)
-    return f"{ended[0].mechanism}, and no SIGCHLD handler"
+    mechanism = f"{ended[0].mechanism}, and no SIGCHLD handler"
+    if ended[0].mechanism == "thread" and hasattr(os, "pidfd_open"):
+        return Fallback(mechanism, _why_no_pidfd(next(iter(_core.count_refusals()), 0)))
+    return mechanism
 
 
 def check_any_child() -> str:
@@ -195,8 +258,17 @@ def check_any_process() -> str:
     pid = _fork.fork_gevent()
     if pid == 0:
         os._exit(7)
-    _core.wait_exit(pid)
-    _expect(_core.waitpid(pid, os.WNOHANG), (pid, 7 << 8))
+    refusal = None
+    try:
+        _core.wait_exit(pid)
+    except OSError as ex:
+        if ex.errno not in REFUSALS:
+            raise
+        refusal = ex
+    _expect(_core.waitpid(pid, 0 if refusal else os.WNOHANG), (pid, 7 << 8))
+    if refusal is not None:
+        name = errno.errorcode.get(refusal.errno or 0)
+        return Fallback("none: wait_exit() fails", f"It needs pidfd_open(2), which fails with {name}. No other function does.")
     return "a pidfd; its status is left to its parent"
 
 
@@ -206,9 +278,94 @@ def check_program() -> str:
     return "posix_spawn(3), watched"
 
 
+def check_subprocess() -> str:
+    from coopos.subprocess import PIPE, Popen
+
+    copy = [sys.executable, "-I", "-S", "-c", "import os; os.write(1, os.read(0, 100))"]
+    with Popen(copy, stdin=PIPE, stdout=PIPE) as process:
+        stdin = process.stdin
+        assert stdin is not None and process.stdout is not None
+        _waits(process.stdout.read, lambda: (stdin.write(MESSAGE), stdin.close()))
+        _expect(process.wait(), 0)
+    return "the stdlib's code, over coopos' reads, writes and waits"
+
+
+#: Begins every program that is run in a fresh interpreter. -I keeps files beside the program out.
+PATCHED = """
+import sys
+sys.path[:] = sys.argv[1:]
+from gevent import monkey
+monkey.patch_all()
+import os, subprocess
+import coopos, gevent
+coopos.patch(io=True)
+"""
+
+PATCHING = """
+reader, writer = os.pipe()
+gevent.spawn(os.write, writer, b"coopos")
+assert os.read(reader, 100) == b"coopos"
+pid = os.fork()
+if pid == 0:
+    os._exit(7)
+assert os.waitpid(pid, 0) == (pid, 7 << 8)
+assert subprocess.call([sys.executable, "-I", "-S", "-c", "raise SystemExit(7)"]) == 7
+print(list(coopos.patched().values()).count("coopos"))
+"""
+
+MULTIPROCESSING = """
+import multiprocessing
+def answer(connection):
+    connection.send(connection.recv())
+context = multiprocessing.get_context("fork")
+ours, theirs = context.Pipe()
+process = context.Process(target=answer, args=(theirs,))
+process.start()
+gevent.spawn(ours.send, "coopos")
+assert ours.recv() == "coopos"
+process.join()
+assert process.exitcode == 0
+try:
+    lock = context.Lock()
+except (ImportError, OSError) as ex:
+    print(f"{type(ex).__name__}: {ex}")
+    raise SystemExit
+lock.acquire()
+waiter = gevent.spawn(lock.acquire)
+gevent.sleep(0)
+assert not waiter.ready()
+lock.release()
+assert waiter.get()
+with context.Pool(1) as pool:
+    assert pool.map(abs, [-7]) == [7]
+"""
+
+
+def _run_patched(source: str) -> str:
+    from coopos.subprocess import DEVNULL, run
+
+    command = [sys.executable, "-I", "-W", "ignore", "-c", PATCHED + source, *sys.path]
+    done = run(command, stdin=DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        raise AssertionError("".join(done.stderr.strip().splitlines()[-1:]) or f"ended with {done.returncode}")
+    return done.stdout.strip()
+
+
+def check_patching() -> str:
+    return f"patch(io=True) replaces {_run_patched(PATCHING)} names in a fresh interpreter"
+
+
+def check_multiprocessing() -> str:
+    refusal = _run_patched(MULTIPROCESSING)
+    if refusal:
+        return Fallback("pipes and processes, no locks, queues and pools", f"There are no semaphores ({refusal}). Mount /dev/shm.")
+    return "connections wait in the hub, locks in a worker thread"
+
+
 CHECKS: list[tuple[str, Callable[[], str]]] = [("blocking pipe", check_blocking_pipe), ("regular file", check_file)]
 if HAS_CORE:
     CHECKS = [
+        ("set", check_set),
         ("pipe", check_pipe),
         ("socket", check_socket),
         ("pty", check_pty),
@@ -219,38 +376,94 @@ if HAS_CORE:
         ("child", check_child),
         ("any child", check_any_child),
         ("program", check_program),
+        ("subprocess", check_subprocess),
+        ("patching", check_patching),
+        ("multiprocessing", check_multiprocessing),
     ]
     if hasattr(os, "pidfd_open"):
         CHECKS.append(("any process", check_any_process))
 
 
-def print_patched() -> None:
-    """Which names of this process coopos has replaced; the others, by the reason."""
+def examine(tell: Callable[[dict[str, str]], object]) -> list[dict[str, str]]:
+    """Make every check, and *tell* what was found: a check may crash the process."""
+    findings = []
+    for name, check in CHECKS:
+        findings.append(_finding(name, check))
+        tell(findings[-1])
+    return findings
+
+
+def _finding(name: str, check: Callable[[], str]) -> dict[str, str]:
+    try:
+        with gevent.Timeout(CHECK_TIMEOUT_S, AssertionError("hung")):
+            mechanism = check()
+    except Exception as ex:
+        return {"name": name, "state": "failed", "mechanism": f"{type(ex).__name__}: {ex}"}
+    if isinstance(mechanism, Fallback):
+        return {"name": name, "state": "fallback", "mechanism": str(mechanism), "advice": mechanism.advice}
+    return {"name": name, "state": "ok", "mechanism": mechanism}
+
+
+def facts() -> dict[str, Any]:
+    return {
+        "coopos": sys.modules["coopos"].__version__,  # not imported: the façade knows the doctor, and not the other way about
+        "gevent": gevent.__version__,
+        "loop": type(get_hub().loop).__module__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "patched": _patch.patched(),
+    }
+
+
+def pidfds_refused() -> dict[str, int]:
+    return {errno.errorcode.get(code, str(code)): count for code, count in _core.count_refusals().items()} if HAS_CORE else {}
+
+
+def print_facts(known: dict[str, Any]) -> None:
+    print(f"coopos {known['coopos']} with gevent {known['gevent']} on {known['loop']}")
+    print(f"Python {known['python']} on {known['platform']}")
     names: dict[str, list[str]] = {}
-    for name, state in _patch.patched().items():
+    for name, state in known["patched"].items():
         names.setdefault(state, []).append(name)
     print(f"replaced by coopos in this process: {len(names.pop('coopos', ()))} names")
     for state, left in names.items():
         print(f"not replaced, since {state}: {len(left) if len(left) > 9 else ', '.join(left)}")
 
 
-def main() -> int:
-    """Run every check and print a line for each; 0 if all are well, else 1."""
-    version = sys.modules["coopos"].__version__  # not imported: the façade knows the doctor, and not the other way about
-    print(f"coopos {version} with gevent {gevent.__version__} on {type(get_hub().loop).__module__}")
-    print(f"Python {platform.python_version()} on {platform.platform()}")
-    print_patched()
-    failed = 0
-    for name, check in CHECKS:
-        try:
-            with gevent.Timeout(CHECK_TIMEOUT_S, AssertionError("hung")):
-                print(f"{name:15} ok      {check()}")
-        except Exception as ex:
-            failed += 1
-            print(f"{name:15} FAILED  {type(ex).__name__}: {ex}")
+def print_finding(finding: dict[str, str]) -> None:
+    state = finding["state"]
+    print(f"{finding['name']:15} {'FAILED' if state == 'failed' else state:8} {finding['mechanism']}", flush=True)
+    if "advice" in finding:
+        print(textwrap.fill(finding["advice"], 100, initial_indent=" " * 25, subsequent_indent=" " * 25))
+
+
+def print_sum(states: list[str]) -> None:
     if HAS_CORE:
-        refusals = _core.count_refusals().items()
-        counts = ", ".join(f"{errno.errorcode.get(code, code)} {count} times" for code, count in refusals)
+        counts = ", ".join(f"{name} {count} times" for name, count in pidfds_refused().items())
         print(f"pidfds refused in this process: {counts or 'none'}")
-    print(f"{len(CHECKS) - failed} of {len(CHECKS)} are well")
-    return 1 if failed else 0
+    fallen = states.count("fallback")
+    words = f", {fallen} of them by a fallback: it works, but something better is refused" if fallen else ""
+    print(f"{len(states) - states.count('failed')} of {len(states)} are well{words}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make every check and print a line for each. 0 if all are well, be it by a fallback; else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m coopos doctor",
+        description="Say which mechanism of this machine serves what, and prove each on a real pipe, file or child.",
+        epilog="A fallback works: this machine refuses something better, and the lines below it say how to get that. "
+        "The exit status is 1 if a check has failed, else 0.",
+    )
+    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+    is_json = parser.parse_args(arguments or []).json
+    known = facts()
+    if not is_json:
+        print_facts(known)
+    findings = examine((lambda finding: None) if is_json else print_finding)
+    states = [finding["state"] for finding in findings]
+    if is_json:
+        state = next((state for state in ("failed", "fallback") if state in states), "ok")
+        print(json.dumps({"state": state, **known, "checks": findings, "pidfds_refused": pidfds_refused()}, indent=1))
+    else:
+        print_sum(states)
+    return 1 if "failed" in states else 0

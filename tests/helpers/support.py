@@ -365,7 +365,10 @@ numbers = {"pidfd_open": 434, "waitid": {"x86_64": 247, "aarch64": 95}[platform.
            "ioctl": {"x86_64": 16, "aarch64": 29}[platform.machine()],
            "timer_create": {"x86_64": 222, "aarch64": 107}[platform.machine()],
            "timer_settime": {"x86_64": 223, "aarch64": 110}[platform.machine()],
-           "clone": {"x86_64": 56, "aarch64": 220}[platform.machine()], "clone3": 435}
+           "clone": {"x86_64": 56, "aarch64": 220}[platform.machine()], "clone3": 435,
+           "preadv2": {"x86_64": 327, "aarch64": 286}[platform.machine()],
+           "pwritev2": {"x86_64": 328, "aarch64": 287}[platform.machine()],
+           "epoll_create1": {"x86_64": 291, "aarch64": 20}[platform.machine()]}
 
 def refuse(call, err, argument=None, value=None):
     '''From now on this process's *call*, with that value of an argument, fails with errno *err*.'''

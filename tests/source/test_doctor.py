@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from ..helpers.support import DEADLINE_S, needs_libev, run_script
+from ..helpers.support import DEADLINE_S, needs_libev, run_script, run_seccomp
 
 #: What the program is told about itself, and whether coopos is under it.
 TELL = """
@@ -28,6 +28,10 @@ print(json.dumps({
 }))
 """
 PATCHED = ["coopos"] * 3
+
+#: All that the doctor looks at.
+KINDS = ["set", "pipe", "socket", "pty", "blocking pipe", "regular file", "blocking socket", "FIFO", "close", "child", "any child"]
+KINDS += ["program", "subprocess", "patching", "multiprocessing"] + ["any process"] * hasattr(os, "pidfd_open")
 
 
 def python(*arguments, cwd, stdin=None, **env):
@@ -65,9 +69,8 @@ def test_doctor_names_every_mechanism(tmp_path):
     done = python("-m", "coopos", "doctor", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for kind in ["pipe", "socket", "pty", "blocking pipe", "FIFO", "regular file", "close", "child", "any child", "program"]:
-        [line] = [line for line in lines if re.match(rf"{kind}  *ok  *\S", line)]
-        assert line.split("ok", 1)[1].strip(), line
+    for kind in KINDS:
+        assert len([line for line in lines if re.match(rf"{kind}  *(ok|fallback)  *\S", line)]) == 1
     assert not any("FAILED" in line for line in lines)
 
 
@@ -76,7 +79,67 @@ def test_doctor_says_how_children_are_watched(tmp_path, children, mechanism):
     """It is the mechanism that is really used: a thread where the environment asks for one."""
     done = python("-m", "coopos", "doctor", cwd=tmp_path, COOPOS_CHILDREN=children)
     assert done.returncode == 0
-    assert re.search(rf"^child  *ok  *({mechanism})\b", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^child  *(ok|fallback)  *({mechanism})\b", done.stdout, re.MULTILINE), done.stdout
+
+
+#: What stands in for something better: how to get there by a setting, by which system calls that are refused, and what is said.
+FALLBACKS = {
+    "child": ("COOPOS_CHILDREN=thread", ["pidfd_open"], "thread, and no SIGCHLD handler"),
+    "regular file": ("COOPOS_NOWAIT=0", ["preadv2", "pwritev2"], "a worker thread"),
+    "set": ("COOPOS_SETS=watchers", ["epoll_create1"], "a watcher of gevent's loop for each wait"),
+}
+needs_linux = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="there is nothing better on this system")
+
+
+def check_fallback(report, kind, advice):
+    """It works, and it is said what would be better."""
+    state = {finding["name"]: finding["state"] for finding in report["checks"]}
+    [finding] = [finding for finding in report["checks"] if finding["name"] == kind]
+    assert (report["state"], finding["state"], finding["mechanism"]) == ("fallback", "fallback", FALLBACKS[kind][2])
+    assert advice in finding["advice"]
+    assert "failed" not in state.values() and set(state) == set(KINDS)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", FALLBACKS)
+def test_doctor_tells_a_fallback_that_was_asked_for(tmp_path, kind):
+    setting = FALLBACKS[kind][0]
+    done = python("-m", "coopos", "doctor", "--json", cwd=tmp_path, **dict([setting.split("=")]))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    check_fallback(json.loads(done.stdout), kind, f"{setting} is set")
+    done = python("-m", "coopos", "doctor", cwd=tmp_path, **dict([setting.split("=")]))
+    assert done.returncode == 0 and f"{setting} is set" in re.sub(r"\s+", " ", done.stdout)
+    assert re.search(r"^(\d+) of \1 are well, \d+ of them by a fallback", done.stdout, re.MULTILINE)
+
+
+@needs_linux
+@pytest.mark.parametrize("kind", FALLBACKS)
+@pytest.mark.parametrize("err", ["EPERM", "ENOSYS"])
+def test_doctor_tells_a_fallback_that_a_sandbox_forces(kind, err):
+    """A seccomp filter refuses the better way. All works, the exit status is 0, and the advice names the call or says why."""
+    out = run_seccomp(f"""
+from contextlib import redirect_stdout
+import io, json
+for call in {FALLBACKS[kind][1]}:
+    refuse(call, errno.{err})
+import coopos
+from coopos import _doctor
+with redirect_stdout(io.StringIO()) as report:
+    status = _doctor.main(["--json"])
+print(status)
+print(report.getvalue())
+""", COOPOS_CHILDREN=None, COOPOS_NOWAIT=None, COOPOS_SETS=None, GEVENT_LOOP=None)
+    status, report = out.split("\n", 1)
+    assert status == "0", report
+    check_fallback(json.loads(report), kind, "RWF_NOWAIT" if (kind, err) == ("regular file", "ENOSYS") else FALLBACKS[kind][1][0])
+
+
+def test_doctor_json_is_all_that_is_printed(tmp_path):
+    done = python("-m", "coopos", "doctor", "--json", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert [finding["name"] for finding in report["checks"]] == KINDS
+    assert report["state"] in ("ok", "fallback") and report["pidfds_refused"] == {}
+    assert set(report["patched"].values()) and report["coopos"] and report["gevent"] and report["loop"] and report["platform"]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +149,9 @@ def test_doctor_says_how_children_are_watched(tmp_path, children, mechanism):
         "_core.nb_read = lambda fd, n: gevent.sleep(1000)",
         "_core.waitpid = lambda pid, options: (pid, 0)",
         "_core.close = lambda fd: None",
+        "_doctor.PATCHING = 'assert False'",
+        "_doctor.MULTIPROCESSING = 'gevent.sleep(1000)'",
+        "import coopos.subprocess; coopos.subprocess.Popen.__init__ = None",
     ],
 )
 def test_doctor_finds_what_is_broken(broken):
@@ -98,7 +164,18 @@ def test_doctor_finds_what_is_broken(broken):
         print("status", _doctor.main())
     """)
     assert output.endswith("status 1\n") and "FAILED" in output
-    assert re.search(r"^regular file  *ok", output, re.MULTILINE)
+    assert re.search(r"^regular file  *(ok|fallback)", output, re.MULTILINE)
+
+
+def test_doctor_says_what_multiprocessing_lacks_without_semaphores():
+    """As in a container without /dev/shm: that is no fault of coopos, and the rest works."""
+    output = run_script("""
+        from coopos import _doctor
+        broken = "import multiprocessing.synchronize as s\\ndef no(*_, **__): raise OSError(38, 'no')\\ns.Lock = no\\n"
+        _doctor.MULTIPROCESSING = broken + _doctor.MULTIPROCESSING
+        print(_doctor.check_multiprocessing(), "|", _doctor.check_multiprocessing().advice)
+    """)
+    assert output.startswith("pipes and processes, no locks") and "/dev/shm" in output
 
 
 def test_doctor_leaves_nothing_behind():
@@ -160,7 +237,7 @@ def test_script_imports_its_neighbours(tmp_path):
     assert python("-m", "coopos", script, cwd=tmp_path).returncode == 7
 
 
-@pytest.mark.parametrize("kind", ["script", "module"])
+@pytest.mark.parametrize("kind", ["script", "module", "code"])
 @pytest.mark.parametrize(
     ("source", "status", "message"),
     [
@@ -177,7 +254,8 @@ def test_script_imports_its_neighbours(tmp_path):
 def test_exit_status(tmp_path, kind, source, status, message):
     """The exit status is the program's, and so is what it says at its end."""
     write(tmp_path / "program.py", source)
-    done = python("-m", "coopos", *(["program.py"] if kind == "script" else ["-m", "program"]), cwd=tmp_path)
+    program = {"script": ["program.py"], "module": ["-m", "program"], "code": ["-c", source]}[kind]
+    done = python("-m", "coopos", *program, cwd=tmp_path)
     assert done.returncode == status
     assert re.search(message, done.stderr) if message else not done.stderr
 
@@ -344,15 +422,90 @@ def test_module_sees_what_it_would_see(tmp_path, name, arguments):
     assert under == plain
 
 
-@pytest.mark.parametrize("arguments", [["-m", "nothing_of_that_name"], ["-m"], ["-x"], []], ids=" ".join)
-def test_wrong_command_line(tmp_path, arguments):
-    """The exit status isn't 0, and something is said."""
-    done = python("-m", "coopos", *arguments, cwd=tmp_path)
-    assert done.returncode != 0 and done.stdout + done.stderr
+# ---- code --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["", "-P"])
+def test_code_sees_what_it_would_see(tmp_path, options):
+    """The same for -c: argv, sys.path and all that is in ``__main__``, to the end."""
+    if options and sys.version_info < (3, 11):
+        pytest.skip("no -P here")
+    code = SHOW.replace("__file__", "None")
+    plain = python(*options.split(), "-c", code, "one", "-m", "-h", cwd=tmp_path, COOPOS_PATCH=None)
+    under = python(*options.split(), "-m", "coopos", "-c", code, "one", "-m", "-h", cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    assert (under.stdout.splitlines(), under.stderr, under.returncode) == (plain.stdout.splitlines(), "", 0)
+    tell = told("-m", "coopos", "-c", TELL, cwd=tmp_path)
+    assert (tell["patched"], tell["monkey"], tell["argv"]) == (PATCHED, True, ["-c"])
+
+
+@pytest.mark.parametrize("code", ["1/0", "def f():\n    raise ValueError\nf()", "  x = 1\n  print(x)", "x ="])
+def test_code_that_fails_says_what_it_would_say(tmp_path, code):
+    """The last lines of the traceback, with the source line where Python shows it; and indented code from Python 3.14 on."""
+    plain = python("-c", code, cwd=tmp_path, COOPOS_PATCH=None)
+    under = python("-m", "coopos", "-c", code, cwd=tmp_path)
+    assert (under.returncode, under.stdout) == (plain.returncode, plain.stdout)
+    last = plain.stderr.splitlines()[1:]
+    assert under.stderr.splitlines()[-len(last):] == last if last else under.stderr == ""
+
+
+# ---- words -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-m nothing_of_that_name", "nothing_of_that_name"),
+        ("-m", "-m needs the name of a module"),
+        ("-c", "-c needs code"),
+        ("--no-io", "--no-io needs a program"),
+        ("--no-io -m", "-m needs the name of a module"),
+        ("-x", "unknown option -x: there are --no-io, -m, -c, --help and --version"),
+        ("--no_io script.py", "unknown option --no_io: did you mean --no-io?"),
+        ("--no-io --verison", "unknown option --verison: did you mean --version?"),
+        ("docter", "'docter' is no command either: did you mean doctor?"),
+        ("benchmark", "'benchmark' is no command either: did you mean bench?"),
+        ("something", "'something' is no command either: there are doctor and bench"),
+        ("doctor --jsn", "unrecognized arguments: --jsn"),
+        ("doctor now", "usage: python -m coopos doctor [-h] [--json]"),
+        ("", "usage: python -m coopos"),
+    ],
+)
+def test_wrong_command_line(tmp_path, arguments, message):
+    """The exit status isn't 0, nothing is printed, and the message names the right words."""
+    done = python("-m", "coopos", *arguments.split(), cwd=tmp_path)
+    assert done.returncode == (1 if "nothing" in arguments else 2) and not done.stdout
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(tmp_path, option):
-    """The usage is printed, and that is no failure."""
+    """It is printed, it is no failure, and it names every command and option."""
+    from coopos import __main__
+
     done = python("-m", "coopos", option, cwd=tmp_path)
-    assert done.returncode == 0 and "python -m coopos doctor" in done.stdout
+    assert (done.returncode, done.stdout, done.stderr) == (0, __main__.HELP, "")
+    for word in __main__.COMMANDS + __main__.OPTIONS:
+        assert re.search(rf"^  .*(?<!\S){word}\b", __main__.HELP, re.MULTILINE), word
+    assert max(map(len, __main__.HELP.splitlines())) <= 90
+
+
+@pytest.mark.parametrize("command", ["doctor", "bench"])
+def test_help_of_a_command(tmp_path, command):
+    done = python("-m", "coopos", command, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: python -m coopos {command}") and "--json" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_version(tmp_path, option):
+    import gevent
+
+    import coopos
+
+    done = python("-m", "coopos", option, cwd=tmp_path)
+    assert re.fullmatch(rf"coopos {re.escape(coopos.__version__)}, gevent {gevent.__version__}, CPython \S+\n", done.stdout)
+
+
+def test_script_that_is_called_like_a_command(tmp_path):
+    write(tmp_path / "doctor", "print('a script')")
+    assert python("-m", "coopos", "./doctor", cwd=tmp_path).stdout == "a script\n"

@@ -24,6 +24,7 @@ LAYERS = [
     {"_patch._os", "_patch._io", "_patch._subprocess", "_patch._time", "_patch._multiprocessing"},
     {"_patch"},
     {"_doctor"},
+    {"_bench"},
     {"__init__"},
     {"__main__"},
 ]
@@ -54,7 +55,8 @@ GEVENT = {
     "_patch._import_lock": {"gevent.hub", "greenlet"},
     "_patch._io": {"gevent.lock"},
     "_doctor": {"gevent", "gevent.hub"},
-    "__main__": {"gevent.monkey"},
+    "_bench": {"gevent"},
+    "__main__": {"gevent", "gevent.monkey"},
 }
 
 

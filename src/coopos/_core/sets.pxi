@@ -588,6 +588,12 @@ cdef Set set_of_loop(object loop):
     return here
 
 
+def set_error(loop):
+    """For the doctor: the errno with which *loop* has got no epoll descriptor, so that each wait has a watcher of its own; or 0."""
+    cdef Set here = set_of_loop(loop)
+    return 0 if here.fd >= 0 else here.open()
+
+
 cdef Set set_of(object hub):
     global _latest_set
     cdef Set here
