@@ -73,7 +73,7 @@ def test_links_of_the_readme():
 
 
 def test_programs_that_pages_show():
-    """Each is a file of examples/ that a test runs; a page shows no copy of one."""
+    """Each is a file that a test runs: one of examples/, or of docs/faults/, all of which test_why_not.py runs."""
     shown = set()
     for page in DOCS.rglob("*.rst"):
         for name in re.findall(r"^\.\. literalinclude:: (\S+)", page.read_text(), re.MULTILINE):
@@ -82,5 +82,5 @@ def test_programs_that_pages_show():
             shown.add(path)
     tests = "".join(ROOT.joinpath("tests", name).read_text() for name in ("source/test_examples.py", "programs/test_servers.py"))
     programs = set(ROOT.joinpath("examples").rglob("*.py"))
-    assert {path for path in shown if path.suffix == ".py"} <= programs
+    assert {path for path in shown if path.suffix == ".py"} <= programs | set(DOCS.joinpath("faults").glob("*.py"))
     assert not [path.name for path in programs if path.name not in tests]
