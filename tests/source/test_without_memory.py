@@ -82,8 +82,8 @@ ELSEWHERE = {name for name in coopos.__all__ if "fork" in name}
 #: Not tried: once a process or for people; what gevent's threadpool does, whose threads have no memory either; and Popen, which in
 #: the stdlib, too, leaves its pipe open if memory runs out before it has a child.
 LEFT_OUT = {"doctor", "patch", "patched", "unpatch", "getgrouplist", "getlogin", "initgroups", "popen", "system"}
-#: CPython 3.12 and 3.13 read a null pointer if there is no memory for the frame of a generator expression, in _PyEvalFramePushAndInit
-#: of https://github.com/python/cpython/blob/3.13/Python/ceval.c: `sum(kind in mode for kind in "rwxa")` after a call with keywords.
+#: CPython 3.12 and 3.13 crash if there is no memory to call a generator expression, in _PyEvalFramePushAndInit of
+#: https://github.com/python/cpython/blob/3.13/Python/ceval.c: `sum(kind in mode for kind in "rwxa")` in a function with **keywords.
 CRASHING = {"copy_file_range", "fdopen", "sendfile", "splice"} if sys.version_info[:2] in ((3, 12), (3, 13)) else set()
 
 SCRIPT = """
