@@ -898,7 +898,7 @@ def forkpty(stack):
     def body():
         pid, fd = coopos.forkpty()
         if pid == 0:
-            os.write(1, b"x")
+            surely(os.write, 1, b"x")
             exits(7)
         try:
             return coopos.read_pty(fd, 100), coopos.waitpid(pid, 0)[1]

@@ -160,6 +160,8 @@ KNOWN = [
     ("run_program", "newfstatat", "*", "the stdlib's Popen leaves its pipe open if io.open() of it fails"),
     ("*", "waitid", "ECHILD", "the child is there all the same, and left"),
     ("popen_terminal", "read", "EIO", "read_pty() takes it for the end"),
+    ("multiprocessing_process", "pipe2", "*", "the stdlib's popen_fork leaves its first pipe open"),
+    ("multiprocessing_process", "close", "*", "the stdlib's popen_fork closes none of the other ends then"),
     ("forkpty", "readv", "EIO", "read_pty() takes it for the end"),
     ("forkpty", "setsid", "*", "the child of forkpty(3) ends then"),
     ("forkpty", "preadv2", "EIO", "read_pty() takes it for the end"),
