@@ -159,6 +159,7 @@ KNOWN = [
     ("popen_*", "newfstatat", "*", "the stdlib's Popen leaves its pipe open if io.open() of it fails"),
     ("run_program", "newfstatat", "*", "the stdlib's Popen leaves its pipe open if io.open() of it fails"),
     ("*", "waitid", "ECHILD", "the child is there all the same, and left"),
+    ("*", "pidfd_open", "ESRCH", "the child is there all the same, and counts as lost"),
     ("popen_terminal", "read", "EIO", "read_pty() takes it for the end"),
     ("multiprocessing_process", "pipe2", "*", "the stdlib's popen_fork leaves its first pipe open"),
     ("multiprocessing_process", "close", "*", "the stdlib's popen_fork closes none of the other ends then"),
