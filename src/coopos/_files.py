@@ -401,7 +401,7 @@ def _gets_lock(lock: Callable[..., None], number: int, *args: int) -> bool:
     try:
         lock(number, *args)
     except OSError as ex:
-        if ex.errno not in (errno.EAGAIN, errno.EACCES):
+        if ex.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR):
             raise
     else:
         return True

@@ -35,7 +35,7 @@ from coopos._stdlib import MAX_POLL_S, MAX_TIMEOUT_S, copy_subprocess, in_time, 
 from coopos.io import FileIO, WholeFileIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from subprocess import (
         DEVNULL as DEVNULL,
         PIPE as PIPE,
@@ -199,41 +199,25 @@ def _raw_of(file: Any) -> Any:
     return getattr(buffer, "raw", buffer)
 
 
-class _Output:
-    """Where the stdlib's _communicate() puts what it reads, in place of a list. Joining pieces would copy all and hold it twice."""
-
-    def __init__(self, data: bytes = b"") -> None:
-        self._buffer = _io.BytesIO()
-        self._pieces = [data]  # still to be written: what there was no memory for isn't lost
-
-    def append(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self._write()
-
-    def _write(self) -> None:
-        while self._pieces:
-            self._buffer.write(self._pieces[0])
-            del self._pieces[0]
-
-    def __len__(self) -> int:
-        return self._buffer.tell() + sum(map(len, self._pieces))
-
-    def __iter__(self) -> Iterator[bytes]:
-        self._write()
-        yield self._buffer.getvalue()  # its own object, until more is written
-
-
-def _take_read_ahead(file: Any) -> _Output:
+def _collect_read_ahead(file: Any) -> _core.Collected:
     """The bytes that the buffer of the binary *file* has read and nobody has taken. Nothing is read or waited for."""
+    collected = _core.Collected()
     raw = _raw_of(file)
     if raw is file or not _is_ours(file):
-        return _Output()
+        return collected
     # The buffer doesn't tell what it holds without reading on. So the file below it says for now that there is nothing.
-    vars(raw).update(readinto=lambda _: None)
+    raw.__dict__["readinto"] = _read_nothing
     try:
-        return _Output(file.read1(len(file.peek())))
+        ahead = file.read1(len(file.peek()))
+        if ahead:
+            collected.append(ahead)
     finally:
         del raw.readinto
+    return collected
+
+
+def _read_nothing(_buffer: object) -> None:
+    return None
 
 
 def _decode_rest(file: Any, data: bytes) -> str:
@@ -295,7 +279,7 @@ if TYPE_CHECKING:
         errors: str | None
         _input: Any
         _communication_started: bool
-        _fileobj2output: dict[Any, _Output]
+        _fileobj2output: dict[Any, _core.Collected]
         _input_offset: int
 
         def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
@@ -687,11 +671,13 @@ class Popen(_Base[AnyStr]):
     def _communicate(self, input: Any, endtime: Any, orig_timeout: Any) -> Any:
         # The stdlib does this in its first call only. Here it is done so that a call cut short anywhere in it can be continued.
         if not self._communication_started:
-            self._communication_started = True
             self._texts: dict[Any, str | UnicodeError] = {}
             files = [file for file in (self.stdout, self.stderr) if file]
-            self._fileobj2output = {file: _Output() if self.text_mode else _take_read_ahead(file) for file in files}
+            self._fileobj2output = {}
+            for file in files:
+                self._fileobj2output[file] = _core.Collected() if self.text_mode else _collect_read_ahead(file)
             self._save_input(input)
+            self._communication_started = True
         if self.stdin and self.stdin.closed is not True:  # a mock neither says so nor denies it
             with contextlib.suppress(BrokenPipeError):
                 self.stdin.flush()

@@ -476,17 +476,112 @@ def test_put_while_the_pipe_is_closed_is_the_feeders():
 def test_no_message_is_sent_into_the_middle_of_another():
     """Of one that was broken off, and whose rest the next one sends first."""
     run_throwing("""
-    from coopos._patch._connections import send_at_once
+    from coopos._patch._connections import message_at_once
     reader, writer = mp.Pipe(duplex=False)
-    assert send_at_once(writer, b"1") and reader.recv_bytes() == b"1"
+    assert message_at_once(writer, b"1") == b"\\0\\0\\0\\x011"
     throw(ValueError, parked(raises, ValueError, writer.send_bytes, b"x" * 300_000))
     receiver = gevent.spawn(reader.recv_bytes)
     while reader.poll():
         gevent.sleep(0.001)
-    assert not send_at_once(writer, b"2")
+    assert message_at_once(writer, b"2") is None
     writer.send_bytes(b"3")
     assert receiver.get() == b"x" * 300_000 and reader.recv_bytes() == b"3"
-    assert send_at_once(writer, b"4") and reader.recv_bytes() == b"4"
+    assert message_at_once(writer, b"4")
+    """)
+
+
+def test_put_broken_off_by_a_signal_handler():
+    """At whatever moment: no lock is lost, no place is given back twice, and tasks are counted right."""
+    run_queues("""
+    import random
+    dice = random.Random(1)
+    thrown = []
+
+    class Broken(Exception):
+        pass
+
+    def handle(number, frame):
+        if frame is not None and frame.f_code.co_filename.endswith("_processes.py"):
+            thrown.append(frame.f_lineno)
+            raise Broken
+
+    signal.signal(signal.SIGALRM, handle)
+    for kind in mp.Queue, mp.JoinableQueue:
+        queue = kind(50)
+        queue.put(0)
+        assert queue.get() == 0
+        got, put = [], []
+        for i in range(6000):
+            signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.00001, 0.0002))
+            try:
+                queue.put(i, timeout=10)
+                put.append(i)
+            except Broken:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if i % 20 == 19:
+                idle(queue)
+                while queue._reader.poll():
+                    got.append(queue.get())
+                    if kind is mp.JoinableQueue:
+                        queue.task_done()
+            if queue._sem._semlock._get_value() < 25:  # an object that took a place, and didn't come
+                queue._sem.release()
+        assert set(put) <= set(got) and got == sorted(set(got))
+    assert len(thrown) > 50, thrown
+    """)
+
+
+def test_put_near_the_recursion_limit():
+    """A RecursionError counts no task, so join() ends."""
+    run_queues("""
+    queue = mp.JoinableQueue()
+    queue.put(0)
+    put = [0]
+
+    def deep(n):
+        try:
+            queue.put(n)
+            put.append(n)
+        except RecursionError:
+            pass
+        deep(n + 1)
+
+    idle(queue)
+    try:
+        deep(1)
+    except RecursionError:
+        pass
+    for _ in put:
+        queue.get()
+        queue.task_done()
+    with gevent.Timeout(20):
+        queue.join()
+    """)
+
+
+def test_queue_with_a_pickler_of_the_program():
+    run_queues("""
+    import io, multiprocessing.reduction, pickle, zlib
+    from multiprocessing.reduction import ForkingPickler
+
+    class Compressing(ForkingPickler):
+        @classmethod
+        def dumps(cls, obj, protocol=None):
+            return zlib.compress(ForkingPickler.dumps(obj, protocol))
+
+        @staticmethod
+        def loads(data):
+            return pickle.loads(zlib.decompress(data))
+
+    import multiprocessing.queues
+    multiprocessing.queues._ForkingPickler = Compressing
+    queue = begun()
+    for i in range(5):
+        queue.put(i)
+        assert queue.get() == i
+        idle(queue)
     """)
 
 

@@ -2,14 +2,12 @@
 
 import errno
 import fcntl
-import io
 import os
 import signal
 import socket
 import subprocess as stdlib
 import tracemalloc
 import warnings
-from unittest import mock
 
 import gevent
 import gevent.socket
@@ -61,23 +59,63 @@ def test_communicate_holds_the_output_once(pipes):
 
 
 def test_communicate_loses_nothing_without_memory():
-    """The object that grows can't, at one time or another. The next communicate() goes on."""
-    size = 1 << 22
-    process = subprocess.Popen(["head", "-c", str(size), "/dev/zero"], stdout=PIPE, stderr=PIPE)
-    failures = []
+    """The object can't grow. Once it can the next communicate() goes on."""
+    run_script("""
+    import resource, sys
+    from coopos import subprocess
 
-    class Buffer(io.BytesIO):
-        def write(self, data):
-            if len(failures) < 3 and self.tell() >= len(failures) << 20:
-                failures.append(self.tell())
-                raise MemoryError
-            return super().write(data)
+    MB = 1 << 20
+    program = "for i in range(100): print('%3d' % i * 700_000, end='')"
+    expected = "".join("%3d" % i * 700_000 for i in range(100)).encode()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    for more in 60, 90, 90, 120:
+        resource.setrlimit(resource.RLIMIT_AS, (used + more * MB, limits[1]))
+        try:
+            process.communicate()
+        except MemoryError:
+            pass
+        else:
+            raise AssertionError("there was enough")
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert process.communicate()[0] == expected
+    """)
 
-    with mock.patch("coopos.subprocess._io.BytesIO", Buffer):
-        for _ in range(3):
-            with pytest.raises(MemoryError):
-                process.communicate()
-    assert len(process.communicate()[0]) == size
+
+def test_communicate_in_a_signal_handler_of_communicate():
+    """No byte is lost, and none comes twice."""
+    run_script("""
+    import signal
+    from coopos import subprocess
+
+    process = subprocess.Popen(["head", "-c", str(3 << 24), "/dev/zero"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    called = []
+
+    def handle(*_):
+        try:
+            process.communicate(timeout=0)
+        except subprocess.TimeoutExpired:
+            called.append(1)
+
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    out, _ = process.communicate()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert len(out) == 3 << 24 and called, (len(out), called)
+    """)
+
+
+def test_communicate_timed_out_after_an_output_without_a_byte(gate):
+    """The exception has b"" of what has ended, as in the stdlib."""
+    process = sh(f"exec >&-; {gate.wait}", stdout=PIPE, stderr=PIPE)
+    with pytest.raises(stdlib.TimeoutExpired) as raised:
+        process.communicate(timeout=0.2)
+    assert (raised.value.output, raised.value.stderr) == (b"", None)
+    gate.open()
+    assert process.communicate() == (b"", b"")
 
 
 def test_communicate_timeout_and_again(gate):

@@ -528,14 +528,3 @@ def write_telling(Py_ssize_t fd, data, list written, bint is_all=True, str call=
         raise
     finally:
         PyBuffer_Release(&view)
-
-
-def write_at_once(int fd, data):
-    """Write *data* to a pipe if it has room for all of it. Returns whether it had. Nobody else may write to the pipe meanwhile."""
-    cdef Py_buffer view
-    cdef iovec iov
-    take_buffer(data, &view, False, &iov)
-    try:
-        return coopos_write_at_once(fd, view.buf, <size_t>view.len)
-    finally:
-        PyBuffer_Release(&view)

@@ -153,6 +153,8 @@ cdef bint is_alive(object loop) noexcept:
     """Whether the loop still exists; gevent destroys it with its thread."""
     try:
         return bool(loop.ptr)
+    except MemoryError:
+        return True                # there was none for the int
     except Exception:
         return False
 
@@ -161,6 +163,8 @@ cdef bint post(object loop, object callback, tuple args=()) except -1:
     """Make *callback* run in the thread of *loop*. False: the loop is destroyed, or its thread is destroying it now."""
     try:
         loop.run_callback_threadsafe(callback, *args)
+    except MemoryError:
+        raise
     except Exception:
         return False
     return True

@@ -26,11 +26,29 @@ def warn_unclosed(source, Py_ssize_t level=2):
         PyErr_WriteUnraisable(source)
 
 
-cdef extern from "Python.h":
-    # As pointers: _PyBytes_Resize needs the only reference. https://docs.python.org/3/c-api/bytes.html#c._PyBytes_Resize
+cdef extern from *:
+    """
+    /* As _PyBytes_Resize(), which frees the bytes if there is no memory for more of them. *data* has one reference, and is longer than
+     * one byte: the interpreter has only one object of each that is shorter. 0, or -1: *data* is as it was.
+     */
+    static inline int coopos_resize_bytes(PyObject **data, Py_ssize_t size)
+    {
+    #ifdef Py_TRACE_REFS
+        return _PyBytes_Resize(data, size);
+    #else
+        PyObject *moved = PyObject_Realloc(*data, offsetof(PyBytesObject, ob_sval) + (size_t)size + 1);
+        if (moved == NULL)
+            return -1;
+        Py_SET_SIZE(moved, size);
+        PyBytes_AS_STRING(moved)[size] = 0;
+        *data = moved;
+        return 0;
+    #endif
+    }
+    """
     PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL
-    int resize_bytes "_PyBytes_Resize"(PyObject **data, Py_ssize_t size) except -1
-    void Py_XDECREF(PyObject *object)
+    int coopos_resize_bytes(PyObject **data, Py_ssize_t size)
+    Py_ssize_t Py_REFCNT(PyObject *object)
 
 
 cdef extern from "Python.h":
@@ -340,36 +358,96 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
         owned.leave(current)
 
 
+@cython.final
+cdef class Collected:
+    """Bytes that are collected in one object, which grows: to join pieces would copy each byte, and hold it twice.
+
+    No signal handler runs within a method. Where there is no memory nothing is lost.
+    """
+    cdef PyObject *data        # a bytes object of at least *size*; NULL: nothing was collected
+    cdef Py_ssize_t size       # how much was collected
+    cdef bint is_given         # whether others may have the object: it can't change any more
+    cdef list late             # pieces that there was no memory for
+
+    def __cinit__(self):
+        self.late = []
+
+    def __dealloc__(self):
+        Py_XDECREF(self.data)
+
+    cdef char *room(self, Py_ssize_t wanted) except NULL:
+        """Where *wanted* bytes more can be put."""
+        cdef Py_ssize_t length = self.size + wanted
+        cdef PyObject *data
+        if self.data == NULL or self.is_given:
+            data = new_bytes(NULL, max(length, CHUNK))
+            if self.size:
+                memcpy(PyBytes_AS_STRING(<object>data), PyBytes_AS_STRING(<object>self.data), self.size)
+            Py_XDECREF(self.data)
+            self.data = data
+            self.is_given = False
+        elif length > PyBytes_GET_SIZE(<object>self.data):
+            if coopos_resize_bytes(&self.data, max(length, self.size + (self.size >> 2))) < 0:
+                raise MemoryError
+        return PyBytes_AS_STRING(<object>self.data) + self.size
+
+    cdef bytes take(self):
+        """All that was collected. It isn't copied, unless it is short."""
+        if self.size <= 1:
+            return PyBytes_AS_STRING(<object>self.data)[:self.size] if self.size else b""
+        if self.size < PyBytes_GET_SIZE(<object>self.data) and coopos_resize_bytes(&self.data, self.size) < 0:
+            raise MemoryError
+        self.is_given = True
+        return <bytes><object>self.data
+
+    cdef int add_late(self) except -1:
+        cdef bytes piece
+        while self.late:
+            piece = self.late[0]
+            memcpy(self.room(PyBytes_GET_SIZE(piece)), PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece))
+            self.size += PyBytes_GET_SIZE(piece)
+            del self.late[0]
+        return 0
+
+    def append(self, bytes piece not None):
+        """Add *piece* at the end. MemoryError: it is added by the next call."""
+        self.late.append(piece)
+        self.add_late()
+
+    def __bool__(self):
+        """Whether anything was added, be it empty."""
+        return self.data != NULL or bool(self.late)
+
+    def __iter__(self):
+        """An iterator over all that was collected, as one object."""
+        self.add_late()
+        return iter((self.take(),))
+
+
 cdef object read_all_from(Owned owned):
-    """Read until the end, into one object that grows. Joining pieces would copy each byte twice more. None: nothing yet."""
+    """Read until the end, into one object that grows. None: nothing yet."""
     cdef stat_t st
     cdef off_t offset
     cdef iovec iov
-    cdef Py_ssize_t total = 0
     cdef Py_ssize_t nread = -1
-    cdef Py_ssize_t size = CHUNK
-    cdef PyObject *data
+    cdef Py_ssize_t wanted = CHUNK
+    cdef Collected collected = Collected()
     if fstat(owned.fd, &st) == 0 and S_ISREG(st.st_mode) and (offset := lseek(owned.fd, 0, SEEK_CUR)) >= 0:
-        size = max(size, <Py_ssize_t>(st.st_size - offset) + 1)
-    data = new_bytes(NULL, size)
+        wanted = max(wanted, <Py_ssize_t>(st.st_size - offset) + 1)
     try:
         while nread and nread != NOTHING_YET:
-            if total == size:
-                size += max(size >> 2, CHUNK)
-                resize_bytes(&data, size)
-            iov.iov_base = PyBytes_AS_STRING(<object>data) + total
-            iov.iov_len = <size_t>min(size - total, <Py_ssize_t>COOPOS_IO_MAX)
+            iov.iov_base = collected.room(wanted)
+            wanted = PyBytes_GET_SIZE(<object>collected.data) - collected.size
+            iov.iov_len = <size_t>min(wanted, <Py_ssize_t>COOPOS_IO_MAX)
             nread = fill_from(owned, &iov)
-            total += max(nread, 0)
-        resize_bytes(&data, total)
-        return <object>data if total or not nread else None
+            collected.size += max(nread, 0)
+            wanted -= max(nread, 0)
+            if wanted == 0:
+                wanted = max(collected.size >> 2, CHUNK)
+        return collected.take() if collected.size or not nread else None
     except BaseException as ex:
-        if data != NULL:
-            resize_bytes(&data, total)
-            attach_progress(ex, "partial", <object>data)
+        attach_progress(ex, "partial", collected.take())
         raise
-    finally:
-        Py_XDECREF(data)
 
 
 class Moving:

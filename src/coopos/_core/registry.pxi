@@ -31,10 +31,22 @@ cdef class Call:
         hub = get_hub_if_exists()
         self.loop = None if hub is None else hub.loop
         self.error = 0
-        if self.fd >= 0:
-            _calls.setdefault(self.fd, []).append(self)
-        if self.other >= 0 and self.other != self.fd:
-            _calls.setdefault(self.other, []).append(self)
+        try:
+            self.note(self.fd)
+            if self.other != self.fd:
+                self.note(self.other)
+        except:
+            self.leave()
+            raise
+        return 0
+
+    cdef int note(self, int fd) except -1:
+        # Not setdefault(): that of CPython 3.13.0 hides a MemoryError, and the dict is broken then.
+        cdef list calls = _calls.get(fd)
+        if fd >= 0:
+            if calls is None:
+                calls = _calls[fd] = []
+            calls.append(self)
         return 0
 
     cdef int leave(self) except -1:
@@ -45,8 +57,9 @@ cdef class Call:
 
     cdef int forget(self, int fd) except -1:
         cdef list calls = _calls.get(fd)
-        if calls is not None and self in calls:
-            calls.remove(self)
+        if calls is not None:
+            if self in calls:
+                calls.remove(self)
             if not calls:
                 del _calls[fd]
         return 0

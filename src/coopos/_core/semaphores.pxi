@@ -116,6 +116,22 @@ cdef class Semaphore:
                 del self.turns[hub]
         return 0
 
+    def write_at_once(self, int fd, data):
+        """Write *data* to a pipe if nobody has to wait for that: if this can be taken, and the pipe has room for all of it. Nobody
+        else may write to the pipe without having taken this. Returns whether it was written. No signal handler runs meanwhile.
+        """
+        cdef Py_buffer view
+        cdef iovec iov
+        cdef bint is_written = False
+        take_buffer(data, &view, False, &iov)
+        try:
+            if self.take():
+                is_written = coopos_write_at_once(fd, view.buf, <size_t>view.len)
+                sem_post(self.sem)
+            return is_written
+        finally:
+            PyBuffer_Release(&view)
+
     def take_back(self, int count, thrown=None):
         """Acquire *count* times what its caller has released; then raise *thrown*, if anything. If more is thrown in meanwhile it
         waits on, and a GreenletExit takes the place of anything else.

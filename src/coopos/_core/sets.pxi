@@ -343,7 +343,9 @@ cdef class Set:
         return 0
 
     cdef bint enter(self, Wait wait, bint keeps_alive, str call) except -1:
-        """Add *wait* and arm its descriptor. False: that is always ready. leave() must follow, also if this raises."""
+        """Add *wait* and arm its descriptor. False: that is always ready, and a greenlet waits for it. leave() must follow, also if
+        this raises.
+        """
         check_open(wait.fd, call)
         if wait.fd < 0:
             raise os_error(EBADF, call, wait.fd)
@@ -359,6 +361,8 @@ cdef class Set:
         cdef int rc = self.arm(wait.fd, call) if has_set else FULL
         if rc == FULL:
             rc = start_watcher(wait, call)
+        if rc == ALWAYS_READY and wait.greenlet is None:
+            raise os_error(EPERM, call, wait.fd)   # a descriptor of ours, which no set takes
         return rc != ALWAYS_READY
 
     cdef int leave(self, Wait wait) except -1:

@@ -325,10 +325,19 @@ cdef bint has_answer(Job job) noexcept:
 
 cdef Mailbox submit(Job job, loop):
     cdef Mailbox mailbox = mailbox_of(loop)
-    cdef int err = coopos_job_submit(job.job, mailbox.box)
-    if err:
+    cdef int err
+    try:
+        # First: a worker's job is the mailbox's until it arrives.
+        mailbox.jobs.add(job)
+        err = coopos_job_submit(job.job, mailbox.box)
+        if err:
+            raise NoWorker(RuntimeError("can't start new thread"))
+    except:
+        mailbox.jobs.discard(job)
         mailbox.stop_if_idle()
-        raise NoWorker(RuntimeError("can't start new thread"))
+        raise
+    job.mailbox = mailbox
+    job.born = generation
     return mailbox
 
 
@@ -360,10 +369,7 @@ cdef bint wait_for(Job job, object hub) except -1:
         mailbox = submit(job, hub.loop)
     except NoWorker as ex:
         return make_anyhow(job, ex)
-    job.mailbox = mailbox
-    job.born = generation
     job.waiter = current
-    mailbox.jobs.add(job)
     mailbox.waiting += 1
     try:
         came_back = give_way(hub, current)

@@ -125,11 +125,11 @@ def send_bytes(connection: Any, buf: Any) -> None:
         raise
 
 
-def send_at_once(connection: Any, buf: Any) -> bool:
-    """Send a message if there is room for it, without waiting. Returns whether it was sent. Nobody else may send meanwhile."""
+def message_at_once(connection: Any, buf: bytes) -> bytes | None:
+    """The bytes of a message that fits into a pipe as one. None: it doesn't, or the next send has to end another one first."""
     if connection._handle is None or "_coopos_rest" in connection.__dict__ or len(buf) > PIPE_BUF:
-        return False
-    return _core.write_at_once(connection._handle, _SHORT.pack(len(buf)) + buf)
+        return None
+    return _SHORT.pack(len(buf)) + buf
 
 
 def close_connection(connection: Any, close: Callable[[int], None] = _core.close) -> None:

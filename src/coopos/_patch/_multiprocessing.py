@@ -229,6 +229,7 @@ _WANTED = {
             "JoinableQueue.put(self, obj, block, timeout): _closed, _sem, Full, _notempty, _cond, _buffer, _unfinished_tasks",
             "Queue._reset(self, after_fork): threading, Condition, Lock, _notempty, _buffer, _thread",
             "Queue.__init__: _writer, _wlock",
+            "_ForkingPickler",
         ),
         _in_queues,
     ),

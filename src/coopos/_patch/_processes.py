@@ -13,6 +13,7 @@ import pickle
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import traceback
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+_QUEUES, _PICKLER = "multiprocessing.queues", "multiprocessing.reduction"
 _SCALARS = frozenset((int, float, bool, str, bytes, type(None)))
 #: So long a pool's worker that was terminated has for its own SIGTERM handler.
 GRACE_S = 2.0
@@ -127,43 +129,47 @@ def _is_small(obj: Any, depth: int = 3) -> bool:
         return kind not in (str, bytes) or len(obj) <= PIPE_BUF
     if not (kind in (tuple, list, dict) and depth and len(obj) <= 16):
         return False
-    return all(_is_small(one, depth - 1) for one in ((*obj, *obj.values()) if kind is dict else obj))
+    for one in (*obj, *obj.values()) if kind is dict else obj:
+        if not _is_small(one, depth - 1):
+            return False
+    return True
 
 
-def _send_if_idle(queue: Any, obj: Any) -> bool:
-    """Send *obj* at once, if the feeder has sent all that it was given, and nobody has to wait. Returns whether it was sent.
-
-    To wake the feeder takes longer than all the rest.
-    """
-    if queue._buffer or not (isinstance(queue._notempty, NotEmpty) and queue._notempty.is_waited_for() and _is_small(obj)):
-        return False
-    data = pickle.dumps(obj)
-    if not queue._wlock.acquire(False):
-        return False
-    try:
-        return _connections.send_at_once(queue._writer, data)
-    finally:
-        queue._wlock.release()
+def _message_at_once(queue: Any, obj: Any) -> bytes | None:
+    """What to send for *obj* at once. None: the feeder is to send it, because it may have to wait for that, or has others before it."""
+    if queue._buffer or not (isinstance(queue._notempty, NotEmpty) and queue._notempty.is_waited_for()):
+        return None
+    is_ours = isinstance(getattr(queue._wlock, "_semlock", None), _core.Semaphore)
+    if not (is_ours and sys.modules[_QUEUES]._ForkingPickler is sys.modules[_PICKLER].ForkingPickler and _is_small(obj)):
+        return None
+    return _connections.message_at_once(queue._writer, pickle.dumps(obj))
 
 
 def put(queue: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
-    """``Queue.put`` and ``JoinableQueue.put``. If an exception comes out, the object takes no place in the queue."""
+    """``Queue.put`` and ``JoinableQueue.put``. If an exception comes out, the object takes no place in the queue.
+
+    A small object is sent at once if the feeder waits for one: to wake the feeder takes longer than all the rest.
+    """
     if queue._closed:
         raise ValueError(f"Queue {queue!r} is closed")
     if not queue._sem.acquire(block, timeout):
         raise Full
     is_joinable = hasattr(queue, "_unfinished_tasks")
+    is_placed = False
     try:
         with queue._notempty, queue._cond if is_joinable else nullcontext():
             if queue._thread is None:
                 queue._start_thread()
+            message = _message_at_once(queue, obj)
+            is_placed = True  # from here on a signal handler that raises would leave it open
             if is_joinable:
                 queue._unfinished_tasks.release()
-            if not _send_if_idle(queue, obj):
+            if message is None or not queue._wlock._semlock.write_at_once(queue._writer.fileno(), message):
                 queue._buffer.append(obj)
                 queue._notempty.notify()
     except BaseException:
-        queue._sem.release()
+        if not is_placed:
+            queue._sem.release()
         raise
 
 

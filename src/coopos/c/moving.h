@@ -178,13 +178,13 @@ static inline int coopos_signal_take(void)
     }
 }
 
-/* Unblock our signal in the calling thread. *before* gets the thread's old mask. */
-static inline void coopos_signal_admit(int number, sigset_t *before)
+/* Unblock our signal in the calling thread. *before* gets the thread's old mask. 0, or an errno: nothing has changed. */
+static inline int coopos_signal_admit(int number, sigset_t *before)
 {
     sigset_t ours;
     sigemptyset(&ours);
     sigaddset(&ours, number);
-    (void)pthread_sigmask(SIG_UNBLOCK, &ours, before);
+    return pthread_sigmask(SIG_UNBLOCK, &ours, before);
 }
 
 static inline void *coopos_guard_run(void *arg)
@@ -217,10 +217,9 @@ static inline int coopos_guard_start_timer(const struct coopos_guard *guard, int
 static inline int coopos_guard_begin(struct coopos_guard *guard, int period_us)
 {
     guard->signal = coopos_signal_take();
-    if (guard->signal == 0)
+    if (guard->signal == 0 || coopos_signal_admit(guard->signal, &guard->before) != 0)
         return -1;
     guard->has_thread = 0;
-    coopos_signal_admit(guard->signal, &guard->before);
     guard->has_timer = coopos_guard_start_timer(guard, period_us);
     /* Send one to ourselves first: a real-time signal fails if too many are pending. */
     if (!guard->has_timer && pthread_kill(pthread_self(), guard->signal) == 0 && coopos_bell_new(guard->bell) == 0) {

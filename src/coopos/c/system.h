@@ -422,15 +422,17 @@ static inline void coopos_close_run(int first, int last)
 /* ---- a bell: a descriptor that any thread makes readable, for good ---- */
 
 /* Make bell[0] readable by a write to bell[1]; on Linux both are one eventfd. Returns whether it is readable: not if the program
- * has closed the number. EAGAIN: it is full, so it is readable already.
+ * has closed the number. EAGAIN: it is full, so it is readable already. Any other error is tried again: whoever waits for the bell
+ * hears of nothing else.
  */
 static inline int coopos_bell_ring(const int *bell)
 {
     uint64_t one = 1;
     ssize_t rc;
+    int attempts = 5;
     do
         rc = write(bell[1], &one, sizeof one);
-    while (rc < 0 && errno == EINTR);
+    while (rc < 0 && errno != EAGAIN && (errno == EINTR || --attempts));
     return rc >= 0 || errno == EAGAIN;
 }
 

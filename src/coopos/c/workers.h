@@ -440,7 +440,7 @@ static inline void *coopos_worker_run(void *arg)
     struct coopos_worker self;
     struct coopos_job *job = arg;
     struct coopos_closing *closing[2];
-    int signal;
+    int signal, err;
     sigset_t none;
     (void)pthread_cond_init(&self.has_job, NULL);
     coopos_pool_lock();
@@ -451,12 +451,16 @@ static inline void *coopos_worker_run(void *arg)
         while (coopos_pool.is_held && !job->is_interrupted)
             (void)pthread_cond_wait(&coopos_pool.is_let_go, &coopos_pool.lock);
         coopos_pool_unlock();
-        if (signal)
-            coopos_signal_admit(signal, &none);
-        do
-            coopos_job_make(job);
-        while (job->rc < 0 && job->err == EINTR && !__atomic_load_n(&job->is_interrupted, __ATOMIC_RELAXED));
-        if (signal)
+        err = signal ? coopos_signal_admit(signal, &none) : 0;
+        if (err) {             /* nothing could interrupt it */
+            job->rc = -1;
+            job->err = err;
+        }
+        else
+            do
+                coopos_job_make(job);
+            while (job->rc < 0 && job->err == EINTR && !__atomic_load_n(&job->is_interrupted, __ATOMIC_RELAXED));
+        if (signal && !err)
             (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
         coopos_pool_lock();
         if (job->rc >= 0 && job->claim != NULL)

@@ -1,0 +1,226 @@
+"""Every public call, with an allocation that fails: a MemoryError that is clean, nothing left behind, and the next call works."""
+
+import sys
+
+import pytest
+
+import coopos
+
+from ..helpers.support import needs_libev, run_script
+
+#: What makes the state for a call (with *first* the call itself is made at once), the call, and what ends its wait if it waits.
+READY = "reader, writer = os.pipe(); os.write(writer, bytes(4000))"
+EMPTY = "reader, writer = os.pipe()"
+FILE = "fd = os.open(path, os.O_RDWR); other = os.open(path + '2', os.O_RDWR | os.O_CREAT)"
+ENDED = "pid = os.fork() or os._exit(7); os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)"
+CHILD = "pid = alive()"
+KILL = "os.kill(pid, signal.SIGKILL)"
+FEED = "os.write(writer, b'x')"
+
+#: {public name: (state, call, what ends its wait), ...}; several for one name, if there are ways that differ.
+CALLS = {
+    "FileIO": [(FILE, "coopos.FileIO(path, 'r+').close()")],
+    "close": [(EMPTY, "coopos.close(os.dup(reader))")],
+    "closerange": [(EMPTY, "coopos.closerange(1000, 1003)")],
+    "copy_file_range": [(FILE, "coopos.copy_file_range(fd, other, 2, 0, 0)")],
+    "eventfd_read": [("fd = os.eventfd(5, os.EFD_SEMAPHORE)", "coopos.eventfd_read(fd); os.eventfd_write(fd, 1)")],
+    "eventfd_write": [("fd = os.eventfd(0)", "coopos.eventfd_write(fd, 1)")],
+    "fdatasync": [(FILE, "coopos.fdatasync(fd)")],
+    "fdopen": [(FILE, "coopos.fdopen(fd, 'r+b', closefd=False).close()")],
+    "flock": [(FILE, "coopos.flock(fd, fcntl.LOCK_EX)")],
+    "fsync": [(FILE, "coopos.fsync(fd)")],
+    "ftruncate": [(FILE, "coopos.ftruncate(fd, 8)")],
+    "getrandom": [("", "coopos.getrandom(5)")],
+    "lockf": [(FILE, "coopos.lockf(fd, os.F_LOCK, 1)")],
+    "make_nonblocking": [(EMPTY, "coopos.make_nonblocking(reader)")],
+    "nb_read": [(READY, "coopos.nb_read(reader, 1)"), (EMPTY, "coopos.nb_read(reader, 1)", FEED)],
+    "nb_write": [(EMPTY, "coopos.nb_write(writer, b'x')")],
+    "open": [(FILE, "os.close(coopos.open(path, os.O_RDONLY))")],
+    "posix_fallocate": [(FILE, "coopos.posix_fallocate(fd, 0, 8)")],
+    "posix_spawn": [("", "spawned(coopos.posix_spawn('/bin/true', ['true'], os.environ))")],
+    "posix_spawnp": [("", "spawned(coopos.posix_spawnp('true', ['true'], os.environ))")],
+    "pread": [(FILE, "coopos.pread(fd, 600, 0)")],
+    "preadv": [(FILE, "coopos.preadv(fd, [bytearray(2)], 0)")],
+    "pwrite": [(FILE, "coopos.pwrite(fd, b'x', 0)")],
+    "pwritev": [(FILE, "coopos.pwritev(fd, [b'x', b'y'], 0)")],
+    "read": [
+        (READY, "coopos.read(reader, 2)"),
+        (EMPTY, "coopos.read(reader, 600)", FEED),
+        ("reader, writer = os.openpty(); tty.setraw(reader)", "coopos.read(reader, 600)", FEED),
+    ],
+    "read_exactly": [(READY, "coopos.read_exactly(reader, 2)"), (EMPTY, "coopos.read_exactly(reader, 1)", FEED)],
+    "read_pty": [("writer, reader = os.openpty(); tty.setraw(reader)", "coopos.read_pty(reader, 600)", FEED)],
+    "readinto": [(READY, "coopos.readinto(reader, bytearray(1))")],
+    "readv": [(READY, "coopos.readv(reader, [bytearray(1), bytearray(1)])"), (EMPTY, "coopos.readv(reader, [bytearray(1)])", FEED)],
+    "sendfile": [(FILE + ";" + EMPTY, "coopos.sendfile(writer, fd, 0, 2)")],
+    "splice": [(FILE + ";" + EMPTY, "coopos.splice(fd, writer, 1, offset_src=0)")],
+    "sync": [("", "coopos.sync()")],
+    "tp_read": [(FILE, "coopos.tp_read(fd, 2)"), (EMPTY, "coopos.tp_read(reader, 1)", FEED)],
+    "tp_write": [(FILE, "coopos.tp_write(fd, b'x')")],
+    "truncate": [(FILE, "coopos.truncate(path, 8)")],
+    "urandom": [("", "coopos.urandom(5)")],
+    "wait_exit": [(CHILD, "coopos.wait_exit(pid)", KILL)],
+    "waitid": [(ENDED, "coopos.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)")],
+    "watch": [(CHILD, "coopos.watch(pid)", KILL)],
+    "write": [(EMPTY, "coopos.write(writer, b'x')")],
+    "write_all": [(EMPTY, "coopos.write_all(writer, b'x')")],
+    "writev": [(EMPTY, "coopos.writev(writer, [b'x', b'y'])")],
+}
+for _name in ("spawnl", "spawnlp"):
+    CALLS[_name] = [("", f"coopos.{_name}(os.P_WAIT, '/bin/true', 'true')")]
+for _name in ("spawnle", "spawnlpe"):
+    CALLS[_name] = [("", f"coopos.{_name}(os.P_WAIT, '/bin/true', 'true', os.environ)")]
+for _name in ("spawnv", "spawnvp"):
+    CALLS[_name] = [("", f"coopos.{_name}(os.P_WAIT, '/bin/true', ['true'])")]
+for _name in ("spawnve", "spawnvpe"):
+    CALLS[_name] = [("", f"coopos.{_name}(os.P_WAIT, '/bin/true', ['true'], os.environ)")]
+for _name, _arguments in (("wait", ""), ("wait3", "0"), ("wait4", "pid, 0"), ("waitpid", "pid, 0")):
+    CALLS[_name] = [(state, f"coopos.{_name}({_arguments})", *end) for state, *end in ((ENDED,), (CHILD, KILL))]
+
+#: Tried elsewhere: test_fork_anyhow.py has those that fork.
+ELSEWHERE = {name for name in coopos.__all__ if "fork" in name}
+#: Not tried: once a process or for people; what gevent's threadpool does, whose threads have no memory either; and Popen, which in
+#: the stdlib, too, leaves its pipe open if memory runs out before it has a child.
+LEFT_OUT = {"doctor", "patch", "patched", "unpatch", "getgrouplist", "getlogin", "initgroups", "popen", "system"}
+#: CPython 3.12 and 3.13 crash if there is no memory to call a generator expression, in _PyEvalFramePushAndInit of
+#: https://github.com/python/cpython/blob/3.13/Python/ceval.c: `sum(kind in mode for kind in "rwxa")` in a function with **keywords.
+CRASHING = {"copy_file_range", "fdopen", "sendfile", "splice"} if sys.version_info[:2] in ((3, 12), (3, 13)) else set()
+
+SCRIPT = """
+import _testcapi, fcntl, gc, greenlet, os, signal, socket, tempfile, tty
+import gevent, coopos
+
+PARENT = os.getpid()
+# A child that comes back from a call without memory ends; if it hangs, too.
+os.register_at_fork(after_in_child=lambda: signal.alarm(20))
+
+def end_child():
+    if os.getpid() != PARENT:
+        os._exit(99)
+
+class Caller(gevent.Greenlet):
+    def switch_out(self):
+        _testcapi.remove_mem_hooks()     # what others allocate while it waits is theirs
+
+def alive():
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.pause()
+        finally:
+            os._exit(1)
+    return pid
+
+def spawned(pid):
+    _testcapi.remove_mem_hooks()
+    assert coopos.waitpid(pid, 0) == (pid, 0)
+
+def attempt(call, n, outcome):
+    if n is not None:
+        _testcapi.set_nomemory(n, n + 1)
+    try:
+        call()
+        _testcapi.remove_mem_hooks()
+        end_child()
+        outcome.append(None)
+    except BaseException as ex:
+        _testcapi.remove_mem_hooks()
+        end_child()
+        # CPython says so of a lock that it has no memory for.
+        is_clean = isinstance(ex, MemoryError) or str(ex).startswith("can't allocate")
+        outcome.append(MemoryError if is_clean else repr(ex))
+
+def fds():
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd/" + name)}
+
+def state():
+    gevent.idle()
+    gevent.idle()
+    gc.collect()
+    greenlets = [each for each in gc.get_objects() if isinstance(each, greenlet.greenlet) and not each.dead]
+    with open("/proc/self/timers") as timers:
+        return sorted(fds()), timers.read(), len(greenlets), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+def make(call, end, n):
+    outcome = []
+    caller = Caller.spawn(attempt, call, n, outcome)
+    gevent.idle()
+    if not outcome:
+        end()
+    caller.join(20)
+    end_child()
+    assert outcome, ("hangs", n)
+    return outcome[0]
+
+def reap():
+    while True:
+        try:
+            coopos.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+
+def try_out(setup, call, end):
+    failed = since = 0
+    gc.freeze()
+    for n in (None, None, *range(1000)):
+        kept = fds()
+        places = {}
+        exec(setup, globals(), places)
+        globals().update(places)
+        before = state()
+        outcome = make(call, end, n)
+        try:
+            end()
+        except OSError:
+            pass
+        reap()
+        # The next call works; and it takes what a worker has left to it.
+        coopos.fsync(own)
+        after = state()
+        if n is not None:
+            assert outcome in (None, MemoryError), (n, outcome)
+            assert before == after, (n, outcome, before, after)
+        else:
+            assert outcome is None, outcome
+            kept |= {fd for fd in fds() if "eventpoll" in os.readlink(f"/proc/self/fd/{fd}")}
+        for fd in fds() - kept:
+            os.close(fd)
+        since = 0 if outcome else since + 1
+        failed += outcome is not None
+        if since > 30:
+            break
+    return failed
+
+path = os.path.join(tempfile.mkdtemp(), "file")
+with open(path, "wb") as file:
+    file.write(bytes(10))
+own = os.open(path, os.O_RDWR)
+with gevent.Timeout(0.001, False):
+    coopos.read(os.pipe()[0], 1)
+"""
+
+
+def test_every_public_call_is_tried():
+    assert {*CALLS, *ELSEWHERE, *LEFT_OUT} == set(coopos.__all__)
+
+
+@needs_libev  # gevent's libuv loop is Python, and loses what is raised while it makes a watcher
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_call_without_memory(name):
+    """Wherever an allocation fails: MemoryError, nothing is left behind, and the next call works."""
+    pytest.importorskip("_testcapi", reason="this Python has no _testcapi, which makes allocations fail")
+    if name in CRASHING:
+        pytest.skip("CPython itself crashes")
+    tries = "".join(
+        f"""
+def call():
+    {call}
+def end():
+    {end[0] if end else "pass"}
+print(try_out({setup!r}, call, end))
+"""
+        for setup, call, *end in CALLS[name]
+    )
+    # What CPython can't raise it prints.
+    failed = run_script(SCRIPT + tries, may_complain=True)
+    assert name in ("close", "make_nonblocking") or sum(map(int, failed.split()))  # these two allocate nothing
