@@ -14,6 +14,7 @@ This page is the table of contents. The chapters are in _core/, from the bottom 
     ladder      one attempt to move bytes, and the next step if it moved none
     moving      whole reads and writes, and those that a worker makes
     files       nb_read, nb_write, read, write and their kin
+    collected   what is read until the end of a file
     owned       the descriptor of a FileIO
     patched     what stands in os, and for open() and input(), under patch(io=True)
     semaphores  multiprocessing's locks
@@ -113,6 +114,7 @@ include "_core/calls.pxi"
 include "_core/ladder.pxi"
 include "_core/moving.pxi"
 include "_core/files.pxi"
+include "_core/collected.pxi"
 include "_core/owned.pxi"
 include "_core/patched.pxi"
 include "_core/semaphores.pxi"

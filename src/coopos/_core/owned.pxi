@@ -7,7 +7,6 @@
 # bytes after all, the wait ends at once.
 
 cdef enum:
-    CHUNK = 65536
     SMALL_FILE_READ = 8192
     NOTHING_YET = -2           # of a file in non-blocking mode
 
@@ -24,31 +23,6 @@ def warn_unclosed(source, Py_ssize_t level=2):
     """
     if PyErr_ResourceWarning(source, level, "unclosed file %R", <PyObject *>source) < 0:
         PyErr_WriteUnraisable(source)
-
-
-cdef extern from *:
-    """
-    /* As _PyBytes_Resize(), which frees the bytes if there is no memory for more of them. *data* has one reference, and is longer than
-     * one byte: the interpreter has only one object of each that is shorter. 0, or -1: *data* is as it was.
-     */
-    static inline int coopos_resize_bytes(PyObject **data, Py_ssize_t size)
-    {
-    #ifdef Py_TRACE_REFS
-        return _PyBytes_Resize(data, size);
-    #else
-        PyObject *moved = PyObject_Realloc(*data, offsetof(PyBytesObject, ob_sval) + (size_t)size + 1);
-        if (moved == NULL)
-            return -1;
-        Py_SET_SIZE(moved, size);
-        PyBytes_AS_STRING(moved)[size] = 0;
-        *data = moved;
-        return 0;
-    #endif
-    }
-    """
-    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL
-    int coopos_resize_bytes(PyObject **data, Py_ssize_t size)
-    Py_ssize_t Py_REFCNT(PyObject *object)
 
 
 cdef extern from "Python.h":
@@ -356,72 +330,6 @@ cdef Py_ssize_t fill_from(Owned owned, iovec *iov) except -1:
         raise
     finally:
         owned.leave(current)
-
-
-@cython.final
-cdef class Collected:
-    """Bytes that are collected in one object, which grows: to join pieces would copy each byte, and hold it twice.
-
-    No signal handler runs within a method. Where there is no memory nothing is lost.
-    """
-    cdef PyObject *data        # a bytes object of at least *size*; NULL: nothing was collected
-    cdef Py_ssize_t size       # how much was collected
-    cdef bint is_given         # whether others may have the object: it can't change any more
-    cdef list late             # pieces that there was no memory for
-
-    def __cinit__(self):
-        self.late = []
-
-    def __dealloc__(self):
-        Py_XDECREF(self.data)
-
-    cdef char *room(self, Py_ssize_t wanted) except NULL:
-        """Where *wanted* bytes more can be put."""
-        cdef Py_ssize_t length = self.size + wanted
-        cdef PyObject *data
-        if self.data == NULL or self.is_given:
-            data = new_bytes(NULL, max(length, CHUNK))
-            if self.size:
-                memcpy(PyBytes_AS_STRING(<object>data), PyBytes_AS_STRING(<object>self.data), self.size)
-            Py_XDECREF(self.data)
-            self.data = data
-            self.is_given = False
-        elif length > PyBytes_GET_SIZE(<object>self.data):
-            if coopos_resize_bytes(&self.data, max(length, self.size + (self.size >> 2))) < 0:
-                raise MemoryError
-        return PyBytes_AS_STRING(<object>self.data) + self.size
-
-    cdef bytes take(self):
-        """All that was collected. It isn't copied, unless it is short."""
-        if self.size <= 1:
-            return PyBytes_AS_STRING(<object>self.data)[:self.size] if self.size else b""
-        if self.size < PyBytes_GET_SIZE(<object>self.data) and coopos_resize_bytes(&self.data, self.size) < 0:
-            raise MemoryError
-        self.is_given = True
-        return <bytes><object>self.data
-
-    cdef int add_late(self) except -1:
-        cdef bytes piece
-        while self.late:
-            piece = self.late[0]
-            memcpy(self.room(PyBytes_GET_SIZE(piece)), PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece))
-            self.size += PyBytes_GET_SIZE(piece)
-            del self.late[0]
-        return 0
-
-    def append(self, bytes piece not None):
-        """Add *piece* at the end. MemoryError: it is added by the next call."""
-        self.late.append(piece)
-        self.add_late()
-
-    def __bool__(self):
-        """Whether anything was added, be it empty."""
-        return self.data != NULL or bool(self.late)
-
-    def __iter__(self):
-        """An iterator over all that was collected, as one object."""
-        self.add_late()
-        return iter((self.take(),))
 
 
 cdef object read_all_from(Owned owned):

@@ -136,7 +136,7 @@ def _is_small(obj: Any, depth: int = 3) -> bool:
 
 
 def _message_at_once(queue: Any, obj: Any) -> bytes | None:
-    """What to send for *obj* at once. None: the feeder is to send it, because it may have to wait for that, or has others before it."""
+    """What to send for *obj* at once. None: the feeder is to send it, which has others before it, or may have to wait."""
     if queue._buffer or not (isinstance(queue._notempty, NotEmpty) and queue._notempty.is_waited_for()):
         return None
     is_ours = isinstance(getattr(queue._wlock, "_semlock", None), _core.Semaphore)
