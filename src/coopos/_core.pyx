@@ -66,7 +66,7 @@ from posix.fcntl cimport (
     open as c_open, openat)
 from posix.signal cimport kill, sigaction, sigaction_t, sigaddset, sigemptyset, sigset_t
 from posix.types cimport id_t, mode_t, off_t
-from posix.unistd cimport close as c_close, fork as c_fork, getpgid, getpgrp, getuid, isatty, lseek
+from posix.unistd cimport _exit as c_exit, close as c_close, fork as c_fork, getpgid, getpgrp, getuid, isatty, lseek
 
 from coopos._posix cimport *
 

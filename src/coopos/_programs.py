@@ -77,12 +77,8 @@ def _spawn(mode: int, execute: Callable[..., object], file: StrOrBytesPath, args
     if not args or not args[0]:
         raise ValueError("argv first element cannot be empty")
     notes: dict[int, Any] = {}
-    pid = _core.fork_to_watch(_core.fork_process, notes, is_exec=True)
-    if not pid:
-        try:
-            execute(file, args, *env)
-        finally:
-            os._exit(127)
+    run = functools.partial(execute, file, args, *env)
+    pid = _core.fork_to_watch(_core.fork_process, notes, is_exec=True, run=run)
     _core.watch_new(pid, notes=notes)
     if mode == os.P_NOWAIT:
         return pid

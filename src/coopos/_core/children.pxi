@@ -510,8 +510,8 @@ cdef int complete_ended() except -1:
     cdef Child child
     if _is_incomplete:
         for child in children.values():
-            if child.is_watched and child.state == ENDED:
-                ended.setdefault(child.pid, child)
+            if child.is_watched and child.state == ENDED and child.pid not in ended:
+                ended[child.pid] = child
         _is_incomplete = False
     return 0
 

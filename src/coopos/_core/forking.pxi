@@ -20,6 +20,7 @@ cdef class Fork:
     """One fork by a function of this module: its mode, and the exception that it has to raise when the hooks are over."""
     cdef int mode
     cdef object failure
+    cdef object run            # what a child that is going to exec calls, to do so
 
 
 @cython.final
@@ -245,17 +246,18 @@ def register_hook(hook):
     _hooks.append(hook)
 
 
-def fork_process(keep_greenlets=None, bint is_exec=False):
+def fork_process(keep_greenlets=None, bint is_exec=False, run=None):
     """fork(2) with the interpreter's at-fork hooks. Returns the pid in the parent, 0 in the child.
 
-    *keep_greenlets*: None: as the policy says. *is_exec*: the child is going to exec, and has a new hub until then.
+    *keep_greenlets*: None: as the policy says. *is_exec*: the child is going to exec, and has a new hub until then. Where it can't
+    get that far it ends with 127. *run*: called in that child, which doesn't return from here.
     """
-    return fork_any(b"os.fork", keep_greenlets, is_exec, False, None)[0]
+    return fork_any(b"os.fork", keep_greenlets, is_exec, False, None, run)[0]
 
 
 def forkpty_process(keep_greenlets=None, size=None):
     """forkpty(3) likewise. *size*: (rows, columns) of the terminal. Returns (pid, master descriptor), in the child (0, -1)."""
-    return fork_any(b"os.forkpty", keep_greenlets, False, True, size)
+    return fork_any(b"os.forkpty", keep_greenlets, False, True, size, None)
 
 
 def window_size(size):
@@ -273,9 +275,10 @@ def window_size(size):
     return numbers
 
 
-cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pty, size):
+cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pty, size, run):
     cdef winsize window
     cdef Fork call = Fork()
+    call.run = run
     if size is not None:
         window.ws_row, window.ws_col = window_size(size)
         window.ws_xpixel = window.ws_ypixel = 0
@@ -340,13 +343,15 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
         err = errno
     if pid[0] == 0:
         PyOS_AfterFork_Child()
+        if call.mode == EXEC:
+            run_to_exec(call)
+            return 0
         if coopos_pending.is_prepared:
             revive_child()             # the hooks were skipped
         if call.failure is not None:
             raise call.failure
-        if call.mode != EXEC:
-            for hook in _hooks:
-                hook()
+        for hook in _hooks:
+            hook()
         return 0
     if pid[0] > 0:
         # Before the hooks: one that waits lets other greenlets run, and a waitpid(-1) of theirs may collect this child.
@@ -367,6 +372,21 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
         if watching is not None:
             watching.notes[pid[0]] = child
     return 0
+
+
+cdef void run_to_exec(Fork call) noexcept:
+    """In a child that is going to exec. Whatever fails, the child doesn't go on with its parent's program."""
+    cdef bint is_ready = False
+    try:
+        if coopos_pending.is_prepared:
+            revive_child()             # the hooks were skipped
+        is_ready = call.failure is None
+        if is_ready and call.run is not None:
+            call.run()
+    except BaseException:
+        is_ready = False
+    if not is_ready or call.run is not None:
+        c_exit(127)
 
 
 def fork_to_watch(fork, dict notes, keep_greenlets=None, **kwargs):

@@ -118,8 +118,12 @@ def outright(function, *args, **kwargs):
     clauses for such errors of their own calls, which must not catch the timeout. So it travels as a Thrown, and none catches it.
     """
     cdef object current = coopos_current_greenlet()
-    cdef list frames = _outright.setdefault(current, [])
-    frames.append(sys._getframe())
+    cdef object frame = sys._getframe()
+    cdef list frames = _outright.get(current)
+    if frames is None:
+        _outright[current] = frames = [frame]
+    else:
+        frames.append(frame)
     try:
         return function(*args, **kwargs)
     except Thrown as ex:
