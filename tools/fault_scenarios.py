@@ -86,6 +86,16 @@ def beside(function, *args):
     return helpers[-1]
 
 
+def helped(call, function, *args):
+    """A body: ``call()``, and function(*args) beside it."""
+
+    def body():
+        beside(function, *args)
+        return call()
+
+    return body
+
+
 def close(fd, target):
     """Close *fd* if it still is what it was: its number may have been used again."""
     with contextlib.suppress(OSError):
@@ -256,12 +266,7 @@ def until_closed(function, *args):
 @scenario
 def read_pipe_parked(stack):
     reader, writer = make_pipe(stack, blocking=False)
-
-    def body():
-        beside(os.write, writer, b"x")
-        return coopos.read(reader, 10)
-
-    return body
+    return helped(lambda: coopos.read(reader, 10), os.write, writer, b"x")
 
 
 @scenario
@@ -274,35 +279,20 @@ def read_pipe_ready(stack):
 @scenario
 def read_socket_parked(stack):
     here, there = make_socket(stack)
-
-    def body():
-        beside(os.write, there, b"x")
-        return coopos.readv(here, [bytearray(1), bytearray(1)])
-
-    return body
+    return helped(lambda: coopos.readv(here, [bytearray(1), bytearray(1)]), os.write, there, b"x")
 
 
 @scenario(COOPOS_NOWAIT="0")
 def read_socket_dontwait(stack):
     here, there = make_socket(stack)
-
-    def body():
-        beside(os.write, there, b"x")
-        return coopos.read(here, 10), coopos.write(here, b"abc")
-
-    return body
+    return helped(lambda: (coopos.read(here, 10), coopos.write(here, b"abc")), os.write, there, b"x")
 
 
 @scenario
 def read_fifo_guarded(stack):
     path = make_fifo(stack)
     [fd] = kept(stack, os.open(path, os.O_RDWR))
-
-    def body():
-        beside(os.write, fd, b"x")
-        return coopos.read(fd, 10)
-
-    return body
+    return helped(lambda: coopos.read(fd, 10), os.write, fd, b"x")
 
 
 @scenario
@@ -320,12 +310,7 @@ def write_fifo_guarded(stack):
 @scenario
 def read_terminal(stack):
     master, slave = make_terminal(stack)
-
-    def body():
-        beside(os.write, master, b"x")
-        return coopos.read(slave, 10)
-
-    return body
+    return helped(lambda: coopos.read(slave, 10), os.write, master, b"x")
 
 
 @scenario
@@ -347,12 +332,7 @@ def read_terminal_vmin(stack):
     mode[6][termios.VMIN] = 3
     mode[6][termios.VTIME] = 1
     termios.tcsetattr(slave, termios.TCSANOW, mode)
-
-    def body():
-        beside(os.write, master, b"xyz")
-        return coopos.read(slave, 10)
-
-    return body
+    return helped(lambda: coopos.read(slave, 10), os.write, master, b"xyz")
 
 
 @scenario
@@ -372,12 +352,7 @@ def read_inotify(stack):
 @scenario
 def read_eventfd(stack):
     [fd] = kept(stack, os.eventfd(0, os.EFD_NONBLOCK))
-
-    def body():
-        beside(os.eventfd_write, fd, 3)
-        return coopos.eventfd_read(fd), coopos.eventfd_write(fd, 1)
-
-    return body
+    return helped(lambda: (coopos.eventfd_read(fd), coopos.eventfd_write(fd, 1)), os.eventfd_write, fd, 3)
 
 
 @scenario
@@ -468,12 +443,7 @@ def kill_parked(stack):
 @scenario(COOPOS_SETS="watchers")
 def read_by_watchers(stack):
     reader, writer = make_pipe(stack)
-
-    def body():
-        beside(os.write, writer, b"x")
-        return coopos.read(reader, 10)
-
-    return body
+    return helped(lambda: coopos.read(reader, 10), os.write, writer, b"x")
 
 
 # ---- close -------------------------------------------------------------------------------------------------------------------
@@ -636,12 +606,7 @@ def flock_contended(stack):
     path = make_path(stack)
     writer = make_lock_holder(stack, path, lambda fd: fcntl.flock(fd, fcntl.LOCK_EX))
     [fd] = kept(stack, os.open(path, os.O_RDWR))
-
-    def body():
-        beside(os.close, writer)
-        coopos.flock(fd, fcntl.LOCK_EX)
-
-    return body
+    return helped(lambda: coopos.flock(fd, fcntl.LOCK_EX), os.close, writer)
 
 
 @scenario
@@ -649,12 +614,7 @@ def lockf_contended(stack):
     path = make_path(stack)
     writer = make_lock_holder(stack, path, lambda fd: os.lockf(fd, os.F_LOCK, 0))
     [fd] = kept(stack, os.open(path, os.O_RDWR))
-
-    def body():
-        beside(os.close, writer)
-        coopos.lockf(fd, os.F_LOCK, 0)
-
-    return body
+    return helped(lambda: coopos.lockf(fd, os.F_LOCK, 0), os.close, writer)
 
 
 @scenario
@@ -736,23 +696,13 @@ def fork_without_greenlets(stack):
 @scenario
 def wait_for_killed(stack):
     pid = make_sleeper(stack)
-
-    def body():
-        beside(os.kill, pid, signal.SIGKILL)
-        return coopos.waitpid(pid, 0)[1]
-
-    return body
+    return helped(lambda: coopos.waitpid(pid, 0)[1], os.kill, pid, signal.SIGKILL)
 
 
 @scenario
 def wait_for_any(stack):
     pid = make_sleeper(stack)
-
-    def body():
-        beside(os.kill, pid, signal.SIGKILL)
-        return coopos.wait()[1], forked() > 0, coopos.wait3(0)[1]
-
-    return body
+    return helped(lambda: (coopos.wait()[1], forked() > 0, coopos.wait3(0)[1]), os.kill, pid, signal.SIGKILL)
 
 
 @scenario
@@ -811,12 +761,7 @@ def wait_without_hub(stack):
 @scenario
 def wait_for_foreign(stack):
     pid = make_sleeper(stack)
-
-    def body():
-        beside(os.kill, pid, signal.SIGKILL)
-        coopos.wait_exit(pid)
-
-    return body
+    return helped(lambda: coopos.wait_exit(pid), os.kill, pid, signal.SIGKILL)
 
 
 @scenario

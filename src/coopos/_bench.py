@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    Run = Callable[[int], float]  # so many operations, and how many seconds they took
+
 OURS, GEVENT, OS = IMPLEMENTATIONS = ("coopos", "gevent", "os")
 MODULES = {OURS: "coopos", GEVENT: "gevent.os", OS: "os"}
 PROGRAMS = {OURS: "coopos.subprocess", GEVENT: "gevent.subprocess", OS: "subprocess"}
@@ -54,7 +56,7 @@ def make_pipe(is_blocking: bool) -> tuple[int, int]:
     return fds
 
 
-def repeat(run: Callable[[int], float], size: Size) -> float:
+def repeat(run: Run, size: Size) -> float:
     """Seconds per operation, from a *run* of so many operations that it takes long enough."""
     count = 1
     run(count)  # what is made once is made now
@@ -63,16 +65,8 @@ def repeat(run: Callable[[int], float], size: Size) -> float:
     return seconds / count
 
 
-def measure_parked(of: str, size: Size) -> float:
-    import gevent
-
-    (reader, their_writer), (their_reader, writer) = (make_pipe(of == OS) for _ in range(2))
-    module = importlib.import_module(MODULES[of])
-    read, write = (os.read, os.write) if of == OS else (module.nb_read, module.nb_write)
-
-    def answer() -> None:
-        while read(their_reader, 1) == b"x":
-            write(their_writer, b"x")
+def passing(write: Callable[[int, bytes], object], writer: int, read: Callable[[int, int], object], reader: int) -> Run:
+    """A run of so many bytes that are written, and one read for each."""
 
     def run(count: int) -> float:
         start = time.perf_counter()
@@ -81,37 +75,49 @@ def measure_parked(of: str, size: Size) -> float:
             read(reader, 1)
         return time.perf_counter() - start
 
-    if of == OS:
-        import threading
+    return run
 
-        other: Any = threading.Thread(target=answer)
-        other.start()
-    else:
-        other = gevent.spawn(answer)
-    result = repeat(run, size)
+
+def start_beside(of: str, function: Callable[[], object]) -> Any:
+    """The other side of what is measured: a greenlet, or for os a thread, as threads are imported there alone."""
+    if of != OS:
+        return importlib.import_module("gevent").spawn(function)
+    import threading
+
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+def moves_of(of: str) -> tuple[Callable[[int, int], bytes], Callable[[int, bytes], int]]:
+    if of == OS:
+        return os.read, os.write
+    module = importlib.import_module(MODULES[of])
+    return module.nb_read, module.nb_write
+
+
+def measure_parked(of: str, size: Size) -> float:
+    (reader, their_writer), (their_reader, writer) = (make_pipe(of == OS) for _ in range(2))
+    read, write = moves_of(of)
+
+    def answer() -> None:
+        while read(their_reader, 1) == b"x":
+            write(their_writer, b"x")
+
+    other = start_beside(of, answer)
+    result = repeat(passing(write, writer, read, reader), size)
     write(writer, b".")
     other.join()
     return result
 
 
 def measure_ready(of: str, size: Size) -> float:
-    module = importlib.import_module(MODULES[of])
     reader, writer = make_pipe(False)
-    read, write = (os.read, os.write) if of == OS else (module.nb_read, module.nb_write)
-
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            write(writer, b"x")
-            read(reader, 1)
-        return time.perf_counter() - start
-
-    return repeat(run, size)
+    read, write = moves_of(of)
+    return repeat(passing(write, writer, read, reader), size)
 
 
 def measure_lines(of: str, size: Size) -> float:
-    import gevent
-
     open_file: Callable[..., Any]
     if of == GEVENT:
         open_file = importlib.import_module("gevent.fileobject").FileObject
@@ -129,13 +135,7 @@ def measure_lines(of: str, size: Size) -> float:
 
         line = b"x" * 60 + b"\n"
         start = time.perf_counter()
-        if of == OS:
-            import threading
-
-            other: Any = threading.Thread(target=fill)
-            other.start()
-        else:
-            other = gevent.spawn(fill)
+        other = start_beside(of, fill)
         with open_file(reader, "rb") as source:
             if sum(1 for _ in source) != count:
                 raise RuntimeError("lines were lost")

@@ -38,8 +38,6 @@ _plain_read, _get_ident = get_original("os", "read"), get_original("_thread", "g
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 1e9
 #: Seconds: what poll(2) can be told, in milliseconds.
 MAX_POLL_S = 2e6
-
-
 #: Bytes: what a pipe holds, see pipe(7).
 PIPE_SIZE = 65536
 

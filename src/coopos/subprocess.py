@@ -484,8 +484,7 @@ class Popen(_Base[AnyStr]):
         self._pipes = tuple(file for file in (self.stdin, self.stdout, self.stderr) if file is not None)
         given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
         for name in ("p2cread", "c2pwrite", "errwrite"):
-            if given[name] != -1:
-                given[name] = _core.in_blocking_mode(given[name], self._reopened)
+            given[name] = _core.in_blocking_mode(given[name], self._reopened)
         if self._master is not None:
             self.pty = _Terminal(self._master, "r+")
             if self.text_mode:

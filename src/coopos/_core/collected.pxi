@@ -15,17 +15,23 @@ cdef extern from *:
      */
     static inline int coopos_resize_bytes(PyObject **data, Py_ssize_t size)
     {
-    #ifdef Py_TRACE_REFS
-        return _PyBytes_Resize(data, size);
+    #ifdef Py_TRACE_REFS       /* objects know where others are, so none can move */
+        PyObject *moved = PyBytes_FromStringAndSize(NULL, size);
+        if (moved == NULL) {
+            PyErr_Clear();
+            return -1;
+        }
+        memcpy(PyBytes_AS_STRING(moved), PyBytes_AS_STRING(*data), (size_t)Py_MIN(size, PyBytes_GET_SIZE(*data)));
+        Py_DECREF(*data);
     #else
         PyObject *moved = PyObject_Realloc(*data, offsetof(PyBytesObject, ob_sval) + (size_t)size + 1);
         if (moved == NULL)
             return -1;
         Py_SET_SIZE(moved, size);
         PyBytes_AS_STRING(moved)[size] = 0;
+    #endif
         *data = moved;
         return 0;
-    #endif
     }
     """
     PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL

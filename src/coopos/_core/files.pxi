@@ -144,7 +144,7 @@ def in_blocking_mode(int fd, list reopened not None):
 
     Not in Python: a signal's handler would run in between, and what it raises look like an error of these calls.
     """
-    cdef int flags = fcntl(fd, F_GETFL)
+    cdef int flags = -1 if fd == -1 else fcntl(fd, F_GETFL)        # -1: the child has the parent's
     cdef int again = -1
     cdef stat_t st
     cdef bytes path

@@ -158,7 +158,7 @@ cdef bint is_alive(object loop) noexcept:
     try:
         return bool(loop.ptr)
     except MemoryError:
-        return True                # there was none for the int
+        return True                # a loop that exists has an address, and there was no memory for that number
     except Exception:
         return False
 

@@ -41,12 +41,14 @@ cdef class Call:
         return 0
 
     cdef int note(self, int fd) except -1:
+        cdef list calls
+        if fd < 0:
+            return 0
         # Not setdefault(): that of CPython 3.13.0 hides a MemoryError, and the dict is broken then.
-        cdef list calls = _calls.get(fd)
-        if fd >= 0:
-            if calls is None:
-                calls = _calls[fd] = []
-            calls.append(self)
+        calls = _calls.get(fd)
+        if calls is None:
+            calls = _calls[fd] = []
+        calls.append(self)
         return 0
 
     cdef int leave(self) except -1:

@@ -327,7 +327,7 @@ cdef Mailbox submit(Job job, loop):
     cdef Mailbox mailbox = mailbox_of(loop)
     cdef int err
     try:
-        # First: a worker's job is the mailbox's until it arrives.
+        # Before a worker has it: from then on the job must stay until it arrives, so nothing may fail in between.
         mailbox.jobs.add(job)
         err = coopos_job_submit(job.job, mailbox.box)
         if err:

@@ -161,7 +161,8 @@ def put(queue: Any, obj: Any, block: bool = True, timeout: float | None = None) 
             if queue._thread is None:
                 queue._start_thread()
             message = _message_at_once(queue, obj)
-            is_placed = True  # from here on a signal handler that raises would leave it open
+            # If a signal handler raises from here on, nobody can tell whether the object was placed. So it counts as placed.
+            is_placed = True
             if is_joinable:
                 queue._unfinished_tasks.release()
             if message is None or not queue._wlock._semlock.write_at_once(queue._writer.fileno(), message):
