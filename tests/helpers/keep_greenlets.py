@@ -35,6 +35,7 @@ def at_place(function, place=PLACE):
     elif place == "raw":
         greenlet.greenlet(function).switch()
     elif place == "thread":
+        get_hub()  # on libuv, two threads that make their first hubs at once harm each other
         failures = []
         def run():
             try:
