@@ -376,7 +376,7 @@ if not TYPE_CHECKING and not _settings.WATCHES_CHILDREN:
 # calls it in libev's place. libuv needs nothing of this: there the kernel's signal reaches the handlers.
 
 #: The handlers of SIGCHLD that are not cancelled. The loop keeps them alive.
-_handlers: weakref.WeakSet[Any] = weakref.WeakSet()
+_handlers: set[weakref.ref[Any]] = set()
 
 
 def _noting(init: Callable[..., None]) -> Callable[..., None]:
@@ -384,7 +384,7 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
     def note(handler: Any, signalnum: int, *args: Any, **kwargs: Any) -> None:
         init(handler, signalnum, *args, **kwargs)
         if signalnum == signal.SIGCHLD and type(handler.hub.loop).__module__ == "gevent.libev.corecext":
-            _handlers.add(handler)
+            _handlers.add(weakref.ref(handler, _handlers.discard))
 
     return note
 
@@ -399,10 +399,11 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
 
 def _tell_sigchld_handlers() -> None:
     """In a hub, when watched children have ended: call each handler in a greenlet of its own hub, as gevent does."""
-    for handler in list(_handlers):
-        hub = handler.hub
+    for one in tuple(_handlers):
+        handler: Any = one()
+        hub = None if handler is None else handler.hub
         if hub is None:  # cancelled
-            _handlers.discard(handler)
+            _handlers.discard(one)
         elif hub is get_hub_if_exists():
             gevent.spawn(handler.handle)
         elif hub.loop is not None:

@@ -282,7 +282,7 @@ if TYPE_CHECKING:
         _fileobj2output: dict[Any, _core.Collected]
         _input_offset: int
 
-        def _execute_child(self, *args: Any, **kwargs: Any) -> None: ...
+        def _execute_child(self, *args: Any) -> None: ...
         def _handle_exitstatus(self, status: int) -> None: ...
         def _communicate(self, *args: Any) -> Any: ...
         def _save_input(self, input: Any) -> None: ...
@@ -480,11 +480,11 @@ class Popen(_Base[AnyStr]):
     def _watch(self, pid: int) -> _core.Child | None:
         return _core.watch_new(pid, _Ended(self), None, True, needs_hub=False)
 
-    def _execute_child(self, *args: Any, **kwargs: Any) -> None:
+    def _execute_child(self, *args: Any) -> None:
         self._pipes = tuple(file for file in (self.stdin, self.stdout, self.stderr) if file is not None)
-        given = dict(zip(_execute_parameters, (self, *args), strict=False), **kwargs)
-        for name in ("p2cread", "c2pwrite", "errwrite"):
-            given[name] = _core.in_blocking_mode(given[name], self._reopened)
+        given = [self, *args]
+        for index in _child_ends:
+            given[index] = _core.in_blocking_mode(given[index], self._reopened)
         if self._master is not None:
             self.pty = _Terminal(self._master, "r+")
             if self.text_mode:
@@ -495,10 +495,10 @@ class Popen(_Base[AnyStr]):
                 setattr(_copy, name, value)
         _copy._USE_POSIX_SPAWN &= self._may_posix_spawn
         ident = _get_ident()
-        if given["preexec_fn"] is None:  # whose Python code takes its time
+        if given[_prepare] is None:  # whose Python code takes its time
             starting.add(ident)
         try:
-            PlainPopen._execute_child(**given)
+            PlainPopen._execute_child(*given)
         except BaseException:
             child, self._child = self._child, None
             if child is not None:
@@ -538,9 +538,11 @@ class Popen(_Base[AnyStr]):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int | None:
-        if self.returncode is None:
-            _core.yield_turn()  # a greenlet that runs one quick program after another would never have to wait
-        if self._internal_poll() is None and self._child is not None:
+        is_known = self.returncode is not None
+        if self._internal_poll() is not None:
+            if not is_known:
+                _core.yield_turn()  # a greenlet that runs one quick program after another would never have to wait
+        elif self._child is not None:
             if timeout is not None and not _core.can_give_way():
                 if timeout < MAX_POLL_S:
                     self._look_in_time(timeout)
@@ -573,6 +575,8 @@ class Popen(_Base[AnyStr]):
             TimeoutExpired: it has not ended in *timeout* seconds.
             ChildProcessError: ECHILD, the status is lost.
         """
+        if timeout is None and self.returncode is not None:
+            return self._internal_poll()  # type: ignore[return-value]
         return _core.outright(self._wait_or_not, timeout, _raise_exc)
 
     def _wait_or_not(self, timeout: float | None, raises: bool) -> int:
@@ -663,7 +667,7 @@ class Popen(_Base[AnyStr]):
             ChildProcessError: ECHILD, the status is lost.
         """
         files = (self.stdin if input else None, self.stdout, self.stderr)
-        if timeout is None and any(file is not None and file in self._pipes and not file.closed for file in files):
+        if timeout is None and self._pipes and any(file in self._pipes and not file.closed for file in files if file is not None):
             # With a timeout the stdlib notes how much was written and read. Its short cut for a single pipe notes nothing.
             timeout = MAX_TIMEOUT_S
         return _core.outright(super().communicate, input, timeout)
@@ -737,7 +741,10 @@ class Popen(_Base[AnyStr]):
 
 
 _plain_signature = inspect.signature(PlainPopen)
-_execute_parameters = tuple(inspect.signature(PlainPopen._execute_child).parameters)
+# Where these are among the arguments of _execute_child(). Popen.__init__() passes them all by position.
+_execute_parameters = list(inspect.signature(PlainPopen._execute_child).parameters)
+_child_ends = [_execute_parameters.index(name) for name in ("p2cread", "c2pwrite", "errwrite")]
+_prepare = _execute_parameters.index("preexec_fn")
 _own_parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in
                    (("pty", False), ("winsize", None), ("threadpool", None))]
 Popen.__signature__ = _plain_signature.replace(  # type: ignore[attr-defined]
