@@ -1,9 +1,8 @@
 """Try one wheel on many patch releases of Python: those that Debian's releases have.
 
-apt fetches their packages into DIRECTORY, with lists of its own, and checks Debian's signatures. The packages are unpacked there.
-Nothing is installed, and root is not needed. patchelf makes each interpreter use the libc and the libraries of its own release.
-So it runs, makes virtual environments and starts itself like any other Python. The kernel, and the other programs that it starts,
-are this machine's.
+apt fetches their packages into DIRECTORY, and they are unpacked there. Nothing is installed, and root is not needed. patchelf makes
+each interpreter use the libc and the libraries of its own release. So it runs, makes virtual environments and starts itself like
+any other Python. The kernel, and the other programs that it starts, are this machine's.
 
 Each minor version has one wheel. The python3.N on PATH builds it, if it has headers; it is often older than Debian's. Otherwise
 the newest of Debian's builds it, and the wheel is tried on the older ones.
@@ -13,10 +12,8 @@ uses what is in DIRECTORY: packages, unpacked releases, and the wheels of source
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -24,8 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+from debian_packages import KEYRING, CommandFailed, Packages, find_mirror, run
+
 ROOT = Path(__file__).resolve().parent.parent
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 #: The minors that each release is searched for. forky and sid change: those that are there are tried, and the others are named.
 RELEASES = {"bookworm": ["3.11"], "trixie": ["3.13"], "forky": ["3.13", "3.14", "3.15"], "sid": ["3.13", "3.14", "3.15"]}
 SMOKE_S, WHOLE_S = 180, 1200
@@ -47,118 +45,22 @@ if os.path.exists(sysconfig.get_path("include") + "/Python.h"):
 """
 
 
-class CommandFailed(Exception):
-    """A command could not be started, took too long, or ended with another status than 0."""
-
-
-def run(*command, limit=600, output=False, **kwargs):
-    """Run *command* for at most *limit* seconds, then end what it has started. Return its standard output, if *output* is true."""
-    shown = " ".join(map(str, command)).partition("\n")[0]
-    sys.stdout.flush()
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if output else None,
-            text=True,
-            start_new_session=True,
-            **kwargs,
-        )
-    except OSError as ex:
-        raise CommandFailed(f"{ex}: {shown}") from None
-    try:
-        out, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise CommandFailed(f"still running after {limit} s: {shown}") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.returncode:
-        raise CommandFailed(f"exit status {process.returncode}: {shown}")
-    return out
-
-
-def find_mirror():
-    """The mirror of Debian that this machine's apt uses."""
-    targets = ["Origin: Debian", "Label: Debian", "Identifier: Packages"]
-    mirrors = run("apt-get", "indextargets", "--format", "$(REPO_URI)", *targets, output=True).split()
-    if not mirrors:
-        raise CommandFailed("apt knows no mirror of Debian here; --mirror gives one")
-    return mirrors[0]
-
-
 # ---- packages ----------------------------------------------------------------------------------------------------------------
 
-APT_CONF = """
-Dir::State "{here}";
-Dir::State::status "{here}/status";
-Dir::Cache "{here}";
-Dir::Etc::sourcelist "{here}/sources.list";
-Dir::Etc::sourceparts "/dev/null";
-Dir::Etc::parts "/dev/null";
-Dir::Etc::main "/dev/null";
-APT::Sandbox::User "root";
-APT::Install-Recommends "false";
-Acquire::Languages "none";
-Acquire::Retries "3";
-// No success with old lists where the mirror gives none.
-APT::Update::Error-Mode "any";
-// A mirror may stand still for weeks.
-Acquire::Check-Valid-Until "false";
-// The kind of checksum that --print-uris shows.
-Acquire::ForceHash "sha256";
-"""
-
-
-class Release:
-    """A release of Debian, below a directory: apt's lists of it, its packages, and what they contain."""
+class Release(Packages):
+    """A release of Debian, below a directory: its packages, and what they contain."""
 
     def __init__(self, name, directory, mirror):
-        self.name = name
-        self.directory = directory / name
+        super().__init__(name, directory, mirror)
         self.root = self.directory / "root"
-        self.archives = self.directory / "archives"
-        self.nothing = self.directory / "nothing"
-        for needed in (self.directory / "lists", self.archives, self.nothing):
-            (needed / "partial").mkdir(parents=True, exist_ok=True)
-        (self.directory / "status").touch()  # no package is installed
-        (self.directory / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {name} main\n")
-        # The machine's proxies are needed, its sources and hooks are not.
-        proxies = re.findall(r"^Acquire::https?\b.*\n", run("apt-config", "dump", output=True), re.MULTILINE)
-        (self.directory / "apt.conf").write_text(APT_CONF.format(here=self.directory) + "".join(proxies))
-        self.apt("apt-get", "update")
         there = self.apt("apt-cache", "pkgnames", "python3.", output=True).split()
         self.minors = [minor for minor in RELEASES[name] if f"python{minor}" in there]
         print(f"{name} has Python {', '.join(self.minors) or 'none'}, of {', '.join(RELEASES[name])}")
         if not self.minors:
             raise CommandFailed(f"{name} has none of the Pythons that it is searched for")
 
-    def apt(self, program, *arguments, **kwargs):
-        return run(program, "-qq", *arguments, env={**os.environ, "APT_CONFIG": str(self.directory / "apt.conf")}, **kwargs)
-
     def python(self, minor):
         return self.root / "usr/bin" / f"python{minor}"
-
-    def fetch(self, *command):
-        """Have apt-get's *command* download its packages; {path: SHA256}, as the signed index has them."""
-        # apt-get names no package that it has. So it is shown an empty cache.
-        listed = self.apt("apt-get", "-o", f"Dir::Cache::archives={self.nothing}", "--print-uris", *command, output=True)
-        digests = {
-            self.archives / name: digest
-            for name, digest in re.findall(r"^'\S+' (\S+\.deb) \d+ SHA256:(\w+)$", listed, re.MULTILINE)
-        }
-        is_complete = True
-        for package, digest in digests.items():
-            if not package.exists():
-                is_complete = False
-            # apt looks only at the size of what is there.
-            elif hashlib.sha256(package.read_bytes()).hexdigest() != digest:
-                package.unlink()
-                is_complete = False
-        if not is_complete:
-            self.apt("apt-get", *command, cwd=self.archives, limit=300)
-        return digests
 
     def unpack(self):
         """Have the contents of the packages below *root*, and interpreters that run there."""

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from debian_pythons import CommandFailed, Release, find_mirror, run
+from debian_packages import CommandFailed, Packages, find_mirror, run
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The first that knows pidfd_open: https://valgrind.org/docs/manual/dist.news.html
@@ -25,10 +25,11 @@ def environment(directory):
         version = re.search(r"(\d+)\.(\d+)", run(found, "--version", output=True))
         if version and tuple(map(int, version.groups())) >= OLDEST:
             return {"VALGRIND": found}
-    release = Release("trixie", directory.resolve(), find_mirror())
+    release = Packages("trixie", directory.resolve(), find_mirror())
     [package] = release.fetch("download", "valgrind")
-    run("dpkg-deb", "--extract", package, release.root)
-    return {"VALGRIND": str(release.root / "usr/bin/valgrind"), "VALGRIND_LIB": str(release.root / "usr/libexec/valgrind")}
+    root = release.directory / "root"
+    run("dpkg-deb", "--extract", package, root)
+    return {"VALGRIND": str(root / "usr/bin/valgrind"), "VALGRIND_LIB": str(root / "usr/libexec/valgrind")}
 
 
 def main(directory, *arguments):
