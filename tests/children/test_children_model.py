@@ -677,6 +677,7 @@ def run(machine, max_examples):
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
+    gc.freeze()  # each example collects, and looks for watchers, among its own objects alone
     stateful.run_state_machine_as_test(machine, settings=with_steps)
 
 
