@@ -1,6 +1,8 @@
 """Draw a summary as SVG, by hand: lines over the cases if there are several, else bars. Readable in light and in dark, and on a
 phone: a screen of 390 pixels shows a picture at four fifths of its size.
 
+What is drawn is the least of all samples: whatever else a machine does only adds to them. The table has the medians.
+
 Both axes are logarithmic: a constant cost is a level line, and twice the cost has the same distance everywhere. Cases that are
 numbers from zero on stand at even distances.
 """
@@ -21,7 +23,7 @@ TITLE, WORDS, SIZE = 16, 13, 14  # sizes of the text
 OTHERS = (("#6d4fc4", "#b39ddb"), ("#a8791a", "#e3b341"), ("#1f6feb", "#79b8ff"), ("#9a3b7c", "#e69ac8"), ("#4b6b2a", "#a5c777"))
 KNOWN = {OURS: ("#0b7a5c", "#3ecf9f"), GEVENT: ("#b4532a", "#f0936b"), OS: ("#6b7280", "#9ca3af")}
 
-Point = tuple[int, float]  # a case, and the median
+Point = tuple[int, float]  # a case, and its figure
 
 
 def draw_all(summary: dict[str, Any], directory: Path) -> list[Path]:
@@ -29,14 +31,18 @@ def draw_all(summary: dict[str, Any], directory: Path) -> list[Path]:
     paths = []
     for number, metric in enumerate(summary["cases"][0]["metrics"]):
         lines: dict[str, list[Point]] = {}
+        numbers = set()
         for case in summary["cases"]:
             for name, row in case["metrics"][number]["implementations"].items():
-                lines.setdefault(name, []).append((case["case"], row[f"median_{summary['unit']}"]))
+                samples = row[f"samples_{summary['unit']}"]
+                numbers.add(len(samples))
+                lines.setdefault(name, []).append((case["case"], min(samples)))
         if lines:
             title = f"{summary['name']}: {metric['operation']}"
             label = summary["cases"][0]["label"].replace(str(summary["cases"][0]["case"]), "", 1).strip()
             paths.append(directory / f"{summary['name']}-{metric['metric']}.svg")
-            paths[-1].write_text(draw(title, summary["summary"], label, lines, summary["unit"]), encoding="utf-8")
+            words = f"{summary['summary']}; the least of {' or '.join(map(str, sorted(numbers)))} samples"
+            paths[-1].write_text(draw(title, words, label, lines, summary["unit"]), encoding="utf-8")
     return paths
 
 
@@ -72,13 +78,23 @@ def draw(title: str, words: str, label: str, lines: dict[str, list[Point]], unit
 def color_names(lines: dict[str, list[Point]]) -> dict[str, tuple[str, tuple[str, str]]]:
     """{implementation: (its class, (its color in light, in dark))}: the same in every picture for those that are in most."""
     others = iter(OTHERS * (1 + len(lines) // len(OTHERS)))
-    return {name: (f"c{number}", KNOWN.get(name) or next(others)) for number, name in enumerate(lines)}
+    roots = [name.partition(".")[0] for name in lines]
+
+    def colors_of(name: str) -> tuple[str, str]:
+        root = name.partition(".")[0]
+        if name in KNOWN:
+            return KNOWN[name]
+        if roots.count(root) == 1 and root in (OURS, "gevent"):  # coopos.subprocess, where it is the only one of coopos
+            return KNOWN[OURS if root == OURS else GEVENT]
+        return next(others)
+
+    return {name: (f"c{number}", colors_of(name)) for number, name in enumerate(lines)}
 
 
 def amount(value: float, unit: str) -> str:
     if unit != "s":
         return f"{value:.0f} {unit}"
-    scale, name = (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
+    scale, name = (1, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
     return f"{value * scale:.3g} {name}"
 
 

@@ -195,3 +195,15 @@ def test_rounds_begin_with_another_one_each():
 )
 def test_amount_has_three_digits(seconds, words):
     assert _bench.amount(seconds) == words
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documentation is not beside the tests")
+def test_pictures_of_the_page():
+    """Each that is there is shown, beside the command that draws it."""
+    page = (ROOT / "docs" / "performance.rst").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\.\. image:: _static/benchmarks/(\S+)", page, re.MULTILINE))
+    paths = set((ROOT / "docs" / "_static" / "benchmarks").iterdir())
+    assert shown == {path.name for path in paths} and len(shown) >= 5
+    for path in paths:
+        ElementTree.fromstring(path.read_text(encoding="utf-8"))
+        assert re.search(rf"``python -m benchmarks {path.name.partition('-')[0]}( --quick)? --repeat \d+\s--svg\s", page), path.name
