@@ -6,7 +6,7 @@ Run them from the root of the repository, with coopos installed::
     python -m benchmarks --quick              # a rough look, two minutes
     python -m benchmarks ready pingpong       # these two
     python -m benchmarks --json figures.json  # every sample, written out
-    python -m benchmarks --svg pictures       # a picture of each metric: lines over the cases, or bars
+    python -m benchmarks --svg pictures       # a picture of each metric, of its least samples: lines over the cases, or bars
     python -m benchmarks --list               # what there is
     GEVENT_LOOP=libuv python -m benchmarks    # gevent's other loop, needs cffi
 

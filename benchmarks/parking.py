@@ -40,6 +40,12 @@ def make_pipe() -> tuple[int, int]:
     return receiver, sender
 
 
+def close_all(pipes: list[tuple[int, int]]) -> None:
+    for fds in pipes:
+        for fd in fds:
+            os.close(fd)
+
+
 def round_trips(quick: bool) -> int:
     return ROUND_TRIPS // 5 if quick else ROUND_TRIPS
 
@@ -288,6 +294,7 @@ def time_burst(read: Read, write: Write, count: int, laps: int) -> float:
     parked = [gevent.spawn(reader, receiver) for receiver, _ in pipes]
     elapsed: float = gevent.spawn(writer).get()
     gevent.killall(parked)
+    close_all([*pipes, (writer_in, last_out)])
     return elapsed
 
 
@@ -315,6 +322,7 @@ def time_ring(read: Read, write: Write, count: int, laps: int) -> float:
     parked = [gevent.spawn(member, *place) for place in places[1:]]
     elapsed: float = gevent.spawn(first, *places[0]).get()
     gevent.killall(parked)
+    close_all(pipes)
     return elapsed
 
 

@@ -1,4 +1,4 @@
-"""Calls that only a thread can make: write_file, cold_preads, fifo_open, lock_queue.
+"""Calls that only a thread can make, or may have to: write_file, file_reads, cold_preads, fifo_open, lock_queue.
 
 gevent.os has tp_write alone; for the others its row is the hub's threadpool with the plain call.
 """
@@ -54,6 +54,34 @@ def write_file(implementation: str, size: int, quick: bool) -> Iterator[Sampler]
             for _ in range(count):
                 write(fd, data)
             return {"write": (perf_counter() - start) / count, "cpu": (process_time() - cpu) / count}
+
+        yield sample
+
+
+@contextmanager
+def file_reads(implementation: str, size: int, quick: bool) -> Iterator[Sampler]:
+    """One read after the other, in both ways by the same call. The kernel is told not to read ahead."""
+    read = os.read if implementation == OS else importlib.import_module(implementation).tp_read
+    count = 16 if quick else 128
+    with tempfile.TemporaryFile(dir=disk_directory()[0], buffering=0) as file:
+        fd = file.fileno()
+        file.write(bytes(size * count))
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+        def time_reads() -> float:
+            os.lseek(fd, 0, os.SEEK_SET)
+            start = perf_counter()
+            for _ in range(count):
+                if len(read(fd, size)) != size:
+                    raise RuntimeError("short read")
+            return (perf_counter() - start) / count
+
+        def sample() -> Sample:
+            time_reads()
+            cached = time_reads()
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return {"cached": cached, "cold": time_reads()}
 
         yield sample
 
@@ -178,6 +206,18 @@ register(
         metrics={"write": "one write", "cpu": "one write, CPU time of all threads"},
         implementations={name: partial(write_file, name) for name in (OURS, GEVENT, OS)},
         targets=(Target("write", GEVENT, at_least=2),),
+        note=describe_disk,
+    )
+)
+
+register(
+    Benchmark(
+        name="file_reads",
+        summary="tp_read of a file, one after the other; os is os.read",
+        case_label="{} bytes",
+        cases=(512, PAGE_B, 65_536, 1 << 20),
+        metrics={"cached": "one read, in the page cache", "cold": "one read, not in the page cache"},
+        implementations={name: partial(file_reads, name) for name in (OURS, GEVENT, OS)},
         note=describe_disk,
     )
 )

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, settings, stateful, strategies
 
 import coopos
 
+from ..helpers.children import has_no_child
 from ..helpers.children_model import (
     AGAIN,
     CONTINUED,
@@ -46,7 +47,7 @@ from ..helpers.children_model import (
     until_dead,
     until_stopped,
 )
-from ..helpers.support import DEADLINE_S, LOOP, HubThread, active_watchers, any_child, forget_the_past, open_fds, turn_loop
+from ..helpers.support import DEADLINE_S, LOOP, HubThread, active_watchers, open_fds, turn_loop
 
 MAX_LIVING = 6
 MAX_WAITING = 10
@@ -109,12 +110,6 @@ def questions(idtype, *calls):
 ASKED_AS = {"place": places, "times_out": strategies.sampled_from([False] * 5 + [True]), "hurry": hurries}
 
 
-def is_of_living_loop(watcher):
-    """Whether a watcher that is said to be active can be: libev's stay so when their loop is destroyed under them."""
-    loop = getattr(getattr(watcher, "_watcher_ref", watcher), "loop", None)
-    return loop is None or bool(loop.ptr)
-
-
 class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
     """coopos, waited for in two hubs."""
 
@@ -127,6 +122,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.fds = open_fds()
+        self.watchers = active_watchers()
         self.threads = psutil.Process().num_threads()
         self.hub = get_hub()
         self.complaints = []
@@ -631,9 +627,9 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         self.check(threading.active_count() == 1, "a thread is left:", threading.enumerate())
         gc.collect()
         self.check(open_fds() == self.fds, "descriptors are left:", open_fds(), "before:", self.fds)
-        active = [watcher for watcher in active_watchers() if is_of_living_loop(watcher)]
+        active = [watcher for watcher in active_watchers() if watcher not in self.watchers]
         self.check(not active, "watchers are left:", active)
-        self.check(not any_child(), "a child is left")
+        self.check(has_no_child(), "a child is left")
 
     def until(self, holds, what):
         """Let the hubs run until holds(); the main one sleeps, or the thread gets no GIL for many seconds."""
@@ -681,9 +677,8 @@ def run(machine, max_examples):
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    forget_the_past()  # the deadline's timer is no example's
+    gc.freeze()  # each example collects, and looks for watchers, among its own objects alone
     stateful.run_state_machine_as_test(machine, settings=with_steps)
-    gc.freeze()  # nor are the watchers of destroyed loops the next test's
 
 
 def test_model_is_the_kernels():

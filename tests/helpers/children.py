@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import coopos
+from coopos import testing
 
 from .support import HAS_WAITED, closing, error_of, run_script, until
 
@@ -171,11 +172,11 @@ class Gate:
 
 def children():
     """The pids of this process's children, the dead included."""
-    return [child.pid for child in psutil.Process().children()]
+    return list(testing.children())
 
 
 def has_no_child():
-    """Whether there is none, living or dead; psutil would look through all processes for that."""
+    """Whether there is none, living or dead."""
     return error_of(os.waitid, os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) == no_child
 
 

@@ -1,11 +1,10 @@
-"""What the tests share: states to test in, made without sleeping, and what a test must not leave behind.
+"""What the tests share: states to test in, made without sleeping. What a test must not leave behind is coopos.testing's.
 
 Helpers are named by the state they make. What is waited for is waited for under DEADLINE_S, which turns a hang into a failure
 and measures nothing.
 """
 
 import contextlib
-import gc
 import os
 import signal
 import subprocess
@@ -16,11 +15,10 @@ from concurrent.futures import Future
 
 import gevent
 import gevent.event
-import psutil
 import pytest
 from gevent.hub import get_hub
 
-import coopos
+from coopos.testing import active_watchers as active_watchers, open_fds as open_fds, turn_loop as turn_loop
 
 DEADLINE_S = 30
 #: For a whole test: more than a script is given, less than pytest's faulthandler_timeout.
@@ -52,12 +50,6 @@ class TookTooLong(BaseException):
 def deadline(seconds=DEADLINE_S):
     """A context in which a greenlet that waits longer than that is woken by TookTooLong. It keeps no loop running."""
     return gevent.Timeout(seconds, TookTooLong(f"still waiting after {seconds} s"), ref=False)
-
-
-def turn_loop():
-    """Let the hub run until nothing is ready any more."""
-    for _ in range(2):
-        gevent.idle()
 
 
 # ---- descriptors -------------------------------------------------------------------------------------------------------------
@@ -403,74 +395,3 @@ def kill_group(pgid):
     """SIGKILL to all that is left of a process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pgid, signal.SIGKILL)
-
-
-# ---- what a test leaves behind -----------------------------------------------------------------------------------------------
-
-
-def open_fds():
-    """{fd: what it names} of this process."""
-    fds = {}
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):
-            os.fstat(int(name))  # the listing's own descriptor is gone
-            try:
-                fds[int(name)] = os.readlink(f"/dev/fd/{name}")
-            except OSError:
-                fds[int(name)] = "?"
-    return fds
-
-
-def active_watchers():
-    """Every watcher of any loop that is active, and was made after :func:`forget_the_past`.
-
-    A greenlet that some function of coopos or gevent parked and nobody woke is seen here by the watcher it waits for.
-    """
-    if LOOP == "libev" and type(get_hub().loop).__module__ == "gevent.libev.corecext":
-        from gevent.libev.corecext import watcher as base
-    else:
-        from gevent._ffi.watcher import watcher as base
-    return [thing for thing in gc.get_objects() if isinstance(thing, base) and thing.active]
-
-
-def any_child():
-    """Whether this process has a child, living or not yet waited for (it is now)."""
-    try:
-        os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return False
-    return True
-
-
-def end_what_runs():
-    """Kill this thread's greenlets, and kill and collect what children there are."""
-    gevent.killall([thing for thing in gc.get_objects() if isinstance(thing, gevent.Greenlet) and thing.parent is get_hub()])
-    for child in psutil.Process().children():
-        child.kill()
-        child.wait(DEADLINE_S)
-
-
-def forget_the_past():
-    """Make all that gevent makes once, now, and hide it from active_watchers()."""
-    get_hub().threadpool.apply(lambda: None)
-    turn_loop()
-    with make_pipe() as (reader, _writer):
-        parked(coopos.nb_read, reader, 1).kill()
-    gc.collect()
-    gc.freeze()
-
-
-def leftovers(fds_before):
-    """What is there now that a test should have cleaned up: a list of sentences."""
-    fds = open_fds()
-    found = [f"descriptor {fd} ({name}) is open" for fd, name in fds.items() if fds_before.get(fd) != name]
-    found += [f"descriptor {fd} ({name}) was closed" for fd, name in fds_before.items() if fd not in fds]
-    found += [f"{watcher!r} is active" for watcher in active_watchers()]
-    # The status of a watched child is kept until somebody asks: no test leaves one to the next.
-    with contextlib.suppress(ChildProcessError):
-        pid, _status = coopos.waitpid(-1, os.WNOHANG)
-        if pid:
-            found.append(f"nobody asked for the status of child {pid}")
-    if any_child():
-        found.append("a child process was not waited for")
-    return found

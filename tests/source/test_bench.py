@@ -104,10 +104,12 @@ def test_benchmarks_draw_what_they_measure(tmp_path):
     for path in tmp_path.iterdir():
         elements = list(ElementTree.fromstring(path.read_text(encoding="utf-8")).iter())
         shapes[path.name] = [element.tag.rpartition("}")[2] for element in elements if str(element.get("class")).startswith("c")]
+        _, _, width, height = map(float, elements[0].get("viewBox").split())
+        assert width <= 480, "it is to be read on a phone"
         for element in elements:
-            for name, limit in (("x", 760), ("cx", 760), ("y", 420), ("cy", 420)):
+            for name, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
                 assert 0 <= float(element.get(name, 0)) <= limit, path
-    lines = sorted(["polyline", "circle", "circle", "text"] * 3)
+    lines = sorted(["polyline", "circle", "circle", "rect"] * 3)
     assert {name: sorted(tags) for name, tags in shapes.items()} == {
         **dict.fromkeys(("ready-pair.svg", "ready-read.svg", "ready-write.svg"), lines),
         "tp_read-read.svg": ["rect"] * 3,
@@ -193,3 +195,15 @@ def test_rounds_begin_with_another_one_each():
 )
 def test_amount_has_three_digits(seconds, words):
     assert _bench.amount(seconds) == words
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documentation is not beside the tests")
+def test_pictures_of_the_page():
+    """Each that is there is shown, beside the command that draws it."""
+    page = (ROOT / "docs" / "performance.rst").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\.\. image:: _static/benchmarks/(\S+)", page, re.MULTILINE))
+    paths = set((ROOT / "docs" / "_static" / "benchmarks").iterdir())
+    assert shown == {path.name for path in paths} and len(shown) >= 5
+    for path in paths:
+        ElementTree.fromstring(path.read_text(encoding="utf-8"))
+        assert re.search(rf"``python -m benchmarks {path.name.partition('-')[0]}( --quick)? --repeat \d+\s--svg\s", page), path.name

@@ -24,7 +24,7 @@ LAYERS = [
     {"_patch._os", "_patch._io", "_patch._subprocess", "_patch._time", "_patch._multiprocessing"},
     {"_patch"},
     {"_doctor"},
-    {"_bench"},
+    {"_bench", "testing"},
     {"__init__"},
     {"__main__"},
 ]
@@ -56,6 +56,7 @@ GEVENT = {
     "_patch._io": {"gevent.lock"},
     "_doctor": {"gevent", "gevent.hub"},
     "_bench": {"gevent"},
+    "testing": {"gevent", "gevent.hub", "greenlet"},
     "__main__": {"gevent", "gevent.monkey"},
 }
 
