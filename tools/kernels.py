@@ -48,6 +48,7 @@ INIT_OF_DISK = """
     mount -t devtmpfs dev /dev
     mkdir -p /dev/pts /dev/shm
     ln -s /proc/self/fd /dev/fd
+    ln -s /proc/self/fd/0 /dev/stdin; ln -s /proc/self/fd/1 /dev/stdout; ln -s /proc/self/fd/2 /dev/stderr
     mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
     mount -t tmpfs shm /dev/shm
     /bin/busybox ifconfig lo up
@@ -118,11 +119,14 @@ class Kernel:
         """Unpack it; the paths of the kernel and of the file system that is in memory at first."""
         depends = self.packages.apt("apt-cache", "depends", "linux-image-amd64", output=True)
         [name] = re.findall(r"Depends: (linux-image-\S+)", depends)
-        [package] = self.packages.fetch("download", name)
+        # Newer ones have the kernel and its modules in packages of their own.
+        depends = self.packages.apt("apt-cache", "depends", name, output=True)
+        names = [name, *re.findall(r"Depends: (linux-(?:binary|modules)-\S+)", depends)]
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir()
-        run("dpkg-deb", "--extract", package, self.directory / "package")
-        [kernel] = self.directory.glob("package/boot/vmlinuz-*")
+        for package in self.packages.fetch("download", *names):
+            run("dpkg-deb", "--extract", package, self.directory / "package")
+        [kernel] = self.directory.glob("package/**/vmlinuz*")
         [modules] = (path for path in self.directory.glob("package/**/modules/*") if path.is_dir())
         return kernel, self.memory(modules)
 
