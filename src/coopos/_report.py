@@ -15,6 +15,7 @@ import posix
 import stat
 import sys
 import time
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from gevent import __version__ as _gevent_version
@@ -40,7 +41,7 @@ STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "Z": "zomb
 # ---- what the kernel tells ----------------------------------------------------------------------------------------------------
 
 
-def _text_of(path: str) -> str:
+def text_of(path: str) -> str:
     """A file of /proc, or "" if there is none. Not by open(), which patch(io=True) replaces."""
     try:
         fd = posix.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -113,7 +114,7 @@ def _describe(fd: int, ends: dict[str, list[int]]) -> dict[str, Any]:
     kind = target.removeprefix("anon_inode:").strip("[]") or "unknown"
     if "pidfd" not in kind:
         return {"kind": kind}
-    pids = [line.split()[1] for line in _text_of(f"/proc/self/fdinfo/{fd}").splitlines() if line.startswith("Pid:")]
+    pids = [line.split()[1] for line in text_of(f"/proc/self/fdinfo/{fd}").splitlines() if line.startswith("Pid:")]
     return {"kind": "pidfd", "pid": int(pids[0]) if pids else None}
 
 
@@ -130,7 +131,7 @@ def _ends() -> dict[str, list[int]]:
 
 def _process_of(pid: int) -> dict[str, Any]:
     """What /proc tells of a process: {} where it tells nothing."""
-    before, _, after = _text_of(f"/proc/{pid}/stat").rpartition(")")
+    before, _, after = text_of(f"/proc/{pid}/stat").rpartition(")")
     fields = after.split()
     if len(fields) < 20:
         return {}
@@ -155,8 +156,11 @@ def _stack(frame: FrameType | None) -> list[str]:
 
 
 def _greenlet(greenlet: Any) -> dict[str, Any]:
-    """Its address and stack; and its name, if the program has given it one."""
+    """Its address and stack; what it runs, and its name, if the program has given it one."""
     found = {"greenlet": f"{type(greenlet).__name__} {id(greenlet):#x}", "stack": _stack(greenlet.gr_frame)}
+    run = getattr(greenlet, "_run", None)
+    if isinstance(run, (FunctionType, MethodType, BuiltinFunctionType)):  # of others the name could be code of the program
+        found["runs"] = run.__qualname__
     name = getattr(greenlet, "__dict__", {}).get("name")
     if isinstance(name, str):
         found["name"] = name
@@ -164,10 +168,11 @@ def _greenlet(greenlet: Any) -> dict[str, Any]:
 
 
 def _threads(hubs: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
+    found = [
         {"thread": ident, "is_main": ident == MAIN_THREAD_IDENT, **hubs.get(ident, {}), "stack": _stack(frame)}
         for ident, frame in sys._current_frames().items()
     ]
+    return [row for row in found if row["stack"]]  # the thread that only makes this report has none
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +236,8 @@ def _grouped(rows: Iterable[tuple[str, dict[str, Any]]], indent: str = "  ") -> 
     groups: dict[tuple[str, ...], list[str]] = {}
     for text, greenlet in rows:
         label = greenlet["greenlet"] or "no greenlet waits any more"
-        label += f" {greenlet['name']!r}" if "name" in greenlet else ""
+        label += f" of {greenlet['runs']}()" if "runs" in greenlet else ""
+        label += f", {greenlet['name']!r}" if "name" in greenlet else ""
         groups.setdefault(tuple(greenlet["stack"]), []).append(f"{indent}{text}{label}")
     lines = []
     for stack, labels in groups.items():

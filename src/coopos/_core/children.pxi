@@ -94,7 +94,7 @@ cdef class Child(Record):
         """Park in this thread's hub until it has ended. Claims nothing, so any number of greenlets and threads may wait."""
         self.collect(False, NULL)
         while self.state == ALIVE:
-            self.wait("join")
+            self.wait("wait")
             self.collect(False, NULL)
 
     def send_signal(self, signum):

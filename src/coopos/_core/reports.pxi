@@ -149,7 +149,6 @@ def counters():
         And these are of now, of all threads:
 
         * ``parked``: waits of greenlets for descriptors
-        * ``calls``: calls in flight that are registered by descriptor: those of workers, fairness turns, ``sendfile`` and its kin
         * ``children``: children that are alive and watched or waited for
         * ``statuses``: children that have ended, and whose status nobody has asked for yet
         * ``questions``: waits for children that a worker makes
@@ -173,7 +172,6 @@ def counters():
         "dontwait_calls": dontwait_calls,
         "refused_pidfds": sum(list(_refusals.values())),
         "parked": len(waits()),
-        "calls": sum([len(calls) for calls in list(_calls.values())]),
         "children": states.count(ALIVE),
         "statuses": states.count(ENDED),
         "questions": len(_inquiries),
