@@ -468,7 +468,7 @@ def main(arguments: list[str] | None = None) -> int:
         "The exit status is 1 if a check has failed, else 0.",
     )
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
-    parser.add_argument("--pid", type=int, metavar="PID", help="print coopos.report() of that process, which has COOPOS_REPORT=socket")
+    parser.add_argument("--pid", type=int, metavar="PID", help="print the report of that process, which has COOPOS_REPORT=socket")
     options = parser.parse_args(arguments or [])
     is_json = options.json
     if options.pid is not None:

@@ -3,7 +3,7 @@
 The socket lies in a directory of the user's own, under the name PID.sock. An OS thread answers there, with blocking calls of the
 stdlib's own socket. So it also answers while the hub stands in a callback, as long as other threads get the GIL. Two rules:
 
-1. A name in that directory answers, or nobody has it: a socket gets its name once it listens, and what the dead have left is removed.
+1. Who has a name in that directory answers: a socket gets its name once it listens, and what the dead have left is removed.
 2. The number of the listening socket may be another file's by now: programs that become daemons close all descriptors.
 
 Nothing of this exists until COOPOS_REPORT asks for it.
@@ -11,6 +11,7 @@ Nothing of this exists until COOPOS_REPORT asks for it.
 
 from __future__ import annotations
 
+import _socket
 import atexit
 import contextlib
 import faulthandler
@@ -23,8 +24,6 @@ import struct
 import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
-
-import _socket
 
 from coopos import _report
 from coopos._originals import get_original
@@ -326,7 +325,8 @@ def _connect(client: Any, pid: int) -> None:
 
 
 def _late(pid: int) -> str:
-    return f"process {pid} doesn't answer within {TIMEOUT_S:.0f} s: it is stopped, or a C call of it holds the GIL (try py-spy dump)"
+    why = "it is stopped, or a C call of it holds the GIL (try py-spy dump)"
+    return f"process {pid} doesn't answer within {TIMEOUT_S:.0f} s: {why}"
 
 
 def ask(pid: int, as_json: bool) -> str:

@@ -19,7 +19,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from gevent import __version__ as _gevent_version
-from gevent.hub import MAIN_THREAD_IDENT
+from gevent.hub import MAIN_THREAD_IDENT  # type: ignore[attr-defined]
 
 from coopos import _core
 
@@ -75,7 +75,7 @@ def _socket_facts(fd: int) -> dict[str, Any]:
     nonblocking = getattr(_socket, "SOCK_NONBLOCK", 0)
     if not nonblocking and _socket.getdefaulttimeout() is not None:
         return {"kind": "socket"}  # to look at it would change its mode
-    options = [(_socket.SOL_SOCKET, _socket.SO_TYPE)]
+    options: list[tuple[int, ...]] = [(_socket.SOL_SOCKET, _socket.SO_TYPE)]
     if hasattr(_socket, "SO_DOMAIN"):
         options += [(_socket.SOL_SOCKET, _socket.SO_DOMAIN), (_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)]
     own, peer, kind, *others = _core.socket_facts(_socket.socket, fd, _socket.SOCK_STREAM | nonblocking, options)
@@ -225,8 +225,7 @@ def facts() -> dict[str, Any]:
             for idtype, id_, options, greenlets, n in _core.questions()
         ],
         "put_off_closes": [
-            {"fd": fd, "waits_for_loop": waits_for_loop, "others": others}
-            for fd, waits_for_loop, others in _core.put_off_closes()
+            {"fd": fd, "waits_for_loop": waits_for_loop, "others": others} for fd, waits_for_loop, others in _core.put_off_closes()
         ],
     }
 
@@ -300,10 +299,10 @@ def as_text(known: dict[str, Any]) -> str:
 def report(as_json: bool = False) -> str:
     """Tell what the greenlets, children and worker threads of this process wait for, in all its threads.
 
-    For each greenlet that waits in coopos: its stack, and the descriptor (what it is, its path or peer, READ or WRITE), the child or
-    the call of a worker that it waits for. For each thread, what it is doing now. Then the children that are watched or waited for,
-    the closes that are put off, and :func:`counters`. A greenlet that waits for something else, as a lock of gevent's, is not there;
-    ``gevent.util.print_run_info()`` shows all of them.
+    For each greenlet that waits in coopos it has the stack, and what the greenlet waits for: a descriptor (what it is, its path or
+    peer, READ or WRITE), a child, or a call of a worker. For each thread it says what the thread does now. Then come the children
+    that are watched or waited for, the closes that are put off, and :func:`counters`. A greenlet that waits for something else, as
+    a lock of gevent's, is not there; ``gevent.util.print_run_info()`` shows all of them.
 
     What can be asked of the kernel is asked when the report is made, so a program that never asks pays nothing for it.
     ``COOPOS_REPORT`` has a signal or ``python -m coopos doctor --pid`` bring a report (:ref:`operations-report`).

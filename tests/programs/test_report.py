@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 
 import gevent
@@ -15,7 +14,15 @@ from coopos.subprocess import Popen
 
 from ..helpers.children import collected_child, living_child
 from ..helpers.support import (
-    IN_CHILD, HubThread, make_clogged_pipe, make_pipe, parked, result_of, run_script, turn_loop, until,
+    IN_CHILD,
+    HubThread,
+    make_clogged_pipe,
+    make_pipe,
+    parked,
+    result_of,
+    run_script,
+    turn_loop,
+    until,
 )  # fmt: skip
 
 HAS_PROC = os.path.exists("/proc/self/fd")
@@ -370,7 +377,8 @@ def test_report_made_in_another_thread_shows_what_this_one_does():
 
 def test_report_while_all_changes():
     """A thread reports without pause while greenlets wait, are woken, killed and closed, and children come and go."""
-    run_script("""
+    run_script(
+        """
         import json, os, signal, tempfile, threading, gevent, coopos
         reports, over, file = [], threading.Event(), tempfile.TemporaryFile()
 
@@ -410,14 +418,18 @@ def test_report_while_all_changes():
             thread.join()
         assert len(reports) > 2 and any(report["waits"] for report in reports)
         assert json.loads(coopos.report(as_json=True))["waits"] == []
-    """, may_complain=True)
+    """,
+        may_complain=True,
+    )
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_report_in_a_forked_child_is_its_own(keeps):
     """It has the greenlets that go on in the child, and none of the parent's children."""
     run_script(
-        "import os, sys, traceback, signal, json\nimport gevent, coopos\nfork = coopos.fork\n" + IN_CHILD + f"""
+        "import os, sys, traceback, signal, json\nimport gevent, coopos\nfork = coopos.fork\n"
+        + IN_CHILD
+        + f"""
 parent = os.getpid()
 reader, writer = os.pipe()
 os.set_blocking(reader, False)
@@ -466,10 +478,13 @@ def test_counters_count_waits_and_calls_of_workers(tmp_path):
 
 
 def test_report_is_imported_when_it_is_used():
-    run_script("""
+    run_script(
+        """
         import sys, coopos
         coopos.counters()
         assert not {"coopos._report", "coopos._on_demand"} & set(sys.modules)
         assert "report" in dir(coopos) and callable(coopos.report)
         assert "coopos._report" in sys.modules and "coopos._on_demand" not in sys.modules
-    """, COOPOS_REPORT=None)
+    """,
+        COOPOS_REPORT=None,
+    )

@@ -14,11 +14,12 @@ import tempfile
 import textwrap
 import warnings
 
+import psutil
 import pytest
 
 from coopos import _on_demand
 
-from ..helpers.support import DEADLINE_S, run_script
+from ..helpers.support import DEADLINE_S, run_script, until
 
 #: Begins each program here: one greenlet parked on a pipe, and say(), which tells the test.
 PRELUDE = """
@@ -142,6 +143,7 @@ def test_signal_while_a_call_holds_the_gil():
         gevent.sleep(1000)
     """
     with running(source, "SIGUSR1") as process:
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
         process.send_signal(signal.SIGUSR1)
         text = read_until(process.stderr, " in stand_in_callback\n")
         assert "report of process" not in text
@@ -175,7 +177,8 @@ def test_signal_runs_the_handler_that_was_there_before():
 
 def test_signal_that_is_sent_while_standard_error_is_full():
     """In non-blocking mode, with nobody who reads: what fits is written, and the program goes on."""
-    run_script("""
+    run_script(
+        """
         import os, signal, gevent
         reader, writer = os.pipe()
         real = os.dup(2)
@@ -193,12 +196,15 @@ def test_signal_that_is_sent_while_standard_error_is_full():
         os.kill(os.getpid(), signal.SIGUSR1)
         gevent.sleep(0)
         os.dup2(real, 2)
-    """, COOPOS_REPORT="SIGUSR1")
+    """,
+        COOPOS_REPORT="SIGUSR1",
+    )
 
 
 def test_signal_when_coopos_is_imported_in_another_thread():
     """Python lets only the main thread set a handler: the signal brings the stacks, and a warning says so."""
-    out = run_script("""
+    out = run_script(
+        """
         import os, signal, threading, warnings
         reader, writer = os.pipe()
         os.dup2(writer, 2)
@@ -213,7 +219,9 @@ def test_signal_when_coopos_is_imported_in_another_thread():
         thread.join()
         os.kill(os.getpid(), signal.SIGUSR1)
         print(found, os.read(reader, 4096))
-    """, COOPOS_REPORT="SIGUSR1")
+    """,
+        COOPOS_REPORT="SIGUSR1",
+    )
     assert "outside the main thread" in out and "most recent call first" in out
 
 
@@ -421,7 +429,8 @@ def test_socket_answers_no_other_user(runtime):
 
 def test_socket_that_nobody_answers_is_replaced(runtime):
     """What a process with the same pid has left."""
-    run_script("""
+    run_script(
+        """
         import os, socket
         os.mkdir(os.environ["XDG_RUNTIME_DIR"] + "/coopos", 0o700)
         path = f"{os.environ['XDG_RUNTIME_DIR']}/coopos/{os.getpid()}.sock"
@@ -431,12 +440,19 @@ def test_socket_that_nobody_answers_is_replaced(runtime):
         from coopos import _on_demand
         assert _on_demand._is_answered(path)
         assert f'"pid": {os.getpid()}' in _on_demand.ask(os.getpid(), True)
-    """, COOPOS_REPORT="socket", XDG_RUNTIME_DIR=runtime)
+    """,
+        COOPOS_REPORT="socket",
+        XDG_RUNTIME_DIR=runtime,
+    )
 
 
 def test_socket_is_not_there_unless_it_is_asked_for(runtime):
-    run_script("""
+    run_script(
+        """
         import sys, threading, coopos
         assert "coopos._on_demand" not in sys.modules and threading.active_count() == len(sys._current_frames()) == 1
-    """, COOPOS_REPORT="off", XDG_RUNTIME_DIR=runtime)
+    """,
+        COOPOS_REPORT="off",
+        XDG_RUNTIME_DIR=runtime,
+    )
     assert os.listdir(runtime) == []

@@ -29,7 +29,7 @@ MEANINGS = {
     "COOPOS_THREADS": (64, {"1": 1, "64": 64, "500": 500}, ["x", "0", "-1", "many", str(2**31)]),
     "COOPOS_REPORT": (
         "off",
-        {**dict.fromkeys(OFF, "off"), "socket": "socket", "SIGUSR1": "SIGUSR1", "sigusr2": "SIGUSR2", "SIGUSR1, Socket": "SIGUSR1,socket"},
+        {**dict.fromkeys(OFF, "off"), "socket": "socket", "sigusr2": "SIGUSR2", "SIGUSR1, Socket": "SIGUSR1,socket"},
         ["on", "SIGKILL", "SIGCHLD", "SIGSEGV", "USR1", "SIG_DFL", "10", "socket,", "signal"],
     ),
     "COOPOS_PATCH": ("off", {**dict.fromkeys(ON, "on"), **dict.fromkeys(OFF, "off"), "io": "io", "IO": "io"}, ["2", "maybe"]),

@@ -107,4 +107,5 @@ def others() -> None:
     status: int = coopos.doctor()
     text: str = coopos.report() + coopos.report(as_json=True)
     count: int = coopos.counters()["parked"]
-    print(coopos.getpid(), coopos.environ["PATH"], state, status)
+
+    print(coopos.getpid(), coopos.environ["PATH"], state, status, text, count)

@@ -194,7 +194,8 @@ def socket_facts(kind, int fd, int how, options):
     cdef object handle = kind(-1, how, -1, fd)
     cdef list found = []
     try:
-        for call, arguments in [(handle.getsockname, ()), (handle.getpeername, ()), *[(handle.getsockopt, each) for each in options]]:
+        calls = [(handle.getsockname, ()), (handle.getpeername, ())]
+        for call, arguments in calls + [(handle.getsockopt, each) for each in options]:
             try:
                 found.append(call(*arguments))
             except OSError:
