@@ -25,6 +25,8 @@ import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from gevent._hub_local import get_hub_if_exists
+
 from coopos import _report
 from coopos._originals import get_original
 
@@ -260,6 +262,8 @@ def _open_door() -> None:
     """Without a socket the program goes on: somebody else may have made a file of that name in /tmp."""
     global _door
     is_first = _door is None
+    if _door is not None and _door.pid == os.getpid():
+        return  # the parent of this child was to open one itself when it forked
     try:
         _door = Door()
         _start_new_thread(_door.serve, ())
@@ -276,10 +280,17 @@ def _remove() -> None:
 
 
 def _open_door_in_child() -> None:
-    """A forked child has the parent's listening socket, but no thread that answers there: it gets its own."""
-    if _door is not None:
-        _door.leave_listener()
+    """A forked child has the parent's listening socket, but no thread that answers there. It gets its own when its hub first runs:
+    most children execute a program or end before that, and a second thread would be in the way of some.
+    """
+    if _door is None:
+        return
+    _door.leave_listener()
+    hub = get_hub_if_exists()
+    if hub is None:  # as in a server's master, whose workers make their hubs later
         _open_door()
+    else:
+        hub.loop.run_callback(_open_door)
 
 
 # ---- the side that asks -------------------------------------------------------------------------------------------------------

@@ -274,26 +274,56 @@ def test_socket_under_a_patched_program(runtime):
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_socket_of_a_forked_child_is_its_own(runtime, keeps):
+    """And a grandchild's, that was forked before the child's hub ran."""
     source = f"""
         pid = coopos.fork(keep_greenlets={keeps})
         if pid == 0:
-            say("child", os.getpid())
+            again = coopos.fork(keep_greenlets={keeps})
+            gevent.sleep(0)
+            say("child" if again else "grandchild", os.getpid(), "told")
             gevent.sleep(1000)
-        gevent.sleep(0.1)
         say("ready")
         gevent.sleep(1000)
     """
     with running(source, "socket", XDG_RUNTIME_DIR=runtime) as process:
         said = process.said
-        while "child" not in said:
-            said += read_until(process.stdout, "\n")
-        child = int(re.search(r"child (\d+)", said)[1])
-        for pid, n in ((process.pid, 1), (child, int(keeps))):
+        while said.count("told") < 2:
+            said += read_until(process.stdout, "told\n")
+        children = [int(pid) for pid in re.findall(r"child (\d+) told", said)]
+        for pid, n in ((process.pid, 1), *((child, int(keeps)) for child in children)):
             done = doctor("--pid", pid, "--json", XDG_RUNTIME_DIR=runtime)
             assert done.returncode == 0, done.stderr
             report = json.loads(done.stdout)
             assert report["pid"] == pid and len(report["waits"]) == n
-        os.kill(child, signal.SIGKILL)
+
+
+def test_socket_of_a_child_waits_until_the_hub_runs(runtime):
+    """A child that ends or executes a program before that has no second thread. Without a hub it gets both at once."""
+    count = "len(os.listdir('/proc/self/task'))"
+    run_script(
+        f"""
+        import os, subprocess, sys, coopos
+        if not os.path.exists("/proc/self/task"):
+            raise SystemExit
+        directory = os.environ["XDG_RUNTIME_DIR"] + "/coopos"
+
+        def in_child(expected, function):
+            pid = coopos.fork()
+            if pid == 0:
+                function()
+                has_socket = f"{{os.getpid()}}.sock" in os.listdir(directory)
+                os._exit(0 if ({count} - 1, has_socket) == (expected, bool(expected)) else 1)
+            assert coopos.waitpid(pid, 0) == (pid, 0)
+
+        in_child(1, int)           # no hub yet; the first wait makes one
+        import gevent
+        in_child(0, int)
+        in_child(1, lambda: gevent.sleep(0))
+        subprocess.run([sys.executable, "-c", ""], preexec_fn=lambda: os.listdir("/proc/self/task")[1:] and os._exit(1), check=True)
+    """,
+        COOPOS_REPORT="socket",
+        XDG_RUNTIME_DIR=runtime,
+    )
 
 
 def test_socket_of_a_child_that_has_died_is_removed_by_the_next(runtime):
@@ -303,6 +333,7 @@ def test_socket_of_a_child_that_has_died_is_removed_by_the_next(runtime):
             for _ in range(5):
                 pid = coopos.fork()
                 if pid == 0:
+                    gevent.sleep(0)
                     os._exit(0)
                 coopos.waitpid(pid, 0)
             say("ready")
