@@ -26,6 +26,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from gevent._hub_local import get_hub_if_exists
+from gevent.hub import get_hub
 
 from coopos import _report
 from coopos._originals import get_original
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 TIMEOUT_S = 5.0
 #: How long until the thread tries again if no descriptor is left.
 PAUSE_S = 1.0
+#: How late a signal's report may be, while the hub sleeps.
+TICK_S = 0.3
 STDERR = 2
 
 _socket_class = get_original("socket", "socket")
@@ -64,7 +67,9 @@ def _warn(message: str) -> None:
 def _answer_signal(signum: int) -> None:
     """First faulthandler's answer, at once: it needs no GIL. Then ours, when the main thread next runs Python code.
 
-    faulthandler calls the handler that was there before, which is the interpreter's:
+    faulthandler prints the stack of the thread that gets the signal. Linux chooses the main thread if it can (complete_signal in
+    https://github.com/torvalds/linux/blob/master/kernel/signal.c). The stacks of other threads change while it would read them:
+    that has crashed CPython 3.10, 3.12 and 3.13. It then calls the handler that was there before, which is the interpreter's:
     https://docs.python.org/3/library/faulthandler.html#faulthandler.register
     """
     previous: Any = signal.SIG_DFL
@@ -83,8 +88,29 @@ def _answer_signal(signum: int) -> None:
         previous = signal.signal(signum, print_report)
     except ValueError:
         is_in_main_thread = False
-        _warn("coopos was imported outside the main thread, so the signal prints the stacks of the threads and nothing else")
-    faulthandler.register(signum, file=STDERR, all_threads=True, chain=is_in_main_thread)
+        _warn("coopos was imported outside the main thread, so the signal prints one stack and nothing else")
+    faulthandler.register(signum, file=STDERR, all_threads=False, chain=is_in_main_thread)
+    if is_in_main_thread and _ticker is None:
+        get_hub()  # the main thread's
+        _tick()
+        os.register_at_fork(after_in_child=_tick)
+
+
+_ticker: Any = None
+
+
+def _tick() -> None:
+    """Have the hub of this thread wake now and then. A signal that comes just before it falls asleep doesn't wake it, and Python's
+    handler would run at the next event, whenever that is. gevent's libuv loop has such a timer of its own:
+    https://github.com/gevent/gevent/blob/master/src/gevent/libuv/loop.py (_signal_idle)
+    """
+    global _ticker
+    hub = get_hub_if_exists()
+    if hub is None or hasattr(hub.loop, "_signal_idle"):
+        return
+    if _ticker is None or _ticker.loop is not hub.loop or not _ticker.active:
+        _ticker = hub.loop.timer(TICK_S, TICK_S, ref=False)
+        _ticker.start(bool)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -96,13 +96,28 @@ WHOLE = ("waits for descriptors: 1\n", " in stand_in_read\n")
 
 
 def test_signal_while_the_hub_sleeps():
-    """First come the stacks of all threads by faulthandler, then the whole report; and again at the next signal."""
+    """First comes the main thread's stack by faulthandler, then the whole report; and again at the next signal."""
     with running(SLEEPS, "SIGUSR1") as process:
         for _ in range(2):
             process.send_signal(signal.SIGUSR1)
             text = read_until(process.stderr, *WHOLE)
             assert text.index("most recent call first") < text.index(f"report of process {process.pid} ")
             assert re.search(r"for READ: pipe .*, by Greenlet 0x\w+ of stand_in_read\(\)", text)
+
+
+def test_signal_that_does_not_wake_the_hub():
+    """As one that comes just before the hub falls asleep: here another thread gets it."""
+    source = """
+        import signal, threading, time
+        thread = threading.Thread(target=time.sleep, args=(1000,), daemon=True)
+        thread.start()
+        gevent.spawn_later(0.01, lambda: None).join()
+        say("ready")
+        threading.Thread(target=lambda: (time.sleep(0.1), signal.pthread_kill(thread.ident, signal.SIGUSR1)), daemon=True).start()
+        gevent.sleep(1000)
+    """
+    with running(source, "SIGUSR1") as process:
+        read_until(process.stderr, *WHOLE)
 
 
 @pytest.mark.parametrize("way", ["SIGUSR2,socket", "sigusr2, socket"])
@@ -175,6 +190,31 @@ def test_signal_runs_the_handler_that_was_there_before():
         assert process.wait(DEADLINE_S) == -signal.SIGINT
 
 
+def test_signal_while_threads_come_and_go():
+    """Their stacks change while faulthandler prints, so it must not read them: that would crash the process."""
+    run_script("""
+        import os, signal, threading, time
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        import coopos
+
+        def churn():
+            while not is_over:
+                thread = threading.Thread(target=sum, args=([],))
+                thread.start()
+
+        is_over = False
+        sleeper = threading.Thread(target=time.sleep, args=(1000,), daemon=True)
+        sleeper.start()
+        churner = threading.Thread(target=churn)
+        churner.start()
+        for _ in range(500):
+            signal.pthread_kill(sleeper.ident, signal.SIGUSR1)
+            time.sleep(0.0005)
+        is_over = True
+        churner.join()
+    """, COOPOS_REPORT="SIGUSR1")
+
+
 def test_signal_that_is_sent_while_standard_error_is_full():
     """In non-blocking mode, with nobody who reads: what fits is written, and the program goes on."""
     run_script(
@@ -202,7 +242,7 @@ def test_signal_that_is_sent_while_standard_error_is_full():
 
 
 def test_signal_when_coopos_is_imported_in_another_thread():
-    """Python lets only the main thread set a handler: the signal brings the stacks, and a warning says so."""
+    """Python lets only the main thread set a handler: the signal brings a stack, and a warning says so."""
     out = run_script(
         """
         import os, signal, threading, warnings

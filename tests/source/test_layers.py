@@ -57,7 +57,7 @@ GEVENT = {
     "_patch._import_lock": {"gevent.hub", "greenlet"},
     "_patch._io": {"gevent.lock"},
     "_report": {"gevent", "gevent.hub"},
-    "_on_demand": {"gevent._hub_local"},
+    "_on_demand": {"gevent._hub_local", "gevent.hub"},
     "_doctor": {"gevent", "gevent.hub"},
     "_bench": {"gevent"},
     "__main__": {"gevent", "gevent.monkey"},
