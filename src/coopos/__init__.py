@@ -22,6 +22,9 @@ yes, off is 0, false, off or no:
     only when the hub has not run for about 10 ms.
 ``COOPOS_KEEP_GREENLETS=0``
     A forked child has only the greenlet that forked, unless :func:`patch`, :func:`fork_policy` or an argument says otherwise.
+``COOPOS_REPORT``
+    The name of a signal, as SIGUSR1: the process prints :func:`report` to standard error when it gets that. ``socket``: it answers
+    ``python -m coopos doctor --pid PID``. Both, with a comma in between.
 ``COOPOS_PATCH=1``
     ``gevent.monkey.patch_all()`` calls :func:`patch`. With ``COOPOS_PATCH=io`` it calls ``patch(io=True)``.
 """
@@ -50,6 +53,9 @@ __extensions__: list[str] = ["tp_read", "tp_write"]
 #: Forms of functions of :mod:`os` that only ``patch(io=True)`` puts there.
 _forms: list[str] = []
 
+#: The names that are neither in :mod:`os` nor for it.
+_diagnosis = ["doctor", "patch", "patched", "unpatch"]
+
 #: The functions of :mod:`os` whose form of ours is imported when a program first asks for it, by module.
 _later: dict[str, str] = {}
 
@@ -69,6 +75,7 @@ if TYPE_CHECKING:
         spawnvpe as spawnvpe,
         system as system,
     )
+    from coopos._report import report as report
     from coopos.io import FileIO as FileIO, fdopen as fdopen  # type: ignore[no-redef]
 
 if hasattr(_os, "fork"):
@@ -76,6 +83,7 @@ if hasattr(_os, "fork"):
         as_builtin as _as_builtin,
         close as close,
         closerange as closerange,
+        counters as counters,
         make_nonblocking as make_nonblocking,
         nb_read as nb_read,
         nb_write as nb_write,
@@ -146,6 +154,8 @@ if hasattr(_os, "fork"):
         _starters += ["posix_spawn", "posix_spawnp"]
     _later |= dict.fromkeys(_starters, "_programs")
     _later |= dict.fromkeys(("FileIO", "fdopen"), "io")
+    _later["report"] = "_report"
+    _diagnosis += ["counters", "report"]
     __implements__ += ["fork", "close", "closerange", *_starters]
     __extensions__ += ["make_nonblocking", "nb_read", "nb_write", "fork_and_watch", "fork_gevent", "watch", "wait_exit"]
     __extensions__ += ["fork_policy", "read_exactly", "write_all", "FileIO", "flock"]
@@ -216,7 +226,7 @@ def _functions(names: list[str]) -> dict[str, _Any]:
 
 _patch.offer(lambda: _functions(__implements__ + __extensions__), lambda: _functions(_forms))
 
-__all__ = sorted({*__implements__, *__extensions__, *_forms, "doctor", "patch", "patched", "unpatch"})
+__all__ = sorted({*__implements__, *__extensions__, *_forms, *_diagnosis})
 
 #: The functions of :mod:`os` that are here in a form of our own, for a program of greenlets: docs/concepts/census.rst says why.
 __cooperative__: list[str] = sorted(name for name in __all__ if hasattr(_os, name))
@@ -227,3 +237,6 @@ __imports__: list[str] = [name for name in vars(_os) if not name.startswith("__"
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
 del _name, _own
+
+if _settings.REPORT != "off" and hasattr(_os, "fork"):
+    _import_module("coopos._on_demand").start(_settings.REPORT)

@@ -14,7 +14,7 @@ HELP = """\
 usage: python -m coopos [--no-io] FILE [ARGUMENT ...]
        python -m coopos [--no-io] -m MODULE [ARGUMENT ...]
        python -m coopos [--no-io] -c CODE [ARGUMENT ...]
-       python -m coopos doctor [--json]
+       python -m coopos doctor [--json] [--pid PID]
        python -m coopos bench [--json FILE] [--svg FILE] [--compare FILE]
 
 Run a program as if it had called gevent.monkey.patch_all() and coopos.patch(io=True):
@@ -29,7 +29,8 @@ the program:
   --no-io        leave os.read, open(), the standard streams and input() alone
 
 commands:
-  doctor         say which mechanism serves what on this machine, and prove each
+  doctor         say which mechanism serves what on this machine, and prove each;
+                 with --pid: what a running process waits for
   bench          compare coopos, gevent and os on this machine, in about a minute
                  Each has a --help of its own. A script of that name is ./doctor.
 

@@ -24,6 +24,7 @@ This page is the table of contents. The chapters are in _core/, from the bottom 
     waits       waitpid and its kin
     greenlets   leaving the parent's greenlets behind in a forked child
     forking     fork, forkpty, and the hooks of every fork
+    reports     what coopos.report() and coopos.counters() tell
 
 How a read runs: files makes a Move; ladder attempts it, one rung after the other; if there is nothing to read, waiting parks the
 greenlet and the hub runs the others; when the descriptor is ready, ladder attempts it again. If the kernel can't tell whether the
@@ -124,3 +125,4 @@ include "_core/children.pxi"
 include "_core/waits.pxi"
 include "_core/greenlets.pxi"
 include "_core/forking.pxi"
+include "_core/reports.pxi"

@@ -446,6 +446,19 @@ def print_sum(states: list[str]) -> None:
     print(f"{len(states) - states.count('failed')} of {len(states)} are well{words}")
 
 
+def print_report_of(parser: argparse.ArgumentParser, pid: int, is_json: bool) -> int:
+    if not HAS_CORE:
+        parser.error("this system has no reports")
+    from coopos import _on_demand
+
+    try:
+        print(_on_demand.ask(pid, is_json).rstrip("\n"))
+    except _on_demand.NoAnswerError as ex:
+        print(f"{parser.prog}: {ex}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Make every check and print a line for each. 0 if all are well, be it by a fallback; else 1."""
     parser = argparse.ArgumentParser(
@@ -455,7 +468,11 @@ def main(arguments: list[str] | None = None) -> int:
         "The exit status is 1 if a check has failed, else 0.",
     )
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
-    is_json = parser.parse_args(arguments or []).json
+    parser.add_argument("--pid", type=int, metavar="PID", help="print the report of that process, which has COOPOS_REPORT=socket")
+    options = parser.parse_args(arguments or [])
+    is_json = options.json
+    if options.pid is not None:
+        return print_report_of(parser, options.pid, is_json)
     known = facts()
     if not is_json:
         print_facts(known)

@@ -229,6 +229,7 @@ cdef extern from "c/workers.h" nogil:
         int err
     ctypedef struct coopos_pool_t "struct coopos_pool":
         int begun
+        int threads
     coopos_pool_t coopos_pool
     CMailbox *coopos_mailbox_new()
     void coopos_mailbox_shut(CMailbox *mailbox)
@@ -252,6 +253,7 @@ cdef extern from "c/workers.h" nogil:
     void coopos_job_undo(CJob *job)
     void coopos_pool_set_limit(int limit)
     void coopos_pool_hold(int is_held)
+    int coopos_pool_queued()
     void coopos_pool_end()
     int coopos_pool_hear_of_forks()
 

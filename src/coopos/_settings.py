@@ -7,6 +7,7 @@ table of the variables; tests/source/test_settings.py compares the two.
 from __future__ import annotations
 
 import os
+import signal
 
 from gevent._config import config
 
@@ -51,6 +52,24 @@ def _count(name: str, default: int, least: int) -> int:
     return value
 
 
+#: Signals that nobody can handle, or that the interpreter, gevent or coopos needs.
+_NO_REPORT = ("SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGFPE", "SIGABRT", "SIGBUS", "SIGILL", "SIGSTKFLT", "SIGEMT")
+
+
+def _report_ways(name: str) -> str:
+    """ "off", or "socket" and names of signals, with commas in between."""
+    value = _value_of(name) or "off"
+    if value in OFF:
+        return "off"
+    words = [word.strip() for word in value.split(",")]
+    names = [word if word == "socket" else word.upper() for word in words]
+    for each in names:
+        is_signal = each.startswith("SIG") and each not in _NO_REPORT and isinstance(getattr(signal, each, None), signal.Signals)
+        if each != "socket" and not is_signal:
+            raise _refusal(name, "off, socket, or the name of a signal that a program may handle")
+    return ",".join(names)
+
+
 def patch_mode() -> str:
     """COOPOS_PATCH: "on", "off" or "io". Asked again at each ``patch_all()``: a program may set it once coopos is imported."""
     return _switch("COOPOS_PATCH", "off", "io")
@@ -65,4 +84,5 @@ NOWAIT = _switch("COOPOS_NOWAIT", "on") == "on"
 KEEP_GREENLETS = _switch("COOPOS_KEEP_GREENLETS", "on") == "on"
 FAIRNESS = _count("COOPOS_FAIRNESS", 2**31 - 1, 0)
 THREADS = _count("COOPOS_THREADS", 64, 1)
+REPORT = _report_ways("COOPOS_REPORT")
 patch_mode()

@@ -477,6 +477,11 @@ class Popen(_Base[AnyStr]):
             if seems_to_run:
                 _warn(f"subprocess {self.pid} is still running", ResourceWarning, source=self)
 
+    def __repr__(self) -> str:
+        """As the stdlib's. If the child still runs, what its record says comes after that."""
+        text = super().__repr__()
+        return text if self.returncode is not None or self._child is None else f"{text[:-1]} child: {self._child!r}>"
+
     def _watch(self, pid: int) -> _core.Child | None:
         return _core.watch_new(pid, _Ended(self), None, True, needs_hub=False)
 

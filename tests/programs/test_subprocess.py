@@ -46,7 +46,8 @@ def test_popen_is_a_kind_of_the_stdlibs():
     with sh("exit 0") as process:
         assert isinstance(process, stdlib.Popen)
         assert type(process).__name__ == "Popen"
-        assert repr(process) == "<Popen: returncode: None args: ['sh', '-c', 'exit 0']>"
+        plain = "<Popen: returncode: None args: ['sh', '-c', 'exit 0']"
+        assert stdlib.Popen.__repr__(process) == f"{plain}>" and repr(process).startswith(f"{plain} child: <coopos child ")
 
 
 def test_popen_signature_is_the_stdlibs_with_a_terminal():

@@ -24,7 +24,7 @@ from ..helpers.support import run_script
 FORMS = set(coopos.__cooperative__) - set(coopos.__implements__) - set(coopos.__extensions__)
 FUNCTIONS = sorted({*coopos.__implements__, *coopos.__extensions__, *FORMS})
 #: What gevent.os has not.
-OUR_OWN = {"doctor", "patch", "patched", "unpatch"}
+OUR_OWN = {"counters", "doctor", "patch", "patched", "report", "unpatch"}
 #: Parameters that ours have and gevent's have not, by function: keyword only, so that every call for gevent's is one for ours.
 SUPERSETS: dict[str, set[str]] = {
     "fork_gevent": {"keep_greenlets"},
@@ -296,7 +296,7 @@ WITHOUT_RESULT = set(
 #: Classes are what they return.
 WITHOUT_RESULT |= {"FileIO", "register_at_fork"}
 #: They stand for nothing in the system or in gevent, and fail at nothing.
-WITHOUT_SOURCE = {"doctor", "patch", "patched", "unpatch"}
+WITHOUT_SOURCE = {"counters", "doctor", "patch", "patched", "report", "unpatch"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -27,6 +27,11 @@ MEANINGS = {
     "COOPOS_KEEP_GREENLETS": (True, {**dict.fromkeys(ON, True), **dict.fromkeys(OFF, False)}, ["maybe", "none", "-1"]),
     "COOPOS_FAIRNESS": (2**31 - 1, {"0": 0, "10": 10, " 7 ": 7}, ["x", "-1", "1.5", "off", str(2**31)]),
     "COOPOS_THREADS": (64, {"1": 1, "64": 64, "500": 500}, ["x", "0", "-1", "many", str(2**31)]),
+    "COOPOS_REPORT": (
+        "off",
+        {**dict.fromkeys(OFF, "off"), "socket": "socket", "sigusr2": "SIGUSR2", "SIGUSR1, Socket": "SIGUSR1,socket"},
+        ["on", "SIGKILL", "SIGCHLD", "SIGSEGV", "USR1", "SIG_DFL", "10", "socket,", "signal"],
+    ),
     "COOPOS_PATCH": ("off", {**dict.fromkeys(ON, "on"), **dict.fromkeys(OFF, "off"), "io": "io", "IO": "io"}, ["2", "maybe"]),
 }
 ALLOWED = [(name, value, meaning) for name, (_, meanings, _) in MEANINGS.items() for value, meaning in meanings.items()]
@@ -74,7 +79,7 @@ def test_setting_that_is_absent_or_empty(monkeypatch, name, value):
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_setting_that_means_nothing(monkeypatch, name, value):
     """The error names the variable, the value and what is allowed."""
-    with pytest.raises(ValueError, match=f"^{name}={value}: the value must be (one of|a whole number|pidfd|epoll) ?"):
+    with pytest.raises(ValueError, match=f"^{name}={value}: the value must be (one of|a whole number|pidfd|epoll|off),? ?"):
         settings_with(monkeypatch, **{name: value})
 
 
@@ -166,7 +171,8 @@ def test_table_names_every_setting_with_its_words():
     rows = dict(re.findall(r"^   \* - ``(\w+)``\n((?:     .*\n)+)", page, re.MULTILINE))
     assert rows.keys() == {*MEANINGS, "GEVENT_NOWAITPID"}
     for name, (default, meanings, _refused) in MEANINGS.items():
-        words = {str(meaning) for meaning in [default, *meanings.values()] if isinstance(meaning, str)} or {str(default)}
+        words = {word for meaning in [default, *meanings.values()] if isinstance(meaning, str) for word in meaning.split(",")}
+        words = words or {str(default)}
         words -= {str(2**31 - 1)}  # no limit
         words = {{"True": "on", "False": "off"}.get(word, word) for word in words}
         assert words <= set(re.findall(r"``(\w+)``", rows[name])), name

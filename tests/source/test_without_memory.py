@@ -81,7 +81,8 @@ for _name, _arguments in (("wait", ""), ("wait3", "0"), ("wait4", "pid, 0"), ("w
 ELSEWHERE = {name for name in coopos.__all__ if "fork" in name}
 #: Not tried: once a process or for people; what gevent's threadpool does, whose threads have no memory either; and Popen, which in
 #: the stdlib, too, leaves its pipe open if memory runs out before it has a child.
-LEFT_OUT = {"doctor", "patch", "patched", "unpatch", "getgrouplist", "getlogin", "initgroups", "popen", "system"}
+LEFT_OUT = {"counters", "doctor", "patch", "patched", "report", "unpatch"}
+LEFT_OUT |= {"getgrouplist", "getlogin", "initgroups", "popen", "system"}
 #: Unless the hub is due a turn.
 ALLOCATING_NOTHING = {"close", "make_nonblocking", "nb_write", "write", "write_all"}
 #: CPython 3.12 and 3.13 crash if there is no memory to call a generator expression, in _PyEvalFramePushAndInit of

@@ -105,4 +105,7 @@ def others() -> None:
     state: str = coopos.patched()["os.read"]
     coopos.unpatch()
     status: int = coopos.doctor()
-    print(coopos.getpid(), coopos.environ["PATH"], state, status)
+    text: str = coopos.report() + coopos.report(as_json=True)
+    count: int = coopos.counters()["parked"]
+
+    print(coopos.getpid(), coopos.environ["PATH"], state, status, text, count)

@@ -63,6 +63,11 @@ cdef class Child(Record):
         return self.watched_by
 
     @property
+    def state_word(self):
+        """"alive" when it was last asked for; "ended", "waited for" or "lost"."""
+        return ("alive", "ended", "waited for", "lost")[self.state]
+
+    @property
     def is_ours(self):
         """Whether it is a child of this process, and not of its parent."""
         return not self.is_parents()
@@ -89,7 +94,7 @@ cdef class Child(Record):
         """Park in this thread's hub until it has ended. Claims nothing, so any number of greenlets and threads may wait."""
         self.collect(False, NULL)
         while self.state == ALIVE:
-            self.wait()
+            self.wait("wait")
             self.collect(False, NULL)
 
     def send_signal(self, signum):
@@ -136,8 +141,20 @@ cdef class Child(Record):
             self.claim()
 
     def __repr__(self):
-        state = ("alive", "ended", "waited for", "lost")[self.state]
-        return f"<coopos child {self.pid} {state} status={self.report.status}>"
+        cdef str text = f"<coopos child {self.pid} {self.state_word}"
+        cdef Py_ssize_t n_waiting = 0, n_callbacks = 0
+        cdef Watch watch
+        if self.state == ALIVE:
+            for watch in self.watches:
+                n_waiting += len(watch.waiters)
+                n_callbacks += len(watch.callbacks or ())
+            text += f", watched by {self.watched_by}" if self.watched_by else ""
+            text += f", waiting: {n_waiting}" if n_waiting else ""
+            text += f", callbacks: {n_callbacks}" if n_callbacks else ""
+        elif self.state != LOST:
+            text += f", status {self.report.status:#x}: "
+            text += f"signal {self.report.status & 0x7f}" if self.report.status & 0x7f else f"exit {self.report.status >> 8}"
+        return text + ">"
 
     cdef bint is_parents(self) except -1:
         """Whether the record is from before a fork, so that the child is the parent's. It is LOST then, and notifies nobody."""
@@ -148,7 +165,7 @@ cdef class Child(Record):
             self.watches = []
         return True
 
-    cdef bint wait(self) except -1:
+    cdef bint wait(self, str call) except -1:
         """Wait until the child may have ended, in this thread's hub if it has one. False, at once: the process doesn't exist."""
         cdef Watch watch
         cdef Watch found = None
@@ -168,7 +185,7 @@ cdef class Child(Record):
             if hub is None:
                 wait_plainly(P_PID, self.pid, WEXITED)
             else:
-                found.wait(hub)
+                found.wait(hub, call)
         finally:
             found.close_if_unused()
         return True

@@ -286,14 +286,14 @@ cdef class Watch(Wait):
                 self.loop.handle_error(switch, *sys.exc_info())
         return 0
 
-    cdef int wait(self, hub) except -1:
+    cdef int wait(self, hub, str call) except -1:
         """Park until the child may have ended."""
         cdef object current = getcurrent()
         cdef object switch = current.switch      # a new object each time: if it comes back, wake_waiters() woke us
         self.waiters.append(switch)
         self.hold(1)
         try:
-            came_back = give_way(hub, current)
+            came_back = give_way(hub, current, call, self.child.pid)
             if came_back is not switch:
                 raise wrong_switch(came_back, f"child {self.child.pid}")
         finally:

@@ -39,18 +39,45 @@ cdef bint has_switch_out(object greenlet) except -1:
     return _has_switch_out[kind]
 
 
-cdef object give_way(object hub, object current):
-    """Run the hub until something switches back; returns the object that comes with the switch.
+# A note of ours (PEP 678) begins like this. An exception has one at most: of the wait that it ended last.
+cdef str PLACE = "coopos: while in "
+
+
+cdef int note_place(object ex, str call, object subject) noexcept:
+    """Have an exception that ended a wait say which one. Some refuse, as a frozen dataclass does: they come out as they are.
+
+    The attribute is what add_note() fills, which Python 3.10 doesn't have. A GreenletExit is shown to nobody.
+    """
+    cdef str text
+    if call is None or isinstance(ex, GreenletExit):
+        return 0
+    try:
+        if type(ex) is Thrown:
+            [ex] = ex.args
+        text = f"{PLACE}{call}({subject})"
+        notes = getattr(ex, "__notes__", None)
+        if notes is None:
+            ex.__notes__ = [text]
+        else:              # one object may be thrown into any number of greenlets
+            notes[:] = [note for note in notes if not (isinstance(note, str) and note.startswith(PLACE))] + [text]
+    except:
+        pass
+    return 0
+
+
+cdef object give_way(object hub, object current, str call, long long number):
+    """Run the hub until something switches back; returns the object that comes with the switch. *call* and *number*, a descriptor
+    or a pid, or -1: what the greenlet waits in, for exceptions that are thrown into it.
 
     The same as gevent's ``hub.switch()``, without its look-up of switch_out(), which nearly always fails.
     """
     if current is hub:
         raise in_hub_error()
     coopos_forget_ready_calls()
-    return switch_to(hub, None, current)
+    return switch_to(hub, None, current, call, number)
 
 
-cdef object switch_to(object greenlet, tuple args, object current):
+cdef object switch_to(object greenlet, tuple args, object current, str call, long long number):
     """Switch to *greenlet*, the hub unless there are *args*; returns the object that comes with the switch back."""
     try:
         if args is not None:
@@ -58,8 +85,9 @@ cdef object switch_to(object greenlet, tuple args, object current):
         if has_switch_out(current):
             return greenlet.switch()
         return coopos_switch(greenlet, NULL, NULL)
-    except Exception as ex:
-        if current in _outright and is_called_outright(current):
+    except BaseException as ex:
+        note_place(ex, call, "" if number < 0 else number)
+        if isinstance(ex, Exception) and current in _outright and is_called_outright(current):
             raise Thrown(ex)
         raise
 

@@ -184,7 +184,7 @@ cdef class Owned:
         member = (hub, wait)
         self.waiters.append(member)
         try:
-            came_back = give_way(hub, current)
+            came_back = give_way(hub, current, "buffer", self.fd)
             if came_back is not wait:
                 raise wrong_switch(came_back, "another greenlet's read or write")
         finally:
@@ -222,7 +222,7 @@ cdef class Owned:
             if self.owner is None:
                 self.pass_turn()       # another thread left meanwhile
             while self.owner is not current:
-                came_back = give_way(hub, current)
+                came_back = give_way(hub, current, "buffer", self.fd)
                 if came_back is not member:
                     raise wrong_switch(came_back, "its turn in a file's buffer")
         except BaseException:

@@ -203,7 +203,7 @@ cdef Listener listen(loop, idtype_t idtype, id_t id, int options, bint ref=False
 
 # ---- waiting for a change ----------------------------------------------------------------------------------------------------
 
-cdef int wait_for_change(idtype_t idtype, id_t id, int options) except -1:
+cdef int wait_for_change(str call, idtype_t idtype, id_t id, int options) except -1:
     """Wait until the kernel may have an answer to this waitid(2)."""
     cdef object hub = reachable_hub()
     cdef object loop = None if hub is None else hub.loop
@@ -223,7 +223,7 @@ cdef int wait_for_change(idtype_t idtype, id_t id, int options) except -1:
         if hub is None:
             listener.wait_without_hub()
         else:
-            came_back = give_way(hub, current)
+            came_back = give_way(hub, current, call, id if idtype == P_PID else -1)
             if came_back is not switch:
                 raise wrong_switch(came_back, "children")
     finally:

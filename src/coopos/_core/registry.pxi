@@ -176,7 +176,7 @@ cdef int let_others_run(int fd=-1, str name="", double seconds=0, bint polls=Fal
             watchers[0].start(switch, switch)
         else:
             watchers = (hub.loop.run_callback(switch, switch),)
-        came_back = give_way(hub, current)
+        came_back = give_way(hub, current, name or None, fd)
         if came_back is not switch:
             raise wrong_switch(came_back, "its turn")
     finally:

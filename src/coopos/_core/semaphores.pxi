@@ -110,6 +110,9 @@ cdef class Semaphore:
             with place[0]:
                 if not self.take():
                     wait_semaphore(self.sem, self.plain.name)
+        except BaseException as ex:
+            note_place(ex, "sem_wait", self.plain.name)
+            raise
         finally:
             place[1] -= 1
             if place[1] == 0 and self.turns.get(hub) is place:

@@ -587,6 +587,8 @@ cdef Set set_of_loop(object loop):
                 del by_loop[other.loop]
                 other.end()
         here = by_loop[loop] = Set(loop)
+        hub = get_hub_if_exists()
+        here.hub = hub if hub is not None and hub.loop is loop else None
     if here.born != generation:
         remake_sets_in_child(True)
     return here

@@ -32,10 +32,10 @@ cdef object switch_away(Set here, Wait wait, object hub, object current, str cal
     if other is None:
         if not here.is_looking:
             here.n_direct = 0      # the loop now has its turn
-        return give_way(hub, current)
+        return give_way(hub, current, call, wait.fd)
     if other is wait:
         return wait
-    return switch_to(other.greenlet, (other,), current)
+    return switch_to(other.greenlet, (other,), current, call, wait.fd)
 
 
 cdef bint has_hub_to_wait_in(bint may_block) except -1:
@@ -147,7 +147,7 @@ def wait_for_any(list wanted, str call, list closed=None):
             waits.append(wait)
             may_wait = here.enter(wait, True, call) and may_wait
         if may_wait:
-            came_back = give_way(hub, current)
+            came_back = give_way(hub, current, call, -1)
             if came_back not in waits:
                 raise wrong_switch(came_back, f"one of the descriptors {wanted} in {call}")
         else:

@@ -63,13 +63,13 @@ cdef int wait_one(str call, int pid, int options, Report *report) except -1:
         if options & WNOHANG:
             return 0
         if is_special or is_traced(pid):
-            wait_for_change(P_PID, pid, options)
+            wait_for_change(call, P_PID, pid, options)
             continue
         if child is None:
             child = Child(pid)
             children[pid] = child
         has_waited = True
-        if not child.wait() and not child.is_watched:
+        if not child.wait(call) and not child.is_watched:
             child = None       # the process is gone: the kernel will say ECHILD, or knows a newer child
 
 
@@ -141,7 +141,7 @@ cdef int wait_any(str call, idtype_t idtype, id_t id, int options, Report *repor
             continue
         if options & WNOHANG:
             return 0
-        wait_for_change(idtype, id, options)
+        wait_for_change(call, idtype, id, options)
 
 
 cdef int wait_pidfd(str call, int fd, int options, Report *report) except -1:

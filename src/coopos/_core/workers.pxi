@@ -230,6 +230,12 @@ cdef class Job(Call):
         if self.job != NULL:
             coopos_job_free(self.job)
 
+    def __str__(self):
+        """What the call is on."""
+        if self.job.operation in (COOPOS_OPEN, COOPOS_TRUNCATE):
+            return repr(os.fsdecode(<bytes>self.job.buf))
+        return str(self.fd) if self.fd >= 0 else ""
+
     cdef int arrive(self) except -1:
         """In the hub: the worker is done."""
         if self.waiter is not None:
@@ -372,13 +378,14 @@ cdef bint wait_for(Job job, object hub) except -1:
     job.waiter = current
     mailbox.waiting += 1
     try:
-        came_back = give_way(hub, current)
+        came_back = give_way(hub, current, None, -1)
         if came_back is not job:
             raise wrong_switch(came_back, job.name)
         has_arrived = coopos_job_state(job.job) == COOPOS_DONE
-    except BaseException:
+    except BaseException as ex:
         job.waiter = None
         thrown = give_up(job, hub, current)
+        note_place(ex if thrown is None else thrown, job.name, job)
         if thrown is not None:
             raise thrown           # as if the greenlet had been killed again in a `finally`
         raise
@@ -429,7 +436,7 @@ cdef object last_word(Job job, object hub, object current):
         while coopos_job_state(job.job) == COOPOS_BEGUN and not job.is_late and job.born == generation:
             job.waiter = current
             try:
-                give_way(hub, current)
+                give_way(hub, current, None, -1)
             except BaseException as ex:
                 thrown = ex
             finally:

@@ -605,6 +605,18 @@ static inline void coopos_pool_hold(int is_held)
     coopos_pool_unlock();
 }
 
+/* How many jobs wait until fewer use the disks. */
+static inline int coopos_pool_queued(void)
+{
+    struct coopos_job *each;
+    int n = 0;
+    coopos_pool_lock();
+    for (each = coopos_pool.first; each != NULL; each = each->next)
+        n++;
+    coopos_pool_unlock();
+    return n;
+}
+
 /* Take a job out of the queue; whether it was there. Then it is not made, and does not arrive. */
 static inline int coopos_job_take_back(struct coopos_job *job)
 {
