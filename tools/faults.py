@@ -1,9 +1,10 @@
 """Make system calls fail, one after another, and see what coopos makes of it: ``faults.py [OPTIONS] [SCENARIO ...]``.
 
-strace injects the faults (https://man7.org/linux/man-pages/man1/strace.1.html). Each scenario (fault_scenarios.py) runs once
-without a fault; each system call that it makes then fails, in a process of its own, at its first, second and third occurrence in
-a thread, with each errno of its manual page. What came of a case is judged by a few general rules, below; what they don't allow is
-a failure, and the exit status is 1.
+strace injects the faults (https://man7.org/linux/man-pages/man1/strace.1.html). Each scenario runs once without a fault. Then each
+system call that it makes fails, in a process of its own, at its first, second and third occurrence in a thread, with each errno of
+its manual page. What came of a case is judged by a few general rules, below. What they don't allow is a failure: exit status 1.
+
+The scenarios are in fault_scenarios.py and fault_children.py, what they use is in fault_states.py, and fault_server.py runs them.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import threading
 import time
 from pathlib import Path
 
+from fault_errnos import ERRNOS, FCNTL, LEFT_OUT
+
 HERE = Path(__file__).resolve().parent
 #: How long a body may take, and what comes after it.
 LIMIT_S = 6
@@ -32,96 +35,6 @@ OCCURRENCES = 3
 #: How often in a row a call is interrupted in a storm.
 STORM = 12
 
-#: The errnos of the manual pages (man-pages 6.03). `wait` is the page of waitid, `recv` that of recvmsg, and so on.
-ERRNOS = {
-    "clone": "EAGAIN ENOMEM EPERM",
-    "clone3": "EAGAIN ENOMEM EPERM ENOSYS",
-    "close": "EBADF EINTR EIO ENOSPC",
-    "close_range": "EINVAL EMFILE ENOMEM ENOSYS EPERM",
-    "copy_file_range": "EBADF EFBIG EINVAL EIO EISDIR ENOMEM ENOSPC EOPNOTSUPP EOVERFLOW EPERM ETXTBSY EXDEV ENOSYS",
-    "dup": "EBADF EBUSY EINTR EINVAL EMFILE",
-    "dup2": "EBADF EBUSY EINTR EINVAL EMFILE",
-    "dup3": "EBADF EBUSY EINTR EINVAL EMFILE",
-    "epoll_create1": "EINVAL EMFILE ENFILE ENOMEM ENOSYS EPERM",
-    "epoll_ctl": "EBADF EEXIST EINVAL ELOOP ENOENT ENOMEM ENOSPC EPERM",
-    "epoll_wait": "EBADF EFAULT EINTR EINVAL",
-    "eventfd2": "EINVAL EMFILE ENFILE ENODEV ENOMEM ENOSYS EPERM",
-    "execve": "",
-    "fallocate": "EBADF EFBIG EINTR EINVAL EIO ENODEV ENOSPC ENOSYS EOPNOTSUPP EPERM ESPIPE ETXTBSY",
-    "fcntl": "EACCES EAGAIN EBADF EBUSY EDEADLK EFAULT EINTR EINVAL EMFILE ENOLCK ENOTDIR EPERM",
-    "fdatasync": "EBADF EINTR EIO ENOSPC EROFS EDQUOT",
-    "flock": "EBADF EINTR EINVAL ENOLCK EAGAIN",
-    "fork": "EAGAIN ENOMEM ENOSYS",
-    "fstat": "EBADF EFAULT ENOMEM EOVERFLOW",
-    "fstatfs": "EBADF EFAULT EINTR EIO ENOMEM ENOSYS EOVERFLOW",
-    "fsync": "EBADF EINTR EIO ENOSPC EROFS EDQUOT",
-    "ftruncate": "EACCES EFBIG EINTR EINVAL EIO EPERM EROFS ETXTBSY EBADF",
-    "futex": "EINTR EAGAIN",
-    "getdents64": "EBADF EFAULT EINVAL ENOENT ENOTDIR",
-    "getpgid": "EPERM ESRCH",
-    "getpgrp": "",
-    "getrandom": "EAGAIN EFAULT EINTR EINVAL ENOSYS",
-    "ioctl": "EBADF EFAULT EINVAL ENOTTY",
-    "kill": "EINVAL EPERM ESRCH",
-    "lseek": "EBADF EINVAL ENXIO EOVERFLOW ESPIPE",
-    "mmap": "ENOMEM EAGAIN",
-    "newfstatat": "EACCES EBADF EFAULT EINVAL ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR EOVERFLOW",
-    "openat": "EACCES EBUSY EDQUOT EEXIST EFBIG EINTR EINVAL EISDIR ELOOP EMFILE ENAMETOOLONG ENFILE ENODEV ENXIO ENOENT ENOMEM "
-    "ENOSPC ENOTDIR EOVERFLOW EPERM EROFS ETXTBSY EAGAIN",
-    "pidfd_open": "EINVAL EMFILE ENFILE ENODEV ENOMEM ESRCH ENOSYS EPERM",
-    "pidfd_send_signal": "EBADF EINVAL EPERM ESRCH ENOSYS",
-    "pipe2": "EFAULT EINVAL EMFILE ENFILE",
-    "poll": "EFAULT EINTR EINVAL ENOMEM",
-    "ppoll": "EFAULT EINTR EINVAL ENOMEM",
-    "pread64": "EAGAIN EBADF EFAULT EINTR EINVAL EIO EISDIR ENXIO EOVERFLOW ESPIPE",
-    "preadv2": "EAGAIN EBADF EFAULT EINTR EINVAL EIO EISDIR ENXIO EOVERFLOW ESPIPE EOPNOTSUPP ENOSYS EPERM",
-    "prlimit64": "EFAULT EINVAL EPERM ESRCH",
-    "process_vm_readv": "EFAULT EINVAL ENOMEM EPERM ESRCH ENOSYS",
-    "process_vm_writev": "EFAULT EINVAL ENOMEM EPERM ESRCH ENOSYS",
-    "pselect6": "EBADF EINTR EINVAL ENOMEM",
-    "pwrite64": "EAGAIN EBADF EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENOSPC EPERM EPIPE ENXIO EOVERFLOW ESPIPE",
-    "pwritev2": "EAGAIN EBADF EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENOSPC EPERM EPIPE ENXIO EOVERFLOW ESPIPE EOPNOTSUPP ENOSYS",
-    "read": "EAGAIN EBADF EFAULT EINTR EINVAL EIO EISDIR",
-    "readlink": "EACCES EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR",
-    "readlinkat": "EACCES EBADF EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR",
-    "readv": "EAGAIN EBADF EFAULT EINTR EINVAL EIO EISDIR",
-    "recvmsg": "EAGAIN EBADF ECONNREFUSED EFAULT EINTR EINVAL ENOMEM ENOTCONN ENOTSOCK",
-    "rt_sigaction": "EFAULT EINVAL",
-    "rt_sigprocmask": "EFAULT EINVAL",
-    "sendfile": "EAGAIN EBADF EFAULT EINVAL EIO ENOMEM EOVERFLOW ESPIPE",
-    "sendmsg": "EACCES EAGAIN EALREADY EBADF ECONNRESET EDESTADDRREQ EFAULT EINTR EINVAL EISCONN EMSGSIZE ENOBUFS ENOMEM ENOTCONN "
-    "ENOTSOCK EOPNOTSUPP EPIPE",
-    "setpgid": "EACCES EINVAL EPERM ESRCH",
-    "setsid": "EPERM",
-    "splice": "EAGAIN EBADF EINVAL ENOMEM ESPIPE",
-    "sync": "",
-    "tgkill": "EAGAIN EINVAL EPERM ESRCH",
-    "timer_create": "EAGAIN EINVAL ENOMEM EOPNOTSUPP EPERM ENOSYS",
-    "timer_delete": "EINVAL",
-    "timer_settime": "EFAULT EINVAL",
-    "truncate": "EACCES EFAULT EFBIG EINTR EINVAL EIO EISDIR ELOOP ENAMETOOLONG ENOENT ENOTDIR EPERM EROFS ETXTBSY",
-    "unlink": "EACCES EBUSY EIO ENOENT ENOMEM EPERM EROFS",
-    "vfork": "EAGAIN ENOMEM",
-    "wait4": "ECHILD EINTR EINVAL ESRCH",
-    "waitid": "EAGAIN ECHILD EINTR EINVAL ESRCH ENOSYS EPERM",
-    "write": "EAGAIN EBADF EDESTADDRREQ EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENOSPC EPERM EPIPE",
-    "writev": "EAGAIN EBADF EDESTADDRREQ EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENOSPC EPERM EPIPE",
-}
-#: The kernel never refuses these, or nobody could do anything about it; or the call is the scenario's mark.
-LEFT_OUT = set(
-    "arch_prctl brk clock_getres clock_gettime clock_nanosleep dup execve exit exit_group getcwd getegid geteuid getgid getpid "
-    "getpgrp getppid getsid gettid getuid madvise mprotect mremap munmap nanosleep restart_syscall rseq rt_sigreturn rt_sigsuspend "
-    "rt_sigtimedwait sched_getaffinity sched_yield set_robust_list set_tid_address sigaltstack uname sync umask".split()
-)
-#: The errnos of fcntl's commands that have more than EBADF.
-FCNTL = {
-    "F_DUPFD": "EBADF EINVAL EMFILE",
-    "F_DUPFD_CLOEXEC": "EBADF EINVAL EMFILE",
-    "F_SETFL": "EBADF EPERM EINVAL",
-    "F_SETLK": "EACCES EAGAIN EBADF EFAULT EINTR EINVAL ENOLCK",
-    "F_SETLKW": "EBADF EDEADLK EFAULT EINTR EINVAL ENOLCK",
-    "F_GETLK": "EBADF EFAULT EINVAL",
-}
 PATTERN = re.compile(r"(\d+) +(?:<\.\.\. )?(\w+)(?: resumed>|\()")
 
 
@@ -160,12 +73,11 @@ KNOWN = [
     ("run_program", "newfstatat", "*", "the stdlib's Popen leaves its pipe open if io.open() of it fails"),
     ("*", "waitid", "ECHILD", "the child is there all the same, and left"),
     ("*", "pidfd_open", "ESRCH", "the child is there all the same, and counts as lost"),
-    ("popen_terminal", "read", "EIO", "read_pty() takes it for the end"),
+    ("popen_terminal", "*read*", "EIO", "read_pty() takes it for the end"),
     ("multiprocessing_process", "pipe2", "*", "the stdlib's popen_fork leaves its first pipe open"),
     ("multiprocessing_process", "close", "*", "the stdlib's popen_fork closes none of the other ends then"),
-    ("forkpty", "readv", "EIO", "read_pty() takes it for the end"),
+    ("forkpty", "*read*", "EIO", "read_pty() takes it for the end"),
     ("forkpty", "setsid", "*", "the child of forkpty(3) ends then"),
-    ("forkpty", "preadv2", "EIO", "read_pty() takes it for the end"),
     ("forkpty", "dup2", "*", "login_tty(3) ignores it"),
     ("popen_terminal", "openat", "EINTR", "os.openpty() doesn't try again"),
     ("forkpty", "openat", "EINTR", "forkpty(3) doesn't try again"),
@@ -280,12 +192,12 @@ def describe_status(status):
 
 
 class Server:
-    """A process of fault_scenarios.py, which forks the cases."""
+    """A process of fault_server.py, which forks the cases."""
 
     def __init__(self, environment):
         self.directory = tempfile.mkdtemp(prefix="faults")
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(HERE / "fault_scenarios.py")],
+            [sys.executable, "-W", "ignore", str(HERE / "fault_server.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, **environment}, bufsize=1,
             cwd=self.directory,
         )
@@ -522,9 +434,9 @@ def write_table(path, rows):
 # ---- the command line --------------------------------------------------------------------------------------------------------
 
 
-def scenarios_of(server_module="fault_scenarios"):
-    source = (HERE / f"{server_module}.py").read_text()
-    return re.findall(r"^@scenario.*\ndef (\w+)", source, re.MULTILINE)
+def scenarios():
+    sources = [(HERE / f"{name}.py").read_text() for name in ("fault_scenarios", "fault_children")]
+    return re.findall(r"^@scenario.*\ndef (\w+)", "".join(sources), re.MULTILINE)
 
 
 class Run:
@@ -612,7 +524,7 @@ def main(arguments=None):
     began = time.monotonic()
     wanted = options.scenarios or ["*"]
     run = Run(options)
-    run.run([each for each in scenarios_of() if any(fnmatch.fnmatch(each, pattern) for pattern in wanted)])
+    run.run([each for each in scenarios() if any(fnmatch.fnmatch(each, pattern) for pattern in wanted)])
     if options.save:
         with options.save.open("w") as file:
             for each in run.outcomes:

@@ -728,3 +728,18 @@ def test_greenlets_that_the_collector_has_set_aside_are_left_behind():
         in_child(check, lambda: coopos.fork(keep_greenlets=False))
         assert trace.of_children() == []
     """)
+
+
+def test_fork_in_a_program_that_has_set_aside_what_it_had_before_it_imported_coopos():
+    """gc.freeze(), then the import: the interpreter's at-fork hooks are found, and what was set aside stays so."""
+    run_script("""
+        import gc, os, random                # whose at-fork hooks are there already
+        gc.freeze()
+        frozen = gc.get_freeze_count()
+        import coopos, gevent
+        assert gc.get_freeze_count() > frozen // 2
+        pid = coopos.fork(keep_greenlets=False)
+        if pid == 0:
+            os._exit(7)
+        assert coopos.waitpid(pid, 0) == (pid, 7 << 8)
+    """)

@@ -15,14 +15,13 @@ import psutil
 
 import coopos
 
+from .children import HAS_P_PIDFD, HAS_PIDFDS
 from .support import closing
-
-HAS_P_PIDFD = hasattr(os, "P_PIDFD") and hasattr(os, "pidfd_open")
 
 
 def pidfds_are_known():
     """Whether coopos knows, by a pidfd of somebody else's, a child that it has collected: by its own one's inode (Linux 6.9)."""
-    if os.environ.get("COOPOS_CHILDREN") == "thread" or not HAS_P_PIDFD:
+    if not (HAS_PIDFDS and HAS_P_PIDFD):
         return False
     with closing(os.pidfd_open(os.getpid()), os.pidfd_open(os.getppid())) as (ours, parents):
         return os.fstat(ours).st_ino != os.fstat(parents).st_ino

@@ -353,14 +353,15 @@ if platform.machine() not in ("x86_64", "aarch64"):
     print("skip: no system call numbers for this machine")
     raise SystemExit
 libc = ctypes.CDLL(None, use_errno=True)
-numbers = {"pidfd_open": 434, "waitid": {"x86_64": 247, "aarch64": 95}[platform.machine()],
-           "ioctl": {"x86_64": 16, "aarch64": 29}[platform.machine()],
-           "timer_create": {"x86_64": 222, "aarch64": 107}[platform.machine()],
-           "timer_settime": {"x86_64": 223, "aarch64": 110}[platform.machine()],
-           "clone": {"x86_64": 56, "aarch64": 220}[platform.machine()], "clone3": 435,
-           "preadv2": {"x86_64": 327, "aarch64": 286}[platform.machine()],
-           "pwritev2": {"x86_64": 328, "aarch64": 287}[platform.machine()],
-           "epoll_create1": {"x86_64": 291, "aarch64": 20}[platform.machine()]}
+#: Those of Linux 5.1 and later have one number on all machines.
+numbers = {"pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_open": 434,
+           "clone3": 435, "close_range": 436, "openat2": 437, "pidfd_getfd": 438, "faccessat2": 439, "epoll_pwait2": 441,
+           "futex_waitv": 449}
+for name, *both in (("waitid", 247, 95), ("ioctl", 16, 29), ("timer_create", 222, 107), ("timer_settime", 223, 110),
+                    ("clone", 56, 220), ("epoll_create1", 291, 20), ("preadv2", 327, 286), ("pwritev2", 328, 287),
+                    ("process_vm_readv", 310, 270), ("process_vm_writev", 311, 271), ("kcmp", 312, 272), ("userfaultfd", 323, 282),
+                    ("copy_file_range", 326, 285)):
+    numbers[name] = both[platform.machine() == "aarch64"]
 
 def refuse(call, err, argument=None, value=None):
     '''From now on this process's *call*, with that value of an argument, fails with errno *err*.'''

@@ -20,7 +20,11 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="no str
 def load_tool():
     spec = importlib.util.spec_from_file_location("faults", TOOL)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(TOOL.parent))    # it imports its tables from there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOL.parent))
     return module
 
 

@@ -46,7 +46,10 @@ def put_first(*hooks):
     """
     cdef list found = []
     cdef list lists
+    cdef bint was_frozen = unfreeze()
     referrers = [referrer for referrer in gc.get_referrers(*hooks) if type(referrer) is list]
+    if was_frozen:
+        gc.freeze()
     for hook in hooks:
         lists = [listed for listed in referrers if contains(listed, hook)]
         if len(lists) == 1 and lists[0][len(lists[0]) - 1] is hook:
@@ -56,6 +59,16 @@ def put_first(*hooks):
             f"keep_greenlets=False: this coopos doesn't find where Python {sys.version.split()[0]} keeps at-fork hooks")
     for listed in found:
         listed.insert(0, listed.pop())
+
+
+cdef bint unfreeze() except -1:
+    """Undo gc.freeze(): the collector doesn't visit what that has set aside. Whether there was anything.
+    https://docs.python.org/3/library/gc.html#gc.freeze
+    """
+    if gc.get_freeze_count() == 0:
+        return False
+    gc.unfreeze()
+    return True
 
 
 cdef bint contains(list listed, hook) noexcept:
@@ -185,10 +198,7 @@ cdef class Leaving:
         if self.loop is not None and not hasattr(self.loop, "_keepaliveset"):
             kind = self.loop.WatcherType
             self.search.watcher = <PyTypeObject *>kind
-        # The garbage collector doesn't visit frozen objects: https://docs.python.org/3/library/gc.html#gc.freeze
-        self.was_frozen = gc.get_freeze_count() > 0
-        if self.was_frozen:
-            gc.unfreeze()
+        self.was_frozen = unfreeze()
         self.objects = []
         self.search.objects = <PyObject *>self.objects
         coopos_run_search(&self.search)
