@@ -57,7 +57,9 @@ WAYS = {
     "posix_fallocate": [(HELD, "coopos.posix_fallocate(fd, 0, 8)", LET_GO)],
     "read_exactly": [(EMPTY, "coopos.read_exactly(reader, 2)", "os.write(writer, b'xy')")],
     "readinto": [(EMPTY, "coopos.readinto(reader, bytearray(1))", FEED)],
+    "counters": [("", "coopos.counters()")],
     "register_at_fork": [],
+    "report": [("", "coopos.report()"), ("", "coopos.report(as_json=True)")],
     "sendfile": [(FILE + ";" + CLOGGED, "coopos.sendfile(writer, fd, 0, 2)", DRAIN)],
     "splice": [(FILE + ";" + EMPTY, "coopos.splice(reader, fd, 1)", FEED)],
     "subprocess.Popen": [
