@@ -1,4 +1,4 @@
-"""Programs: popen_wait, spawn_pause, many_programs, check_output.
+"""Programs: popen_wait, spawn_pause, many_programs, busy_users, check_output.
 
 The stdlib's row is its own subprocess in a plain program; asyncio's its create_subprocess_exec. gevent's forks in Python. The row
 `fork` is os.fork, and a child that executes the program at once.
@@ -10,11 +10,14 @@ import asyncio
 import importlib
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import gevent
 
 import coopos
 from benchmarks._forked import ASYNCIO, load_alike, run_asyncio
@@ -142,6 +145,31 @@ def many_programs(name: str, count: int, quick: bool) -> Iterator[Sampler]:
 
 
 @contextmanager
+def busy_users(name: str, users: int, quick: bool) -> Iterator[Sampler]:
+    """Greenlets, the stdlib's threads, that run one program after the other."""
+    module = module_of(name)
+    each = 2 if quick else 20
+
+    def run_some() -> None:
+        for _ in range(each):
+            module.run(["true"])
+
+    def sample() -> dict[str, float]:
+        start = time.perf_counter()
+        if name == OS:
+            threads = [threading.Thread(target=run_some) for _ in range(users)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        else:
+            gevent.joinall([gevent.spawn(run_some) for _ in range(users)], raise_error=True)
+        return {"each": (time.perf_counter() - start) / (users * each)}
+
+    yield sample
+
+
+@contextmanager
 def check_output(name: str, size_mb: int, quick: bool) -> Iterator[Sampler]:
     module = module_of(name)
     command = ["head", "-c", str(size_mb * MB), "/dev/zero"]
@@ -202,6 +230,20 @@ register(
         implementations={name: partial(many_programs, name) for name in ROWS},
         gevent=GEVENTS_POPEN,
         repeat=3,
+    )
+)
+
+register(
+    Benchmark(
+        name="busy_users",
+        summary="greenlets that each run one program after the other; os is the stdlib's run() in threads",
+        case_label="{} of them",
+        cases=(50,),
+        metrics={"each": "one program"},
+        implementations={name: partial(busy_users, name) for name in ROWS},
+        gevent=GEVENTS_POPEN,
+        targets=(Target("each", OS, of=OURS_POPEN, at_most=1.0),),
+        repeat=5,
     )
 )
 
