@@ -449,6 +449,8 @@ def print_sum(states: list[str]) -> None:
 def print_report_of(parser: argparse.ArgumentParser, pid: int, is_json: bool) -> int:
     if not HAS_CORE:
         parser.error("this system has no reports")
+    if pid <= 0:
+        parser.error(f"{pid} is no process")
     from coopos import _on_demand
 
     try:

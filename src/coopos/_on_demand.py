@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: How long one side waits for the other.
 TIMEOUT_S = 5.0
+#: How long a question may take to come, while others wait with theirs.
+REQUEST_S = 0.5
 #: How long until the thread tries again if no descriptor is left.
 PAUSE_S = 1.0
 #: How late a signal's report may be, while the hub sleeps.
@@ -73,13 +75,16 @@ def _answer_signal(signum: int) -> None:
     https://docs.python.org/3/library/faulthandler.html#faulthandler.register
     """
     previous: Any = signal.SIG_DFL
+    is_at_work = False
 
     def print_report(number: int, frame: FrameType | None) -> None:
-        try:
-            text = _report.report()
-        except Exception:
-            text = f"coopos: the report has failed\n{traceback.format_exc()}"
-        _write(STDERR, text.encode(errors="backslashreplace"))
+        nonlocal is_at_work
+        if not is_at_work:  # a report that a signal interrupts goes on, and is the answer to both
+            is_at_work = True
+            # A program may be so deep in calls that there is no room for ours.
+            with contextlib.suppress(RecursionError):
+                _write(STDERR, _answer(as_json=False))
+            is_at_work = False
         if callable(previous):
             previous(number, frame)
 
@@ -94,6 +99,16 @@ def _answer_signal(signum: int) -> None:
         get_hub()  # the main thread's
         _tick()
         os.register_at_fork(after_in_child=_tick)
+
+
+def _answer(as_json: bool) -> bytes:
+    try:
+        text = _report.report(as_json)
+    except RecursionError:
+        raise
+    except Exception:
+        text = f"coopos: the report has failed\n{traceback.format_exc()}"
+    return text.encode(errors="backslashreplace")
 
 
 _ticker: Any = None
@@ -149,6 +164,7 @@ def _make_directory() -> str:
             path = f"{runtime.rstrip('/')}/coopos"
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)  # whatever the umask takes away
     there = os.lstat(path)
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != uid or there.st_mode & 0o077:
         raise PermissionError(f"{path} is no directory that belongs to user {uid} alone")
@@ -171,9 +187,9 @@ def _is_answered(path: str) -> bool:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (OSError, OverflowError):
+    except OSError:
         return True
     return True
 
@@ -183,7 +199,8 @@ def _sweep(directory: str) -> None:
     for name in os.listdir(directory):
         pid, _, kind = name.partition(".")
         path = os.path.join(directory, name)
-        if kind == "sock" and pid.isdigit() and not _is_running(int(pid)) and not _is_answered(path):
+        is_socket = kind in ("sock", "sock.early") and pid.isascii() and pid.isdecimal()
+        if is_socket and not _is_running(int(pid)) and not _is_answered(path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -247,18 +264,15 @@ class Door:
                 _sleep(PAUSE_S)
 
     def answer(self, connection: Any) -> None:
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(REQUEST_S)
         if not _may_ask(connection):
             return
         with contextlib.suppress(OSError):  # whoever asked is gone
             request = connection.recv(16)
             if not request:
                 return  # _is_answered() asks no more than that
-            try:
-                text = _report.report(as_json=request == b"json\n")
-            except Exception:
-                text = f"coopos: the report has failed\n{traceback.format_exc()}"
-            connection.sendall(text.encode(errors="backslashreplace"))
+            connection.settimeout(TIMEOUT_S)
+            connection.sendall(_answer(as_json=request == b"json\n"))
 
     def remove(self) -> None:
         """At exit. A forked child that inherits this function has a socket of its own."""
@@ -338,6 +352,8 @@ def _connect(client: Any, pid: int) -> None:
     """Connect to the socket of process *pid*, and to nobody else's."""
     if not _is_running(pid):
         raise NoAnswerError(f"there is no process {pid}")
+    if _report.has_ended(pid):
+        raise NoAnswerError(f"process {pid} has ended, and its parent has not waited for it yet")
     uid = _user_of(pid)
     # A program that has changed its user has its socket where the first one may write.
     found = [f"{path}/{pid}.sock" for user in dict.fromkeys((uid, os.geteuid(), 0)) for path in _directories(user)]

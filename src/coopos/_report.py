@@ -140,6 +140,11 @@ def _process_of(pid: int) -> dict[str, Any]:
     return {"process": state, "age_s": round(max(age_s, 0), 1), "command": before.partition("(")[2]}
 
 
+def has_ended(pid: int) -> bool:
+    """Whether it is a zombie."""
+    return _process_of(pid).get("process") == STATES["Z"]
+
+
 # ---- what the interpreter tells -----------------------------------------------------------------------------------------------
 
 
@@ -155,13 +160,22 @@ def _stack(frame: FrameType | None) -> list[str]:
     return found
 
 
+def _attribute(greenlet: Any, name: str) -> Any:
+    """An attribute, or None. A class of the program may have its own ways to look them up."""
+    try:
+        return object.__getattribute__(greenlet, name)
+    except Exception:
+        return None
+
+
 def _greenlet(greenlet: Any) -> dict[str, Any]:
     """Its address and stack; what it runs, and its name, if the program has given it one."""
-    found = {"greenlet": f"{type(greenlet).__name__} {id(greenlet):#x}", "stack": _stack(greenlet.gr_frame)}
-    run = getattr(greenlet, "_run", None)
+    frame = _attribute(greenlet, "gr_frame")
+    found = {"greenlet": f"{type(greenlet).__name__} {id(greenlet):#x}", "stack": _stack(frame)}
+    run = _attribute(greenlet, "_run")
     if isinstance(run, (FunctionType, MethodType, BuiltinFunctionType)):  # of others the name could be code of the program
         found["runs"] = run.__qualname__
-    name = getattr(greenlet, "__dict__", {}).get("name")
+    name = (_attribute(greenlet, "__dict__") or {}).get("name")
     if isinstance(name, str):
         found["name"] = name
     return found
@@ -197,7 +211,8 @@ def facts() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "time": time.time(),
-        "coopos": sys.modules["coopos"].__version__,  # not imported, as in the doctor
+        # Not imported, as in the doctor; and gone at the interpreter's end.
+        "coopos": getattr(sys.modules.get("coopos"), "__version__", None),
         "gevent": _gevent_version,
         "python": sys.version.split()[0],
         "counters": _core.counters(),
@@ -293,7 +308,14 @@ def as_text(known: dict[str, Any]) -> str:
     for row in known["put_off_closes"]:
         waits_for = ["a turn of the loop"] * row["waits_for_loop"] + [f"{row['others']} calls"] * bool(row["others"])
         lines += [f"close({row['fd']}) is put off, until the end of {' and '.join(waits_for) or 'a call'}"]
-    return "\n".join(lines) + "\n"
+    return "".join(f"{_printable(line)}\n" for line in lines)
+
+
+def _printable(line: str) -> str:
+    """What others have named may hold terminals' commands, ends of lines, and bytes that are no text."""
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def report(as_json: bool = False) -> str:

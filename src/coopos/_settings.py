@@ -52,7 +52,7 @@ def _count(name: str, default: int, least: int) -> int:
     return value
 
 
-#: Signals that nobody can handle, or that the interpreter, gevent or coopos needs.
+#: Signals that nobody can handle, or that the interpreter, gevent or coopos needs. Some have two names: SIGCLD, SIGIOT.
 _NO_REPORT = ("SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGFPE", "SIGABRT", "SIGBUS", "SIGILL", "SIGSTKFLT", "SIGEMT")
 
 
@@ -61,13 +61,14 @@ def _report_ways(name: str) -> str:
     value = _value_of(name) or "off"
     if value in OFF:
         return "off"
-    words = [word.strip() for word in value.split(",")]
-    names = [word if word == "socket" else word.upper() for word in words]
-    for each in names:
-        is_signal = each.startswith("SIG") and each not in _NO_REPORT and isinstance(getattr(signal, each, None), signal.Signals)
-        if each != "socket" and not is_signal:
+    refused = [getattr(signal, each, None) for each in _NO_REPORT]
+    found = []
+    for word in (each.strip() for each in value.split(",")):
+        signum = getattr(signal, word.upper(), None) if word.upper().startswith("SIG") else None
+        if word != "socket" and (not isinstance(signum, signal.Signals) or signum in refused):
             raise _refusal(name, "off, socket, or the name of a signal that a program may handle")
-    return ",".join(names)
+        found.append(word if signum is None else signum.name)
+    return ",".join(dict.fromkeys(found))
 
 
 def patch_mode() -> str:

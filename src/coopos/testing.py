@@ -265,7 +265,8 @@ def log_handlers() -> list[Any]:
     import logging
 
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    return [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    found = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    return found + [handler.target for handler in found if hasattr(handler, "target")]  # of a MemoryHandler
 
 
 def fds_of(handlers: Iterable[Any]) -> Iterator[int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 
 import gevent
 import pytest
@@ -190,6 +191,12 @@ def test_report_calls_no_code_of_the_program():
         def name(self):
             raise AssertionError("asked for a name")
 
+        def __getattribute__(self, name):
+            caller = sys._getframe().f_back
+            if caller is not None and caller.f_globals["__name__"] == "coopos._report":
+                raise AssertionError(f"asked for {name}")
+            return super().__getattribute__(name)
+
     with make_pipe() as (reader, _writer):
         greenlet = Named(Trap.__call__, Trap(), reader)
         greenlet.start()
@@ -197,6 +204,20 @@ def test_report_calls_no_code_of_the_program():
         row = row_of("waits", fd=reader)
         assert "name" not in row and row["greenlet"].startswith("Named ")
         gevent.kill(greenlet)
+
+
+def test_report_shows_names_of_others_as_text():
+    """A name that is no text, or that would look like a line of the report or command a terminal."""
+    with make_pipe() as (reader, _writer):
+        greenlet = parked(stand_in_read, reader)
+        greenlet.name = "\x1b[2J\nchildren: 99 \udcff"
+        try:
+            text = coopos.report()
+        finally:
+            greenlet.kill()
+    assert r"\x1b[2J\nchildren: 99 \udcff" in text.replace("\\\\", "\\")
+    assert all(line.isprintable() for line in text.splitlines()) and "\nchildren: 99" not in text
+    text.encode()
 
 
 def test_report_says_a_name_that_was_given():

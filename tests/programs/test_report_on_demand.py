@@ -190,6 +190,59 @@ def test_signal_runs_the_handler_that_was_there_before():
         assert process.wait(DEADLINE_S) == -signal.SIGINT
 
 
+def test_signals_faster_than_their_reports():
+    """A signal during a report begins no other, and the program goes on."""
+    source = """
+        import signal
+        others = [gevent.spawn(stand_in_read) for _ in range(100)]
+        gevent.sleep(0)
+        heard = []
+        signal.signal(signal.SIGUSR2, lambda *_: heard.append(1))
+        say("ready")
+        while not heard:
+            gevent.sleep(0.001)
+        say("on")
+        gevent.sleep(1000)
+    """
+    with running(source, "SIGUSR1") as process:
+        with tempfile.TemporaryFile() as printed:
+            pump = subprocess.Popen(["cat"], stdin=process.stderr, stdout=printed)
+            try:
+                for _ in range(2000):
+                    process.send_signal(signal.SIGUSR1)
+                process.send_signal(signal.SIGUSR2)
+                read_until(process.stdout, "on\n")
+            finally:
+                pump.kill()
+                pump.wait()
+            printed.seek(0)
+            text = printed.read().decode()
+            assert "report of process" in text and "Error" not in text
+
+
+def test_signal_to_a_program_that_is_deep_in_calls():
+    """There may be no room for a report. The program doesn't hear of that."""
+    out = run_script(
+        """
+        import signal, sys, coopos
+        def deep(n):
+            if n:
+                return deep(n - 1)
+            signal.raise_signal(signal.SIGUSR1)
+            return "on"
+        def room(n=0):
+            try:
+                return room(n + 1)
+            except RecursionError:
+                return n
+        print([deep(room() - left) for left in range(3, 40)] == ["on"] * 37)
+        """,
+        COOPOS_REPORT="SIGUSR1",
+        may_complain=True,
+    )
+    assert out == "True\n"
+
+
 def test_signal_while_threads_come_and_go():
     """Their stacks change while faulthandler prints, so it must not read them: that would crash the process."""
     run_script("""
@@ -415,6 +468,12 @@ def test_doctor_says_why_there_is_no_answer(runtime):
             f"process {process.pid} has no socket for reports: it must import coopos with COOPOS_REPORT=socket"
         )
     assert refusal_of("--pid", process.pid) == f"there is no process {process.pid}"
+    assert refusal_of("--pid", 1 << 70) == f"there is no process {1 << 70}"
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    assert refusal_of("--pid", zombie.pid) == f"process {zombie.pid} has ended, and its parent has not waited for it yet"
+    zombie.wait()
+    assert "0 is no process" in doctor("--pid", 0).stderr
     with running(SLEEPS, "socket", XDG_RUNTIME_DIR=runtime) as process:
         process.send_signal(signal.SIGSTOP)
         assert "doesn't answer within" in refusal_of("--pid", process.pid, XDG_RUNTIME_DIR=runtime)
@@ -515,6 +574,25 @@ def test_socket_that_nobody_answers_is_replaced(runtime):
         COOPOS_REPORT="socket",
         XDG_RUNTIME_DIR=runtime,
     )
+
+
+def test_socket_beside_what_others_have_left(runtime):
+    """Names that are no numbers, a socket that died before it had its name, an umask that takes everything away."""
+    with running(SLEEPS, "socket", XDG_RUNTIME_DIR=runtime) as dead:
+        pass
+    directory = f"{runtime}/coopos"
+    for name in ("²³.sock", f"{dead.pid}.sock.early", f"{1 << 70}.sock", "12a.sock"):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(f"{directory}/{name}")
+    with running(SLEEPS, "socket", XDG_RUNTIME_DIR=runtime) as process:
+        assert {*os.listdir(directory)} == {"²³.sock", "12a.sock", f"{process.pid}.sock"}
+    shutil.rmtree(directory)
+    before = os.umask(0o777)
+    try:
+        with running(SLEEPS, "socket", XDG_RUNTIME_DIR=runtime):
+            assert os.stat(directory).st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
 
 
 def test_socket_is_not_there_unless_it_is_asked_for(runtime):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 import traceback
+import typing
 
 import gevent
 import pytest
@@ -193,6 +194,15 @@ class Odd(Exception):
     __notes__ = ("a", "tuple")
 
 
+class Mapping(Exception):
+    __notes__: typing.ClassVar = {}
+
+
+class Closed(Exception):
+    def __getattribute__(self, name):
+        raise ZeroDivisionError
+
+
 class Strange(Exception):
     __notes__ = None
 
@@ -200,9 +210,15 @@ class Strange(Exception):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("exception", [Frozen(7), Refusing(), Odd(), Strange(), KeyboardInterrupt(), SystemExit(7)])
+@pytest.mark.parametrize("exception", [Frozen(7), Refusing(), Odd(), Mapping(), Strange(), KeyboardInterrupt(), SystemExit(7)])
 def test_note_takes_no_exceptions_place(exception):
     """One that refuses a note comes out as it is."""
     with make_pipe() as (reader, _writer):
         assert thrown_into(coopos.read, reader, 1, exception=exception) is exception
+        assert not Mapping.__notes__
         assert not sys.exc_info()[1]
+
+
+def test_note_of_an_exception_whose_attributes_raise():
+    with make_pipe() as (reader, _writer):
+        assert type(thrown_into(coopos.read, reader, 1, exception=Closed())) is Closed

@@ -273,13 +273,15 @@ def test_greenlet_that_has_only_to_go_on():
     event.set()
 """
 LATE_LOG = """
-import logging, os, pytest
+import logging, logging.handlers, os, pytest
 
 @pytest.fixture
 def late_log():
     assert logging.getLogger("late").handlers
 
 logging.getLogger("late").addHandler(logging.FileHandler(os.devnull, delay=True))
+kept = logging.handlers.MemoryHandler(1, target=logging.FileHandler(os.devnull, delay=True))
+logging.getLogger("late").addHandler(kept)
 """
 
 

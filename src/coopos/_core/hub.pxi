@@ -49,7 +49,7 @@ cdef int note_place(object ex, str call, object subject) noexcept:
     The attribute is what add_note() fills, which Python 3.10 doesn't have. A GreenletExit is shown to nobody.
     """
     cdef str text
-    if call is None or isinstance(ex, GreenletExit):
+    if call is None or issubclass(type(ex), GreenletExit):
         return 0
     try:
         if type(ex) is Thrown:
@@ -58,7 +58,7 @@ cdef int note_place(object ex, str call, object subject) noexcept:
         notes = getattr(ex, "__notes__", None)
         if notes is None:
             ex.__notes__ = [text]
-        else:              # one object may be thrown into any number of greenlets
+        elif isinstance(notes, list):      # one object may be thrown into any number of greenlets
             notes[:] = [note for note in notes if not (isinstance(note, str) and note.startswith(PLACE))] + [text]
     except:
         pass
@@ -87,7 +87,7 @@ cdef object switch_to(object greenlet, tuple args, object current, str call, lon
         return coopos_switch(greenlet, NULL, NULL)
     except BaseException as ex:
         note_place(ex, call, "" if number < 0 else number)
-        if isinstance(ex, Exception) and current in _outright and is_called_outright(current):
+        if issubclass(type(ex), Exception) and current in _outright and is_called_outright(current):
             raise Thrown(ex)
         raise
 
