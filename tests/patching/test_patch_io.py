@@ -218,9 +218,10 @@ def test_open_of_a_fifo():
         class Path:
             def __fspath__(self):
                 return fifo
-        gevent.spawn(after_ticks, lambda: open(Path(), "w").close())
+        writer = gevent.spawn(after_ticks, lambda: open(Path(), "w").close())
         with open(Path()) as file:
             assert file.name == fifo
+        writer.join()  # while it has the FIFO open, the next reader's open() waits for nobody
         try:
             open(Path(), "x")
         except FileExistsError as ex:
