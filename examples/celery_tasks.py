@@ -25,7 +25,8 @@ def run_program(*command):
 
 @app.task
 def count(words):
-    # The pool's processes inherit Celery's handler of SIGTERM. It would write "Warm shutdown" to the log when the pool ends them.
+    # The pool's processes inherit Celery's handler of SIGTERM. When the pool ends one of them before it has called signal.signal,
+    # the log has "Warm shutdown" once.
     with multiprocessing.Pool(2, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
         return pool.map(len, words)
 

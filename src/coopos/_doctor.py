@@ -425,7 +425,10 @@ def print_facts(known: dict[str, Any]) -> None:
     names: dict[str, list[str]] = {}
     for name, state in known["patched"].items():
         names.setdefault(state, []).append(name)
-    print(f"replaced by coopos in this process: {len(names.pop('coopos', ()))} names")
+    if "coopos" not in names:
+        print("not patched: this process. In a program coopos.patched() says what is replaced, and why the rest is not")
+        return
+    print(f"replaced by coopos in this process: {len(names.pop('coopos'))} names")
     for state, left in names.items():
         print(f"not replaced, since {state}: {len(left) if len(left) > 9 else ', '.join(left)}")
 

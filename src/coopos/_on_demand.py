@@ -374,7 +374,8 @@ def _connect(client: Any, pid: int) -> None:
             return
     if refusal is not None and uid != os.geteuid():
         raise NoAnswerError(f"process {pid} belongs to user {uid}: only that user and root may ask it") from None
-    raise NoAnswerError(f"process {pid} has no socket for reports: it must import coopos with COOPOS_REPORT=socket") from None
+    reasons = "it has not imported coopos (of gunicorn, ask a worker), or had no COOPOS_REPORT=socket when it did"
+    raise NoAnswerError(f"process {pid} has no socket for reports: {reasons}") from None
 
 
 def _late(pid: int) -> str:

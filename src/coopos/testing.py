@@ -296,7 +296,7 @@ class Watchman:
     """Knows, of one run of pytest, what is no test's."""
 
     def __init__(self, allowed: Iterable[str]) -> None:
-        self.allowed = checked(allowed)
+        self.allowed = checked(allowed, "coopos_leaves, in the configuration")
         self.hub: object = None
         self.is_outdated = True  # there may be greenlets and watchers that are neither known nor a test's
         self.watchers: set[int] = set()  # by id(): libev's can't be referred to weakly
@@ -362,10 +362,10 @@ def needs_walk(allowed: Collection[str]) -> bool:
     return not ("greenlets" in allowed and "watchers" in allowed)
 
 
-def checked(kinds: Iterable[str]) -> frozenset[str]:
+def checked(kinds: Iterable[str], where: str) -> frozenset[str]:
     kinds = frozenset(kinds)
     if unknown := kinds - set(KINDS):
-        raise pytest.UsageError(f"coopos_leaves: {', '.join(map(repr, sorted(unknown)))} is none of {', '.join(KINDS)}")
+        raise pytest.UsageError(f"{where}: {', '.join(map(repr, sorted(unknown)))} is none of {', '.join(KINDS)}")
     return kinds
 
 
@@ -398,7 +398,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     for mark in item.iter_markers("coopos_leaves"):
-        checked(mark.args)
+        checked(mark.args, f"{item.nodeid}: coopos_leaves")
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:

@@ -213,8 +213,8 @@ def test_signals_faster_than_their_reports():
                 process.send_signal(signal.SIGUSR2)
                 read_until(process.stdout, "on\n")
             finally:
-                pump.kill()
-                pump.wait()
+                process.kill()
+                pump.wait(DEADLINE_S)  # it copies what the process has printed
             printed.seek(0)
             text = printed.read().decode()
             assert "report of process" in text and "Error" not in text
@@ -465,7 +465,8 @@ def test_doctor_says_why_there_is_no_answer(runtime):
     """No such process, no such socket, a stopped process."""
     with running(SLEEPS, None, XDG_RUNTIME_DIR=runtime) as process:
         assert refusal_of("--pid", process.pid, XDG_RUNTIME_DIR=runtime) == (
-            f"process {process.pid} has no socket for reports: it must import coopos with COOPOS_REPORT=socket"
+            f"process {process.pid} has no socket for reports: "
+            "it has not imported coopos (of gunicorn, ask a worker), or had no COOPOS_REPORT=socket when it did"
         )
     assert refusal_of("--pid", process.pid) == f"there is no process {process.pid}"
     assert refusal_of("--pid", 1 << 70) == f"there is no process {1 << 70}"

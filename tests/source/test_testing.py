@@ -371,7 +371,8 @@ def test_setting_allows_leftovers(tmp_path):
 def test_unknown_kind_is_refused(tmp_path, source, ini):
     run = run_pytest(tmp_path, f"{source}\ndef test_it():\n    pass\n", ini=ini)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "coopos_leaves: 'files' is none of descriptors, children, watchers, greenlets" in run.output
+    assert "'files' is none of descriptors, children, watchers, greenlets" in run.output
+    assert ("::test_it: coopos_leaves: " if source else "coopos_leaves, in the configuration: ") in run.output
 
 
 # ---- how it looks ------------------------------------------------------------------------------------------------------------
