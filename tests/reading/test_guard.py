@@ -269,9 +269,10 @@ def test_worker_is_interrupted_and_no_handler_of_the_programs_hears_of_it(name, 
         greenlet = wait_and_be_killed()
         signal.signal(signal.{name}, lambda *args: calls.append(args))
         greenlet.kill()
-        wait_and_be_killed().kill() if not _core.count_begun() else os.close(os.open(path, os.O_RDWR))
+        fd = os.open(path, os.O_RDWR)  # until the worker has left: it may only be about to make its call
         while _core.count_begun():
             gevent.sleep(0.001)
+        os.close(fd)
         wait_and_be_killed().kill()
         assert not _core.count_begun() and not calls
         """
