@@ -15,6 +15,7 @@ import _socket
 import atexit
 import contextlib
 import faulthandler
+import functools
 import os
 import posix
 import select
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from gevent._hub_local import get_hub_if_exists
 from gevent.hub import get_hub
 
-from coopos import _report
+from coopos import _core, _report
 from coopos._originals import get_original
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def _answer_signal(signum: int) -> None:
 
     faulthandler prints the stack of the thread that gets the signal. Linux chooses the main thread if it can (complete_signal in
     https://github.com/torvalds/linux/blob/master/kernel/signal.c). The stacks of other threads change while it would read them:
-    that has crashed CPython 3.10, 3.12 and 3.13. It then calls the handler that was there before, which is the interpreter's:
-    https://docs.python.org/3/library/faulthandler.html#faulthandler.register
+    that has crashed CPython 3.10, 3.12 and 3.13: https://docs.python.org/3/library/faulthandler.html#faulthandler.register
     """
     previous: Any = signal.SIG_DFL
     is_at_work = False
@@ -81,10 +81,12 @@ def _answer_signal(signum: int) -> None:
         nonlocal is_at_work
         if not is_at_work:  # a report that a signal interrupts goes on, and is the answer to both
             is_at_work = True
-            # A program may be so deep in calls that there is no room for ours.
-            with contextlib.suppress(RecursionError):
+            try:
                 _write(STDERR, _answer(as_json=False))
-            is_at_work = False
+            except RecursionError:
+                pass  # the program is so deep in calls that there is no room for ours
+            finally:
+                is_at_work = False
         if callable(previous):
             previous(number, frame)
 
@@ -94,8 +96,12 @@ def _answer_signal(signum: int) -> None:
     except ValueError:
         is_in_main_thread = False
         _warn("coopos was imported outside the main thread, so the signal prints one stack and nothing else")
-    faulthandler.register(signum, file=STDERR, all_threads=False, chain=is_in_main_thread)
-    if is_in_main_thread and _ticker is None:
+    register = functools.partial(faulthandler.register, signum, file=STDERR, all_threads=False)
+    if not is_in_main_thread:
+        register()
+        return
+    _core.register_both(signum, register)
+    if _ticker is None:
         get_hub()  # the main thread's
         _tick()
         os.register_at_fork(after_in_child=_tick)

@@ -118,6 +118,11 @@ cdef extern from "c/closing.h" nogil:
     bint coopos_closing_is_due(Closing *closing)
 
 
+cdef extern from "c/signals.h" nogil:
+    int coopos_keep_handler(int signum)
+    int coopos_call_kept_handler_too(int signum)
+
+
 cdef extern from "c/turns.h" nogil:
     ctypedef enum coopos_turn "enum coopos_turn":
         COOPOS_NO_TURN

@@ -101,6 +101,7 @@ def test_signal_while_the_hub_sleeps():
         for _ in range(2):
             process.send_signal(signal.SIGUSR1)
             text = read_until(process.stderr, *WHOLE)
+            until(lambda: psutil.Process(process.pid).status() == "sleeping")  # the handler is over
             assert text.index("most recent call first") < text.index(f"report of process {process.pid} ")
             assert re.search(r"for READ: pipe .*, by Greenlet 0x\w+ of stand_in_read\(\)", text)
 

@@ -203,3 +203,14 @@ def socket_facts(kind, int fd, int how, options):
     finally:
         handle.detach()
     return found
+
+
+# ---- signals -----------------------------------------------------------------------------------------------------------------
+
+def register_both(int signum, register):
+    """Call *register*, which puts another C handler in the place of that of *signum*; then have both called, the new one first."""
+    if coopos_keep_handler(signum):
+        raise os_error(errno, "sigaction", signum)
+    register()
+    if coopos_call_kept_handler_too(signum):
+        raise os_error(errno, "sigaction", signum)
