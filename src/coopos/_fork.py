@@ -399,7 +399,7 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
 
 def _tell_sigchld_handlers() -> None:
     """In a hub, when watched children have ended: call each handler in a greenlet of its own hub, as gevent does."""
-    for one in tuple(_handlers):
+    for one in _handlers.copy():  # the garbage collector may take one out at any time
         handler: Any = one()
         hub = None if handler is None else handler.hub
         if hub is None:  # cancelled
