@@ -160,7 +160,7 @@ _dropped: set[_core.Child] = set()
 
 def _sweep() -> None:
     """Collect the dropped children that have ended."""
-    for child in tuple(_dropped):
+    for child in _dropped.copy():
         if child.collect_for_nobody():
             _dropped.discard(child)
 
@@ -543,20 +543,20 @@ class Popen(_Base[AnyStr]):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int | None:
-        is_known = self.returncode is not None
-        if self._internal_poll() is not None:
-            if not is_known:
-                _core.yield_turn()  # a greenlet that runs one quick program after another would never have to wait
-        elif self._child is not None:
-            if timeout is not None and not _core.can_give_way():
-                if timeout < MAX_POLL_S:
+        if self.returncode is None:
+            may_park = timeout is None or timeout > 0
+            if self._internal_poll() is not None or not may_park:
+                # Else a greenlet that runs one quick program after another, or looks again and again, would stop all others.
+                _core.yield_turn()
+            elif self._child is not None:
+                if timeout is None or _core.can_give_way():
+                    in_time(timeout, self._child.join)
+                elif timeout < MAX_POLL_S:
                     self._look_in_time(timeout)
                 else:
                     self._child.join()  # communicate() without a timeout; Timeout would make a hub
-            elif timeout is None or timeout > 0:
-                in_time(timeout, self._child.join)
-            if self._internal_poll() is None:
-                raise _original.TimeoutExpired(self.args, timeout or 0)
+        if self._internal_poll() is None and self._child is not None:
+            raise _original.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
 
     def _look_in_time(self, timeout: float) -> None:

@@ -49,6 +49,19 @@ def test_wait_lets_others_run_that_has_nothing_to_wait_for():
             assert turns
 
 
+def test_wait_lets_others_run_that_only_looks(gate):
+    """With a timeout of 0 or less, too: a greenlet may look again and again."""
+    process = sh(gate.wait)
+    for timeout in (0, -1):
+        turned = gevent.spawn(int)
+        for _ in range(5):
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout)
+        assert turned.dead
+    gate.open()
+    assert process.wait() == 0
+
+
 def test_wait_by_many(gate):
     """Each is told the same."""
     process = sh(f"{gate.wait}; exit 7")
