@@ -71,7 +71,7 @@ def _address(address: Any) -> str:
     return str(address or "")
 
 
-def _socket_facts(fd: int) -> dict[str, Any]:
+def socket_facts(fd: int) -> dict[str, Any]:
     nonblocking = getattr(_socket, "SOCK_NONBLOCK", 0)
     if not nonblocking and _socket.getdefaulttimeout() is not None:
         return {"kind": "socket"}  # to look at it would change its mode
@@ -101,7 +101,7 @@ def _describe(fd: int, ends: dict[str, list[int]]) -> dict[str, Any]:
     target = _target_of(fd)
     if stat.S_ISSOCK(mode):
         try:
-            return _socket_facts(fd)
+            return socket_facts(fd)
         except OSError:
             return {"kind": "socket"}
     if stat.S_ISFIFO(mode):
@@ -112,10 +112,13 @@ def _describe(fd: int, ends: dict[str, list[int]]) -> dict[str, Any]:
     if stat.S_IFMT(mode):
         return {"kind": "file", "target": target}
     kind = target.removeprefix("anon_inode:").strip("[]") or "unknown"
-    if "pidfd" not in kind:
-        return {"kind": kind}
-    pids = [line.split()[1] for line in text_of(f"/proc/self/fdinfo/{fd}").splitlines() if line.startswith("Pid:")]
-    return {"kind": "pidfd", "pid": int(pids[0]) if pids else None}
+    return {"kind": "pidfd", "pid": pid_of(fd) or None} if "pidfd" in kind else {"kind": kind}
+
+
+def pid_of(fd: int) -> int:
+    """Whose pidfd it is, or 0: https://man7.org/linux/man-pages/man2/pidfd_open.2.html"""
+    lines = text_of(f"/proc/self/fdinfo/{fd}").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), 0)
 
 
 def _ends() -> dict[str, list[int]]:
@@ -129,15 +132,20 @@ def _ends() -> dict[str, list[int]]:
     return found
 
 
+def stat_of(pid: int) -> tuple[str, list[str]]:
+    """(name, the fields after it) of a process in /proc: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
+    before, _, after = text_of(f"/proc/{pid}/stat").rpartition(")")
+    return before.partition("(")[2], after.split()
+
+
 def _process_of(pid: int) -> dict[str, Any]:
     """What /proc tells of a process: {} where it tells nothing."""
-    before, _, after = text_of(f"/proc/{pid}/stat").rpartition(")")
-    fields = after.split()
+    name, fields = stat_of(pid)
     if len(fields) < 20:
         return {}
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     state = STATES.get(fields[0], fields[0])
-    return {"process": state, "age_s": round(max(age_s, 0), 1), "command": before.partition("(")[2]}
+    return {"process": state, "age_s": round(max(age_s, 0), 1), "command": name}
 
 
 def has_ended(pid: int) -> bool:

@@ -26,7 +26,6 @@ import stat
 import subprocess
 import sys
 import traceback
-from _socket import socket
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -36,7 +35,7 @@ import pytest
 from gevent.hub import Hub, get_hub
 from greenlet import getcurrent, greenlet
 
-from coopos import _core
+from coopos import _core, _report
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterable, Iterator
@@ -97,16 +96,13 @@ def children() -> dict[int, str]:
 
 
 def rows_of_proc() -> Iterator[tuple[int, int, str, str]]:
-    """(pid, parent's pid, state, command) of all processes: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
+    """(pid, parent's pid, state, command) of all processes."""
     for name in os.listdir(PROC):
         if name.isdigit():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                with open(f"{PROC}/{name}/stat", errors="replace") as file:
-                    head, _, tail = file.read().rpartition(") ")
-                with open(f"{PROC}/{name}/cmdline", errors="replace") as file:
-                    command = " ".join(file.read().split("\0")).strip()
-                state, ppid = tail.split()[:2]
-                yield int(name), int(ppid), state, command or f"[{head.partition('(')[2]}]"
+            short, fields = _report.stat_of(int(name))
+            if fields:  # else it has ended meanwhile
+                command = " ".join(_report.text_of(f"{PROC}/{name}/cmdline").split("\0")).strip()
+                yield int(name), int(fields[1]), fields[0], command or f"[{short}]"
 
 
 def rows_of_ps() -> Iterator[tuple[int, int, str, str]]:
@@ -186,24 +182,13 @@ def describe_fd(fd: int, name: str) -> str:
 
 def addresses_of(fd: int) -> str:
     """The ends of a socket; "" if it has no addresses."""
-    its = socket(fileno=fd)
-    try:
-        ends = [its.getsockname()]
-        with contextlib.suppress(OSError):
-            ends.append(its.getpeername())
-        return " to ".join(f"{end[0]}:{end[1]}" if isinstance(end, tuple) else str(end) for end in ends if end)
-    except OSError:
-        return ""
-    finally:
-        its.detach()
+    known = _report.socket_facts(fd)
+    return " to ".join(filter(None, (known.get("address"), known.get("peer"))))
 
 
 def pid_of(fd: int, name: str) -> int:
-    """Whose pidfd it is, or 0: https://man7.org/linux/man-pages/man2/pidfd_open.2.html"""
-    if "pidfd" in name:
-        with contextlib.suppress(OSError), open(f"{PROC}/self/fdinfo/{fd}") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), 0)
-    return 0
+    """Whose pidfd it is, or 0."""
+    return _report.pid_of(fd) if "pidfd" in name else 0
 
 
 def describe_greenlet(parked: greenlet) -> str:
