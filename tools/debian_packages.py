@@ -3,10 +3,12 @@
 Nothing is installed, and root is not needed. apt checks Debian's signatures.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +57,38 @@ def find_mirror():
         raise CommandFailed("apt knows no mirror of Debian here; --mirror gives one")
     return mirrors[0]
 
+
+# ---- command lines -----------------------------------------------------------------------------------------------------------
+
+
+def split_arguments(arguments, default):
+    """The options, and what goes to pytest: what stands behind a --, or *default*."""
+    if "--" not in arguments:
+        return arguments, default
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def make_parser(description, size):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] DIRECTORY [-- what goes to pytest ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help=f"for all that is downloaded and made: {size}")
+    parser.add_argument("--mirror", metavar="URL", help="Debian's mirror, if apt has none")
+    return parser
+
+
+def check_programs(parser, *programs):
+    for program in ("apt-get", "dpkg-deb", "uv", *programs):
+        if not shutil.which(program):
+            parser.error(f"there is no {program}")
+    if not KEYRING.exists():
+        parser.error(f"there is no {KEYRING}: apt-get install debian-archive-keyring")
+
+
+# ---- packages ----------------------------------------------------------------------------------------------------------------
 
 APT_CONF = """
 Dir::State "{here}";

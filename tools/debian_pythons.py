@@ -11,7 +11,6 @@ This needs a Debian (apt-get, dpkg-deb, debian-archive-keyring), a C compiler, a
 uses what is in DIRECTORY: packages, unpacked releases, and the wheels of sources that have not changed.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from debian_packages import KEYRING, CommandFailed, Packages, find_mirror, run
+from debian_packages import CommandFailed, Packages, check_programs, find_mirror, make_parser, run, split_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The minors that each release is searched for. forky and sid change: those that are there are tried, and the others are named.
@@ -165,19 +164,10 @@ def try_wheel(wheel, release, minor, is_whole, pytest_arguments):
 
 def options_of(arguments):
     """The options, and what goes to pytest."""
-    pytest_arguments = []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, pytest_arguments = arguments[:at], arguments[at + 1 :]
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options] DIRECTORY [-- what goes to pytest ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="for all that is downloaded and made: 1.5 GB")
+    arguments, pytest_arguments = split_arguments(arguments, [])
+    parser = make_parser(__doc__, "1.5 GB")
     parser.add_argument("--only", metavar="NAMES", default="all", help="try these releases or Pythons only: trixie,sid-3.15")
     parser.add_argument("--whole", metavar="NAMES", default="", help="on these, or all, run the whole suite and not its smoke part")
-    parser.add_argument("--mirror", metavar="URL", help="Debian's mirror, if apt has none")
     options = parser.parse_args(arguments)
     known = {"all", *RELEASES, *(f"{name}-{minor}" for name, minors in RELEASES.items() for minor in minors)}
     for option in ("only", "whole"):
@@ -185,11 +175,7 @@ def options_of(arguments):
         if names - known:
             parser.error(f"--{option}: not among {', '.join(sorted(known))}: {', '.join(sorted(names - known))}")
         setattr(options, option, names)
-    for program in ("apt-get", "dpkg-deb", "patchelf", "uv"):
-        if not shutil.which(program):
-            parser.error(f"there is no {program}")
-    if not KEYRING.exists():
-        parser.error(f"there is no {KEYRING}: apt-get install debian-archive-keyring")
+    check_programs(parser, "patchelf")
     return options, pytest_arguments
 
 

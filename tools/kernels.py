@@ -8,7 +8,6 @@ This needs a Debian (apt-get, dpkg-deb, debian-archive-keyring) with qemu-system
 xz-utils; uv, which is on PyPI; and a python3.13 with headers on PATH, which builds the wheel. Root is not needed.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from debian_packages import KEYRING, CommandFailed, Packages, find_mirror, run
+from debian_packages import CommandFailed, Packages, check_programs, find_mirror, make_parser, run, split_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The kernels of these releases: 5.10, 6.1, 6.12 and the newest.
@@ -186,28 +185,15 @@ class Kernel:
 
 
 def main(arguments):
-    pytest_arguments = ["-m", "smoke", "-q"]
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, pytest_arguments = arguments[:at], arguments[at + 1 :]
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options] DIRECTORY [-- what goes to pytest ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="for all that is downloaded and made: 3 GB")
+    arguments, pytest_arguments = split_arguments(arguments, ["-m", "smoke", "-q"])
+    parser = make_parser(__doc__, "3 GB")
     parser.add_argument("--only", metavar="NAMES", default=",".join(RELEASES), help="the kernels of these only: bullseye,sid")
     parser.add_argument("--kvm", action="store_true", help="use this machine's processor (/dev/kvm) and don't emulate one")
-    parser.add_argument("--mirror", metavar="URL", help="Debian's mirror, if apt has none")
     options = parser.parse_args(arguments)
     directory, names = options.directory.resolve(), options.only.split(",")
     if unknown := set(names) - set(RELEASES):
         parser.error(f"--only: not among {', '.join(RELEASES)}: {', '.join(sorted(unknown))}")
-    for program in ("apt-get", "dpkg-deb", "qemu-system-x86_64", "busybox", "mke2fs", "depmod", "xz", "cpio", "uv"):
-        if not shutil.which(program):
-            parser.error(f"there is no {program}")
-    if not KEYRING.exists():
-        parser.error(f"there is no {KEYRING}: apt-get install debian-archive-keyring")
+    check_programs(parser, "qemu-system-x86_64", "busybox", "mke2fs", "depmod", "xz", "cpio")
     mirror = options.mirror or find_mirror()
     disk = Disk(directory / "disk", mirror)
     disk.make(pytest_arguments)
