@@ -29,7 +29,7 @@ MEANINGS = {
     "COOPOS_THREADS": (64, {"1": 1, "64": 64, "500": 500}, ["x", "0", "-1", "many", str(2**31)]),
     "COOPOS_REPORT": (
         "off",
-        {**dict.fromkeys(OFF, "off"), "socket": "socket", "sigusr2": "SIGUSR2", "SIGUSR1, Socket": "SIGUSR1,socket"}
+        {**dict.fromkeys(OFF, "off"), "socket": "socket", "sigprof": "SIGPROF", "SIGUSR1, Socket": "SIGUSR1,socket"}
         | {"SIGUSR1,socket,sigusr1": "SIGUSR1,socket"},
         ["on", "SIGKILL", "SIGCHLD", "SIGCLD", "SIGIOT", "SIGSEGV", "USR1", "SIG_DFL", "10", "socket,", "signal"],
     ),
