@@ -190,3 +190,42 @@ def test_a_child_that_was_collected_while_a_hook_waits_is_known(watched):
         assert raises(ChildProcessError, coopos.waitpid, pid, 0), "told twice"
         """
     )
+
+
+def test_fork_in_a_child_that_was_forked_while_another_thread_forked():
+    """That thread isn't there: a thread of the child, which with glibc gets its number, doesn't wait for it."""
+    run_script(
+        """
+        import os, threading, _thread
+        import gevent, coopos
+
+        gevent.get_hub()
+        main, is_inside, numbers = threading.get_ident(), threading.Event(), []
+
+        def before():
+            if threading.get_ident() != main and not is_inside.is_set():
+                numbers.append(threading.get_ident())
+                is_inside.set()
+                gevent.sleep(3600)
+
+        def fork():
+            numbers.append(threading.get_ident())
+            pid = coopos.fork()
+            if pid == 0:
+                os._exit(0)
+            assert coopos.waitpid(pid, 0) == (pid, 0)
+            numbers.append("done")
+
+        os.register_at_fork(before=before)
+        threading.Thread(target=coopos.fork, daemon=True).start()
+        assert is_inside.wait(60)
+        pid = os.fork()
+        if pid == 0:
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join(60)
+            os._exit(numbers[-1] != "done")
+        assert os.waitpid(pid, 0)[1] == 0
+        os._exit(0)
+        """
+    )

@@ -539,6 +539,8 @@ cdef int make_own_tables() except -1:
     _hook_is_due = False
     _born = generation
     close_all_pidfds()
+    if not (children or ended or _exit_questions or _questions or _hook_loop is not None):
+        return 0                   # an empty table needs no new page
     _parent_tables.append((children, ended, _exit_questions, _questions, _hook_loop))
     children, ended, _exit_questions, _questions, _hook_loop = {}, {}, {}, {}, None
     return 0

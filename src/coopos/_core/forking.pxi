@@ -21,6 +21,8 @@ cdef class Fork:
     cdef int mode
     cdef object failure
     cdef object run            # what a child that is going to exec calls, to do so
+    cdef unsigned long thread  # the number of the one that forks
+    cdef object is_over        # an event that the thread's other forks wait for, or None
 
 
 @cython.final
@@ -41,21 +43,6 @@ cdef bint _default_keeps = _settings.KEEP_GREENLETS
 # The hooks of call_last() and of call_when_left().
 cdef list _last_hooks = []
 cdef list _left_hooks = []
-
-
-class _Turn(_local):
-    """Which greenlet of this thread is forking. Forks of the thread's other greenlets wait for it.
-
-    Not a lock of gevent's: if a signal handler raised inside its release(), which is Python code, it would stay locked forever.
-    """
-
-    def __init__(self):
-        self.owner = None
-        self.is_free = _Event()        # set, but while somebody waits
-        self.is_free.set()
-
-
-_turn = _Turn()
 
 
 def set_default(bint keep_greenlets):
@@ -165,14 +152,24 @@ cdef int revive_child() except -1:
                 hook()
             if leaving.was_frozen:
                 gc.freeze()
-        if call is None:
-            _turn.owner = None         # the owner was forking in the parent
+        if len(_forks) > (call is not None):
+            forget_forks(call, mode == KEEP)
     except BaseException as ex:
         if call is None:
             raise                      # the interpreter prints the exception
         call.failure = ex
     finally:
         end_pending()                  # unblocks signals: the other hooks may start threads and programs, which inherit the mask
+    return 0
+
+
+cdef int forget_forks(Fork call, bint keeps_greenlets) except -1:
+    """In a forked child, which *call* has made: take out the forks of greenlets that don't exist here."""
+    cdef Fork other
+    for greenlet in list(_forks):
+        other = <Fork>_forks[greenlet]
+        if other is not call and not (keeps_greenlets and other.thread == get_ident()):
+            del _forks[greenlet]
     return 0
 
 
@@ -295,22 +292,17 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
     cdef int master = -1
     current = getcurrent()
     before = _forks.get(current)       # a hook may fork
-    turn = _turn
-    owner = None
+    call.thread = get_ident()
     try:
-        while turn.owner is not None and turn.owner is not current and not turn.owner.dead:
-            turn.is_free.clear()
-            turn.is_free.wait()
-        owner = turn.owner
-        turn.owner = current
+        if _forks:
+            wait_for_forks(current, call.thread)
         try:
             _forks[current] = call
             fork_now(call, has_pty, NULL if size is None else &window, &pid, &master)
         finally:
             restore_entry(_forks, current, before)
-            turn.owner = owner
-            if owner is None and not turn.is_free.is_set():
-                turn.is_free.set()
+            if call.is_over is not None:
+                call.is_over.set()
         return pid, master
     except BaseException as ex:
         if master >= 0:
@@ -318,6 +310,25 @@ cdef tuple fork_any(const char *event, keep_greenlets, bint is_exec, bint has_pt
         if pid > 0:
             ex.pid = pid               # so that the caller can wait for the child
         raise
+
+
+cdef int wait_for_forks(current, unsigned long thread) except -1:
+    """Wait until no other greenlet of this thread is forking. *thread*: its number.
+
+    Not by a lock of gevent's: if a signal handler raised inside its release(), which is Python code, it would stay locked forever.
+    """
+    cdef Fork other
+    cdef bint is_free = False
+    while not is_free:
+        is_free = True
+        for greenlet in list(_forks):
+            other = <Fork>_forks.get(greenlet)
+            if other is not None and other.thread == thread and greenlet is not current and not greenlet.dead:
+                if other.is_over is None:
+                    other.is_over = _Event()
+                other.is_over.wait()
+                is_free = False
+    return 0
 
 
 cdef int restore_entry(dict table, current, before) except -1:

@@ -125,6 +125,8 @@ cdef int notify_calls(int fd, Closing *closing) except -1:
 cdef int forget_calls(bint all_of_them) except -1:
     """In a forked child: remove the calls of greenlets that don't exist here, those of other threads or all."""
     cdef Call call
+    if not _calls:
+        return 0
     hub = get_hub_if_exists()
     for calls in list(_calls.values()):
         for call in list(calls):
@@ -254,6 +256,7 @@ cdef int check_open(int fd, str call) except -1:
 cdef int forget_other_threads() except -1:
     """In a forked child, which has no other threads."""
     cdef PutOffClose later
-    for later in list(_put_off.values()):
-        later.forget_other_threads()
+    if _put_off:
+        for later in list(_put_off.values()):
+            later.forget_other_threads()
     forget_calls(False)

@@ -190,6 +190,8 @@ cdef int ask_again() except -1:
     cdef dict parents = _mailboxes
     cdef Mailbox mailbox
     cdef Job job
+    if not parents:
+        return 0
     hub = get_hub_if_exists()
     loop = None if hub is None else hub.loop
     _mailboxes = {}
