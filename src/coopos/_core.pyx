@@ -77,6 +77,7 @@ import os
 import posix
 import signal
 import sys
+from weakref import WeakSet
 
 import greenlet as _greenlet_module
 from gevent import Greenlet, GreenletExit, Timeout, sleep

@@ -132,6 +132,7 @@ cdef extern from "c/turns.h" nogil:
     void coopos_forget_ready_calls()
     void coopos_loop_asked()
     void coopos_turn_taken()
+    long long coopos_coarse_now_us()
 
 
 cdef extern from "c/system.h" nogil:

@@ -204,6 +204,13 @@ def _thread_of(hub: Any) -> int | None:
     return None if hub is None else hub.thread_ident
 
 
+def _patch_mode() -> str:
+    """"off", "on" or "io". coopos.patched() has each name; it imports modules for that."""
+    patch = sys.modules.get("coopos._patch")
+    mode: str = "off" if patch is None else patch.mode()
+    return mode
+
+
 def facts() -> dict[str, Any]:
     """All that the report says, in the form of JSON."""
     waits = _core.waits()
@@ -223,18 +230,21 @@ def facts() -> dict[str, Any]:
         "coopos": getattr(sys.modules.get("coopos"), "__version__", None),
         "gevent": _gevent_version,
         "python": sys.version.split()[0],
+        "patched": _patch_mode(),
         "counters": _core.counters(),
         "threads": _threads(hubs),
         "waits": [
             {"fd": fd, "for": "READ" if events == _core.READ else "WRITE" if events == _core.WRITE else "READ, WRITE"}
-            | {"thread": _thread_of(hub), **_describe(fd, ends), **_greenlet(greenlet)}
-            for fd, events, greenlet, hub in waits
+            | {"waited_s": round(waited_s, 2), "thread": _thread_of(hub), **_describe(fd, ends), **_greenlet(greenlet)}
+            for fd, events, greenlet, hub, waited_s in waits
         ],
+        "turns": [{"fd": fd, "waited_s": round(waited_s, 2), **_greenlet(greenlet)} for fd, greenlet, waited_s in _core.turns()],
         "jobs": [
             {"call": f"{call}({subject})", "state": "in a worker" if has_begun else "queued"}
-            | {"waits_for": "another process" if waits_for_peer else "a disk", "thread": threads_of_loops.get(id(loop))}
+            | {"waits_for": "another process" if waits_for_peer else "a disk", "waited_s": round(waited_s, 2)}
+            | {"thread": threads_of_loops.get(id(loop))}
             | ({"greenlet": None, "stack": []} if greenlet is None else _greenlet(greenlet))
-            for call, subject, has_begun, waits_for_peer, greenlet, loop in _core.jobs()
+            for call, subject, has_begun, waits_for_peer, greenlet, loop, waited_s in _core.jobs()
         ],
         "children": [
             {"pid": child.pid, "state": child.state_word, "watched_by": child.mechanism, "callbacks": callbacks}
@@ -278,7 +288,11 @@ def _wait_line(row: dict[str, Any]) -> str:
     what += [f"of process {row['peer_pid']}"] if "peer_pid" in row else []
     what += [f"of process {row['pid']}"] if "pid" in row else []
     what += [f"(also {', '.join(map(str, row['other_ends']))} in this process)"] if row.get("other_ends") else []
-    return f"fd {row['fd']} for {row['for']}: {' '.join(what)}, by "
+    return f"fd {row['fd']} for {row['for']}: {' '.join(what)}, {_time(row)}, by "
+
+
+def _time(row: dict[str, Any]) -> str:
+    return f"for {row['waited_s']:g} s"
 
 
 def _child_lines(row: dict[str, Any]) -> list[str]:
@@ -294,7 +308,8 @@ def as_text(known: dict[str, Any]) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(known["time"]))
     versions = f"coopos {known['coopos']}, gevent {known['gevent']}, Python {known['python']}"
     counts = ", ".join(f"{name} {count}" for name, count in known["counters"].items() if count)
-    lines = [f"report of process {known['pid']} at {when}: {versions}", f"counters: {counts or 'all 0'}"]
+    patched = {"off": "not patched", "on": "patch()", "io": "patch(io=True)"}[known["patched"]]
+    lines = [f"report of process {known['pid']} at {when}: {versions}; {patched}", f"counters: {counts or 'all 0'}"]
     for row in known["threads"]:
         what = "the main thread" if row["is_main"] else "thread"
         hub = f": a hub on {row['loop']}, {row['set']}, {row['waits']} waits" if "loop" in row else ""
@@ -304,7 +319,12 @@ def as_text(known: dict[str, Any]) -> str:
         lines += _grouped((_wait_line(row), row) for row in known["waits"])
     if known["jobs"]:
         lines += [f"calls that worker threads make: {len(known['jobs'])}"]
-        lines += _grouped((f"{row['call']}, {row['state']}, waits for {row['waits_for']}, by ", row) for row in known["jobs"])
+        lines += _grouped(
+            (f"{row['call']}, {row['state']}, waits for {row['waits_for']} {_time(row)}, by ", row) for row in known["jobs"]
+        )
+    if known["turns"]:
+        lines += [f"waits until another greenlet is done with a file's buffer: {len(known['turns'])}"]
+        lines += _grouped((f"fd {row['fd']}, {_time(row)}, by ", row) for row in known["turns"])
     if known["children"]:
         lines += [f"children: {len(known['children'])}"]
         lines += [line for row in known["children"] for line in _child_lines(row)]
@@ -330,9 +350,10 @@ def report(as_json: bool = False) -> str:
     """Tell what the greenlets, children and worker threads of this process wait for, in all its threads.
 
     For each greenlet that waits in coopos it has the stack, and what the greenlet waits for: a descriptor (what it is, its path or
-    peer, READ or WRITE), a child, or a call of a worker. For each thread it says what the thread does now. Then come the children
-    that are watched or waited for, the closes that are put off, and :func:`counters`. A greenlet that waits for something else, as
-    a lock of gevent's, is not there; ``gevent.util.print_run_info()`` shows all of them.
+    peer, READ or WRITE, for how long), a child, a call of a worker, or its turn at a file's buffer. For each thread it says what
+    the thread does now. Then come the children that are watched or waited for, the closes that are put off, and :func:`counters`.
+    A greenlet that waits for something else, as a lock of gevent's, is not there; ``gevent.util.print_run_info()`` shows all of
+    them.
 
     What can be asked of the kernel is asked when the report is made, so a program that never asks pays nothing for it.
     ``COOPOS_REPORT`` has a signal or ``python -m coopos doctor --pid`` bring a report (:ref:`operations-report`).

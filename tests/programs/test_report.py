@@ -59,6 +59,7 @@ def test_report_of_a_greenlet_that_reads_a_pipe():
         greenlet = parked(stand_in_read, reader)
         row = row_of("waits", fd=reader)
         assert (row["for"], row["kind"]) == ("READ", "pipe")
+        until(lambda: row_of("waits", fd=reader)["waited_s"] > 0)
         if HAS_PROC:
             assert row["target"] == os.readlink(f"/proc/self/fd/{reader}") and row["other_ends"] == [writer]
         assert row["runs"] == "stand_in_read"
@@ -256,6 +257,7 @@ def test_report_of_an_open_that_waits(tmp_path):
     until(lambda: facts()["jobs"] and facts()["jobs"][0]["state"] == "in a worker")
     row = row_of("jobs", call=f"open({path!r})")
     assert row["waits_for"] == "another process" and row["thread"] == get_hub().thread_ident
+    until(lambda: facts()["jobs"][0]["waited_s"] > 0)
     assert any(line.endswith("stand_in_open") for line in row["stack"])
     assert f"open({path!r}), in a worker, waits for another process" in coopos.report()
     greenlet.kill()
@@ -284,6 +286,40 @@ def test_report_of_a_queued_job_and_of_a_close_that_is_put_off(tmp_path):
     gevent.joinall([begun, queued])
     until(lambda: not facts()["put_off_closes"])
     os.close(second)
+
+
+def test_report_of_a_greenlet_that_waits_for_its_turn_at_a_buffer_of_a_patched_program():
+    """It is listed until it has its turn. The report says what is patched."""
+    run_script(
+        """
+        from gevent import monkey
+        monkey.patch_all()
+        import json, os
+        import gevent
+        import coopos
+
+        def facts():
+            return json.loads(coopos.report(as_json=True))
+
+        for patch, mode, words in ((coopos.patch, "on", "; patch()"), (lambda: coopos.patch(io=True), "io", "; patch(io=True)")):
+            assert (facts()["patched"], "; not patched" in coopos.report()) == ("off", True)
+            patch()
+            assert facts()["patched"] == mode and words in coopos.report()
+            coopos.unpatch()
+        coopos.patch(io=True)
+        reader, writer = os.pipe()
+        with open(reader, "rb") as source, open(writer, "wb", buffering=0) as sink:
+            greenlets = [gevent.spawn(source.readline) for _ in range(3)]
+            gevent.sleep(0.05)
+            assert [row["fd"] for row in facts()["turns"]] == [reader] * 2 and min(row["waited_s"] for row in facts()["turns"]) > 0
+            assert f"done with a file's buffer: 2\\n  fd {reader}, for 0." in coopos.report()
+            greenlets[2].kill()
+            assert len(facts()["turns"]) == 1
+            sink.write(b"1\\n2\\n")
+            gevent.joinall(greenlets)
+            assert facts()["turns"] == []
+        """
+    )
 
 
 # ---- children ----------------------------------------------------------------------------------------------------------------

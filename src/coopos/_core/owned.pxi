@@ -46,6 +46,10 @@ cdef object root_of(greenlet):
     return greenlet
 
 
+# Those whose turn somebody waits for. Weakly: where a thread ends, greenlets of it never leave the queue.
+cdef object _queues = WeakSet()
+
+
 @cython.final
 cdef class Owned:
     """A descriptor that one object reads, writes and closes."""
@@ -58,8 +62,9 @@ cdef class Owned:
     cdef readonly Py_ssize_t late  # bytes that the last write wrote before it raised an exception
     cdef list in_calls             # greenlets, of any thread, in a read or write that may switch
     cdef list waiters              # (hub, Wait) of the greenlets in wait_for_others()
+    cdef object __weakref__
     cdef object owner              # the greenlet in in_turn(), or None
-    cdef list queue                # (greenlet, async watcher of its loop) of those that wait for their turn
+    cdef list queue                # (greenlet, async watcher of its loop, since when) of those that wait for their turn
 
     def __init__(self, int fd, bint may_read, bint may_write, bint as_os=False):
         cdef stat_t st
@@ -215,10 +220,11 @@ cdef class Owned:
 
     cdef int wait_for_turn(self, hub, current) except -1:
         cdef object turn = hub.loop.async_()   # which other threads may use, and which keeps the loop alive
-        member = (current, turn)
+        member = (current, turn, coopos_coarse_now_us())
         try:
             turn.start(current.switch, member)
             self.queue.append(member)
+            _queues.add(self)
             if self.owner is None:
                 self.pass_turn()       # another thread left meanwhile
             while self.owner is not current:
@@ -232,6 +238,8 @@ cdef class Owned:
         finally:
             if member in self.queue:
                 self.queue.remove(member)
+            if not self.queue:
+                _queues.discard(self)
             end_watchers((turn,))
         return 0
 
@@ -239,7 +247,7 @@ cdef class Owned:
         """Give the turn to the next greenlet before it runs, or the one that leaves could take it again, for ever."""
         self.owner = None
         while self.queue:
-            next_one, turn = self.queue.pop(0)
+            next_one, turn, _ = self.queue.pop(0)
             if not next_one.dead:      # a forked child may have left it behind
                 self.owner = next_one
                 try:

@@ -23,13 +23,19 @@ cdef list all_waits():
     return living
 
 
+cdef double seconds_since(long long us) noexcept:
+    return (coopos_coarse_now_us() - us) / 1e6
+
+
 def waits():
-    """[(descriptor, READ or WRITE, greenlet, its hub), ...]: the greenlets that wait for descriptors, of all threads."""
+    """[(descriptor, READ or WRITE, greenlet, its hub, for how many seconds), ...]: the greenlets that wait for descriptors, of all
+    threads.
+    """
     cdef list found = []
     cdef Wait wait
     for wait in all_waits():
         if wait.greenlet is not None:
-            found.append((wait.fd, wait.events, wait.greenlet, wait.set.hub))
+            found.append((wait.fd, wait.events, wait.greenlet, wait.set.hub, seconds_since(wait.since_us)))
     return found
 
 
@@ -52,6 +58,17 @@ def sets():
     return rows
 
 
+def turns():
+    """[(descriptor, greenlet, for how many seconds), ...]: the greenlets that wait until another is done with a file's buffer."""
+    cdef list found = []
+    cdef Owned owned
+    for owned in list(_queues):
+        for waiter, _, since_us in owned.queue.copy():
+            if not waiter.dead:
+                found.append((owned.fd, waiter, seconds_since(since_us)))
+    return found
+
+
 def put_off_closes():
     """[(descriptor, whether a loop has to poll first, how many others have to end first), ...]"""
     cdef list found = []
@@ -65,7 +82,7 @@ def put_off_closes():
 # ---- workers -----------------------------------------------------------------------------------------------------------------
 
 def jobs():
-    """[(call, what it is on, whether a worker has begun, whether it waits for a peer, greenlet or None, loop), ...]"""
+    """[(call, what it is on, whether a worker has begun, whether it waits for a peer, greenlet or None, loop, seconds), ...]"""
     cdef list found = []
     cdef Mailbox mailbox
     cdef Job job
@@ -74,8 +91,10 @@ def jobs():
         for job in list(mailbox.jobs) if mailbox.born == generation else ():
             state = coopos_job_state(job.job)
             if state != COOPOS_DONE:
+                has_begun = state == COOPOS_BEGUN
+                waits_for_peer = bool(job.job.waits_for_peer)
                 found.append(
-                    (job.name, str(job), state == COOPOS_BEGUN, bool(job.job.waits_for_peer), job.waiter, mailbox.loop))
+                    (job.name, str(job), has_begun, waits_for_peer, job.waiter, mailbox.loop, seconds_since(job.since_us)))
     return found
 
 

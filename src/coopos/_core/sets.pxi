@@ -61,6 +61,7 @@ cdef class Wait:
     cdef bint is_listed        # it is in _parked
     cdef int error             # the errno that the waiter has to raise, or 0
     cdef bint keeps_alive      # the loop must not end while this waits
+    cdef long long since_us    # when it began, by the coarse clock
     cdef object greenlet       # the waiter, or None
     cdef object queued         # the loop callback that will wake the waiter, or None
     cdef object watcher        # its own watcher, where there is no epoll
@@ -355,6 +356,7 @@ cdef class Set:
             self.update_watcher(self.members + 1, self.n_keep_alive + keeps_alive)
         wait.set = self
         wait.keeps_alive = keeps_alive
+        wait.since_us = coopos_coarse_now_us()
         enlist(wait)
         self.members += 1
         self.n_keep_alive += keeps_alive

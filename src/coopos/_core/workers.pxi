@@ -224,6 +224,7 @@ cdef class Job(Call):
     cdef object waiter             # the greenlet, while it waits
     cdef object mailbox            # its hub's Mailbox
     cdef int born                  # generation in which it was submitted
+    cdef long long since_us        # when, by the coarse clock
     cdef coopos_state found        # its state at the fork, in a forked child
     cdef bint is_late
     cdef bint is_left_behind       # its greenlet is gone, and its worker not done
@@ -346,6 +347,7 @@ cdef Mailbox submit(Job job, loop):
         raise
     job.mailbox = mailbox
     job.born = generation
+    job.since_us = coopos_coarse_now_us()
     return mailbox
 
 

@@ -229,10 +229,16 @@ def unpatch() -> None:
 
 def on_did_patch_all() -> None:
     """Called at the end of ``gevent.monkey.patch_all()``: patch, if the environment says so or patch() was called."""
-    is_patched = any(getattr(owner, name, None) is ours for owner, name, _, ours in _gevents + _stdlibs)
-    mode = _settings.patch_mode()
-    if is_patched or mode != "off":
-        patch(io=mode == "io")
+    wanted = _settings.patch_mode()
+    if mode() != "off" or wanted != "off":
+        patch(io=wanted == "io")
+
+
+def mode() -> str:
+    """What of :func:`patch` is in place: "off", "on", or "io"."""
+    if _wants_io:
+        return "io"
+    return "on" if any(getattr(owner, name, None) is ours for owner, name, _, ours in _gevents + _stdlibs) else "off"
 
 
 def patched() -> dict[str, str]:
