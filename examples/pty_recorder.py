@@ -1,10 +1,10 @@
 """Record a terminal session: run a command on a pseudo-terminal and write down what it prints and when.
 
 It shows
-  - ``coopos.forkpty`` and ``coopos.waitpid``: a child with a terminal of its own, and its exit status;
-  - ``coopos.nb_read`` and ``coopos.nb_write`` on the terminal, with the errno (EIO) that Linux gives at its end;
-  - ``coopos.tp_read`` and ``coopos.tp_write`` on standard input and output, whose flags belong to others as well: made
-    non-blocking, they would be so for the shell that started this program;
+  - ``coopos.forkpty`` and ``coopos.waitpid``: a child with a terminal of its own and of the right size, and its exit status;
+  - ``coopos.read_pty``: what the child prints, up to its end, whatever errno the system gives there;
+  - ``coopos.read`` and ``coopos.write_all`` on standard input and output, whose flags belong to others as well, and stay as they
+    are: made non-blocking, they would be so for the shell that started this program;
   - that greenlets run meanwhile: ``--status`` counts ticks on standard error.
 
     python examples/pty_recorder.py -o session.cast                       # $SHELL, until it exits
@@ -17,13 +17,10 @@ Killed by a signal, the command counts as exit status 128 + signal, as in a shel
 
 import argparse
 import codecs
-import errno
-import fcntl
 import json
 import os
 import shutil
 import signal
-import struct
 import sys
 import termios
 import time
@@ -37,55 +34,43 @@ CTRL_D = b"\x04"
 TICK_S = 0.1
 
 
-def write_all(write, fd, data):
-    while data:
-        data = data[write(fd, data) :]
-
-
 class Recorder:
     def __init__(self, recording, command):
         self.recording = recording
         self.started = time.monotonic()
         self.ticks = self.events = 0
         size = shutil.get_terminal_size()
-        self.pid, self.terminal = coopos.forkpty()
+        self.pid, self.terminal = coopos.forkpty(winsize=(size.lines, size.columns))
         if self.pid == 0:
             try:
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; the command should not
-                fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", size.lines, size.columns, 0, 0))
                 os.execvp(command[0], command)
             except OSError as exc:
                 os.write(2, f"{command[0]}: {exc.strerror}\n".encode())
             finally:
                 os._exit(127)
-        coopos.make_nonblocking(self.terminal)
         header = {"version": 2, "width": size.columns, "height": size.lines, "timestamp": int(time.time())}
         self.write_line({**header, "command": " ".join(command)})
 
     def write_line(self, value):
-        write_all(coopos.tp_write, self.recording, json.dumps(value).encode() + b"\n")
+        coopos.write_all(self.recording, json.dumps(value).encode() + b"\n")
 
     def copy_output(self):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two pieces
         data = True
         while data:
-            try:
-                data = coopos.nb_read(self.terminal, 65536)
-            except OSError as exc:
-                if exc.errno != errno.EIO:  # EIO: nobody has the terminal open any more
-                    raise
-                data = b""
+            data = coopos.read_pty(self.terminal, 65536)
             if text := decoder.decode(data, final=not data):
                 self.events += 1
                 self.write_line([round(time.monotonic() - self.started, 6), "o", text])
-            write_all(coopos.tp_write, 1, data)
+            coopos.write_all(1, data)
 
     def copy_input(self):
-        while data := coopos.tp_read(0, 65536):
-            write_all(coopos.nb_write, self.terminal, data)
+        while data := coopos.read(0, 65536):
+            coopos.write_all(self.terminal, data)
         # A terminal has no end-of-file that lasts, only a key that ends one read. Who reads on gets it again.
         while True:
-            write_all(coopos.nb_write, self.terminal, CTRL_D)
+            coopos.write_all(self.terminal, CTRL_D)
             gevent.sleep(1)
 
     def tick(self):
