@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from concurrent.futures import Future
@@ -256,19 +257,27 @@ class HubThread:
 # ---- fresh interpreters ------------------------------------------------------------------------------------------------------
 
 
-def run_script(source, *, at=None, may_complain=False, timeout_s=DEADLINE_S * 2, under=(), **env):
-    """Run *source* in a fresh interpreter, warnings being errors; it must exit with status 0, and return its standard output.
+def run_script(source, *, at=None, **how):
+    """Run *source* in a fresh interpreter, as run_program() does, and return its standard output.
 
-    *env* is added to this process's environment; a name that is None is taken out. The script must print nothing on standard
-    error, where hubs report, unless it *may_complain*. *under* is a command that runs the interpreter. *at* is a path to write the
-    source to and to run it from: what multiprocessing spawns imports it. If it hangs, the stacks of its threads are shown. What it
-    has left running in its process group is killed.
+    *at* is a path to write the source to and to run it from: what multiprocessing spawns imports it.
     """
-    environment = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
     program = ["-c", textwrap.dedent(source)]
     if at is not None:
         at.write_text(textwrap.dedent(source))
         program = [str(at)]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        return run_program(program, **{"TMPDIR": directory, **how})
+
+
+def run_program(program, *, may_complain=False, timeout_s=DEADLINE_S * 2, under=(), **env):
+    """Run ``python *program``, warnings being errors; it must exit with status 0. Returns its standard output.
+
+    *env* is added to this process's environment; a name that is None is taken out. The program must print nothing on standard
+    error, where hubs report, unless it *may_complain*. *under* is a command that runs the interpreter. If it hangs, the stacks of
+    its threads are shown. What it has left running in its process group is killed.
+    """
+    environment = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
     process = subprocess.Popen(
         [*under, sys.executable, "-W", "error", "-X", "faulthandler", *program],
         stdin=subprocess.DEVNULL,
