@@ -77,7 +77,7 @@ import os
 import posix
 import signal
 import sys
-from weakref import WeakSet
+from _weakref import ref as weak_reference
 
 import greenlet as _greenlet_module
 from gevent import Greenlet, GreenletExit, Timeout, sleep

@@ -46,8 +46,9 @@ cdef object root_of(greenlet):
     return greenlet
 
 
-# Those whose turn somebody waits for. Weakly: where a thread ends, greenlets of it never leave the queue.
-cdef object _queues = WeakSet()
+# Those whose turn somebody waits for: {address: weak reference}. Where a thread ends, greenlets of it never leave the queue. Not a
+# WeakSet, which is Python code: a signal handler that waits could run in it, and take the switch that gives the turn.
+cdef dict _queues = {}
 
 
 @cython.final
@@ -224,7 +225,7 @@ cdef class Owned:
         try:
             turn.start(current.switch, member)
             self.queue.append(member)
-            _queues.add(self)
+            _queues[<size_t><PyObject *>self] = weak_reference(self)
             if self.owner is None:
                 self.pass_turn()       # another thread left meanwhile
             while self.owner is not current:
@@ -239,7 +240,7 @@ cdef class Owned:
             if member in self.queue:
                 self.queue.remove(member)
             if not self.queue:
-                _queues.discard(self)
+                _queues.pop(<size_t><PyObject *>self, None)
             end_watchers((turn,))
         return 0
 

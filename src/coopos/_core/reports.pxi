@@ -62,8 +62,9 @@ def turns():
     """[(descriptor, greenlet, for how many seconds), ...]: the greenlets that wait until another is done with a file's buffer."""
     cdef list found = []
     cdef Owned owned
-    for owned in list(_queues):
-        for waiter, _, since_us in owned.queue.copy():
+    for reference in list(_queues.values()):
+        owned = <Owned>reference()
+        for waiter, _, since_us in () if owned is None else owned.queue.copy():
             if not waiter.dead:
                 found.append((owned.fd, waiter, seconds_since(since_us)))
     return found
