@@ -62,6 +62,13 @@ def test_all_is_everything_but_the_names_taken_from_os():
     assert set(gevent.os.__all__) <= set(coopos.__all__)
 
 
+def test_every_function_of_ours_is_in_all():
+    """What the façade imports, or defines, it offers."""
+    ours = [name for name, value in vars(coopos).items() if callable(value) and (value.__module__ or "").startswith("coopos")]
+    assert "readinto" in ours
+    assert {name for name in ours if not name.startswith("_")} <= set(coopos.__all__)
+
+
 def test_imports_are_those_of_gevent_os():
     assert set(coopos.__imports__) >= set(gevent.os.__imports__) - set(coopos.__all__)
     assert not set(coopos.__imports__) & set(coopos.__all__)
