@@ -14,9 +14,19 @@ from coverage import FileTracer
 from Cython import Coverage
 
 ROOT = Path(__file__).resolve().parent.parent
-#: A line that the import runs: of the module, a decorator, or the head of a function, of those of a class, too.
-IS_OF_IMPORT = re.compile(r"\S| *@| *(cdef|cpdef|def)\b.*:$").match
+IS_HEAD = re.compile(r" *(cdef|cpdef|def)\b.*[:(,]$| *@").match
 IS_OF_CORE = re.compile(r".*/src/coopos/_core(\.pyx|/\w+\.pxi)$").match
+
+
+def lines_in_functions(source):
+    """Their numbers. Of a class' methods the import runs the heads."""
+    found, is_inside = set(), False
+    for number, line in enumerate(source.splitlines(), 1):
+        if line[:1] not in ("", " ", "#", ")"):
+            is_inside = IS_HEAD(line) is not None
+        elif is_inside and not IS_HEAD(line):
+            found.add(number)
+    return found
 
 
 class _Tracer(FileTracer):
@@ -32,8 +42,7 @@ class _Reporter(Coverage.CythonModuleReporter):
         lines = super().lines()
         if not self.filename.endswith(".pxi"):
             return lines
-        source = Path(self.filename).read_text().splitlines()
-        return {line for line in lines if not IS_OF_IMPORT(source[line - 1])}
+        return lines & lines_in_functions(Path(self.filename).read_text())
 
 
 class Plugin(Coverage.Plugin):
