@@ -202,7 +202,7 @@ def readinto(Py_ssize_t fd, buffer, /):
 
     Raises:
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as read(2).
-        TypeError, BufferError: *buffer* is not a writable bytes-like object, or not contiguous.
+        TypeError: *buffer* is not a writable bytes-like object, or not contiguous.
 
     Keeps :ref:`what every function promises <promises>`.
 
