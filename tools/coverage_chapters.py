@@ -1,8 +1,8 @@
 """Cython's plug-in for coverage, as the core needs it. tox.ini puts its directory into PYTHONPATH.
 
 The compiled core names its sources relative to the root, and Cython's plug-in fails in a program that runs in another directory. It
-also counts the lines of a chapter that the import runs, though they are never traced as such: a code object has one file, and that
-is `_core.pyx`. Here a chapter has only the lines in its functions.
+also counts lines of a chapter that are never traced: those that the import runs, since a code object has one file, and that is
+`_core.pyx`. Here a chapter has only the lines in its functions.
 https://github.com/cython/cython/blob/3.3.1/Cython/Coverage.py
 """
 
@@ -19,13 +19,17 @@ IS_OF_CORE = re.compile(r".*/src/coopos/_core(\.pyx|/\w+\.pxi)$").match
 
 
 def lines_in_functions(source):
-    """Their numbers. Of a class' methods the import runs the heads."""
-    found, is_inside = set(), False
+    """Their numbers. Of a class' methods the import runs the heads.
+
+    The first line of a `finally` is left out: Cython traces it only if the `try` comes to its end, and not after a return.
+    """
+    found, is_inside, before = set(), False, ""
     for number, line in enumerate(source.splitlines(), 1):
         if line[:1] not in ("", " ", "#", ")"):
             is_inside = IS_HEAD(line) is not None
-        elif is_inside and not IS_HEAD(line):
+        elif is_inside and not IS_HEAD(line) and before.strip() != "finally:":
             found.add(number)
+        before = line
     return found
 
 
