@@ -1,4 +1,4 @@
-"""Cython's plug-in for coverage, as the core needs it. tox.ini puts its directory into PYTHONPATH.
+"""Cython's plug-in for coverage, as the core needs it. tox.ini has every interpreter find it.
 
 The compiled core names its sources relative to the root, and Cython's plug-in fails in a program that runs in another directory. It
 also counts lines of a chapter that are never traced: those that the import runs, since a code object has one file, and that is
