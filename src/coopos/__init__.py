@@ -236,7 +236,6 @@ _own = {*__all__}
 __imports__: list[str] = [name for name in vars(_os) if not name.startswith("__") and name not in _own]
 for _name in __imports__:
     globals()[_name] = getattr(_os, _name)
-del _name, _own
 
 if _settings.REPORT != "off" and hasattr(_os, "fork"):
     _import_module("coopos._on_demand").start(_settings.REPORT)

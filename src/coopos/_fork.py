@@ -397,17 +397,22 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
     return make_hub
 
 
+def _call_handler(handler: Any) -> None:
+    if handler.hub is not None:  # it may have been cancelled since its greenlet was made
+        handler.handle()
+
+
 def _tell_sigchld_handlers() -> None:
     """In a hub, when watched children have ended: call each handler in a greenlet of its own hub, as gevent does."""
     for one in _handlers.copy():  # the garbage collector may take one out at any time
         handler: Any = one()
         hub = None if handler is None else handler.hub
         if hub is None:  # cancelled
-            _handlers.discard(one)
-        elif hub is get_hub_if_exists():
-            gevent.spawn(handler.handle)
+            continue
+        if hub is get_hub_if_exists():
+            gevent.spawn(_call_handler, handler)
         elif hub.loop is not None:
-            hub.loop.run_callback_threadsafe(gevent.spawn, handler.handle)
+            hub.loop.run_callback_threadsafe(gevent.spawn, _call_handler, handler)
     gevent.os._on_child_hook()  # type: ignore[attr-defined]  # gevent.signal's
 
 

@@ -20,7 +20,7 @@ def get_original(module: str, names: str | list[str]) -> Any:
     monkey = _monkey()
     if monkey is not None:
         return monkey.get_original(module, names)
-    found = sys.modules.get(module) or import_module(module)
+    found = import_module(module)
     return getattr(found, names) if isinstance(names, str) else [getattr(found, name) for name in names]
 
 

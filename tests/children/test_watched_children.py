@@ -213,6 +213,43 @@ def test_gevent_signal_handlers_of_a_child_that_is_waited_for():
         gevent.signal.signal(signal.SIGCHLD, before)
 
 
+def test_gevent_signal_handlers_of_a_child_of_another_hub():
+    """A handler runs in its own hub, whichever hub has learned of the child."""
+    hubs = []
+    handler = gevent.signal_handler(signal.SIGCHLD, lambda: hubs.append(get_hub()))
+    try:
+        with HubThread() as thread:
+            pid = thread.call(spawn_sh, coopos.posix_spawn, "exit 7")
+            until(lambda: hubs)
+            assert thread.call(coopos.waitpid, pid, 0) == (pid, STATUS)
+    finally:
+        handler.cancel()
+    assert set(hubs) == {get_hub()}
+
+
+def test_gevent_signal_handler_that_another_has_cancelled():
+    """It isn't called, not even for the child for which the other was; and nothing is reported."""
+    run_script("""
+        import os, signal, gevent, coopos
+        called = []
+        handlers = []
+
+        def cancel_all(name):
+            called.append(name)
+            for handler in handlers:
+                handler.cancel()
+
+        handlers += [gevent.signal_handler(signal.SIGCHLD, cancel_all, name) for name in "ab"]
+        for _ in range(2):
+            pid = coopos.fork()
+            if pid == 0:
+                os._exit(0)
+            assert coopos.waitpid(pid, 0) == (pid, 0)
+            gevent.sleep(0.01)
+        assert len(called) == 1, called
+    """)
+
+
 def test_gevent_signal_handlers_after_a_thread_has_ended():
     """A thread that ended with a report still to be made doesn't keep the reports of others back."""
     run_script(

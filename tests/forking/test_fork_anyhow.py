@@ -398,6 +398,7 @@ def test_others_fork_after_a_signal_handler_has_raised_in_a_fork():
     """As the hooks of the fork end: its thread's other greenlets don't wait for it for ever."""
     run("""
         import functools
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
         strike = functools.partial(ctypes.PyDLL(None)["raise"], signal.SIGINT)  # C alone: the handler runs at the next bytecode
         os.register_at_fork(after_in_parent=strike)
         try:

@@ -142,6 +142,19 @@ def test_patch_before_monkey_warns_once():
     """)
 
 
+def test_patch_after_any_part_of_monkey_warns_not():
+    """Whichever module gevent.monkey has patched, the program has called it."""
+    run_names("""
+        from gevent import monkey
+        import coopos
+        warnings.simplefilter("error")
+        for module in ("subprocess", "socket", "time", "thread", "threading", "select", "signal", "ssl", "queue", "os"):
+            monkey.saved.clear()
+            monkey.saved[module] = {}
+            coopos.patch()
+    """)
+
+
 @pytest.mark.parametrize("calls", ["", "p", "i", "iu"])
 def test_patched_says_what_is_replaced(calls):
     """A line for each name that may be replaced: coopos, if its value is ours, or the reason. It replaces nothing."""

@@ -1,5 +1,7 @@
 """Each function that moves bytes, with every argument that is wrong: what os makes of it."""
 
+import errno
+import io
 import os
 
 import pytest
@@ -76,3 +78,24 @@ def test_bad_input_is_what_os_makes_of_it(name, blocking):
             if ours != (expected := outcome_and_state(theirs, args, blocking)):
                 different.append(f"{name}: argument {place + 1} = {value!r:.40}: {ours!s:.150} instead of {expected!s:.150}")
     assert not different, "\n".join(different)
+
+
+@pytest.mark.parametrize("buffer", [b"abc", "text", None, 4, [1], memoryview(b"abc"), memoryview(bytearray(6))[::2]])
+def test_readinto_of_what_is_no_buffer_to_write_to(buffer):
+    """TypeError, as os.readinto of Python 3.14 and io.FileIO.readinto; also for one that isn't contiguous. Nothing is read."""
+    with make_pipe() as (reader, writer):
+        os.write(writer, b"abc")
+        assert error_of(coopos.readinto, reader, buffer) == (TypeError, None)
+        with io.FileIO(reader, closefd=False) as file:
+            assert error_of(file.readinto, buffer) == (TypeError, None)
+        with coopos.FileIO(reader, closefd=False) as file:
+            assert error_of(file.readinto, buffer) == (TypeError, None)
+        assert drain(reader) == b"abc"
+
+
+def test_read_exactly_of_fewer_than_no_bytes():
+    """EINVAL, as os.read, before anything is read."""
+    with make_pipe() as (reader, writer):
+        os.write(writer, b"abc")
+        assert error_of(coopos.read_exactly, reader, -1) == (OSError, errno.EINVAL)
+        assert drain(reader) == b"abc"

@@ -19,6 +19,8 @@ DOCS = pathlib.Path(__file__).resolve().parent.parent.parent / "docs"
 
 ON = ["1", "true", "on", "yes", "TRUE", " on "]
 OFF = ["0", "false", "off", "no", "No", " off "]
+#: Signals that COOPOS_REPORT refuses, some of them under two names.
+NO_REPORT = "SIGKILL SIGSTOP SIGCHLD SIGCLD SIGSEGV SIGFPE SIGABRT SIGIOT SIGBUS SIGILL SIGSTKFLT".split()
 #: {variable: (what holds without it, {value: what it means}, values that mean nothing)}
 MEANINGS = {
     "COOPOS_CHILDREN": ("pidfd", {"pidfd": "pidfd", "thread": "thread", "Thread": "thread"}, ["threads", "1", "no"]),
@@ -31,7 +33,7 @@ MEANINGS = {
         "off",
         {**dict.fromkeys(OFF, "off"), "socket": "socket", "sigprof": "SIGPROF", "SIGUSR1, Socket": "SIGUSR1,socket"}
         | {"SIGUSR1,socket,sigusr1": "SIGUSR1,socket"},
-        ["on", "SIGKILL", "SIGCHLD", "SIGCLD", "SIGIOT", "SIGSEGV", "USR1", "SIG_DFL", "10", "socket,", "signal"],
+        ["on", *NO_REPORT, "USR1", "SIG_DFL", "10", "socket,", "signal"],
     ),
     "COOPOS_PATCH": ("off", {**dict.fromkeys(ON, "on"), **dict.fromkeys(OFF, "off"), "io": "io", "IO": "io"}, ["2", "maybe"]),
 }
