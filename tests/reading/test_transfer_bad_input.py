@@ -1,5 +1,6 @@
 """Each function that moves bytes, with every argument that is wrong: what os makes of it."""
 
+import io
 import os
 
 import pytest
@@ -76,3 +77,12 @@ def test_bad_input_is_what_os_makes_of_it(name, blocking):
             if ours != (expected := outcome_and_state(theirs, args, blocking)):
                 different.append(f"{name}: argument {place + 1} = {value!r:.40}: {ours!s:.150} instead of {expected!s:.150}")
     assert not different, "\n".join(different)
+
+
+@pytest.mark.parametrize("buffer", [b"xy", memoryview(b"xy"), memoryview(bytearray(4))[::2], "xy", None], ids=repr)
+def test_readinto_of_a_wrong_buffer_is_what_io_makes_of_it(buffer):
+    """As os.readinto, which came with Python 3.14, and converts its argument in the same way."""
+    with make_file(b"abc") as fd:
+        ours = error_of(coopos.readinto, fd, buffer)
+        assert ours == error_of(io.BytesIO(b"abc").readinto, buffer) and ours[0] is TypeError
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 0

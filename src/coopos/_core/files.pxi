@@ -28,10 +28,8 @@ cdef Py_ssize_t read_buffer(Py_ssize_t fd, buffer, bint as_os=False) except -1:
     cdef iovec iov
     try:
         take_buffer(buffer, &view, True, &iov)
-    except BufferError as ex:
-        if memoryview(buffer).readonly:
-            raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
-        raise
+    except BufferError:
+        raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from None
     set_one_buffer(&move, &iov)
     try:
         return read_into(&move, "readinto")
@@ -204,7 +202,7 @@ def readinto(Py_ssize_t fd, buffer, /):
 
     Raises:
         OSError: EBADF if *fd* is not open for reading, or :func:`close` closes it during the wait; otherwise as read(2).
-        TypeError, BufferError: *buffer* is not a writable bytes-like object, or not contiguous.
+        TypeError: *buffer* is not a writable bytes-like object, or not contiguous.
 
     Keeps :ref:`what every function promises <promises>`.
 
