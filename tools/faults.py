@@ -249,6 +249,12 @@ class Server:
             self.ask("status", pid)
         else:
             status = int(self.ask("status", pid))
+        result, log = self.take(path)
+        return result, status, lines, log
+
+    @staticmethod
+    def take(path):
+        """(what a process has written at its end or None, what it has printed); the files go."""
         with open(path + ".err", errors="replace") as file:
             log = file.read()
         result = None
@@ -257,7 +263,7 @@ class Server:
                 result = json.load(file)
         for suffix in ("", ".err", ".probe", ".new"):
             Path(path + suffix).unlink(missing_ok=True)
-        return result, status, lines, log
+        return result, log
 
     def follow(self, pid, under, reader, lines, limit):
         """Let the body run, under strace, and then what comes after it, without. Whether that takes too long."""
