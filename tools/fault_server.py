@@ -26,12 +26,13 @@ import sys
 import time
 import traceback
 
-import fault_children  # noqa: F401  it and the next register their scenarios
+import fault_children  # noqa: F401  it, the next and short_scenarios register their scenarios
 import fault_scenarios  # noqa: F401
 import gevent
 import gevent.monkey
 import gevent.subprocess
 import greenlet
+import short_scenarios  # noqa: F401
 from fault_states import END_S, SCENARIOS, SETTINGS, coopos, drains, forked, forks, helpers
 
 #: The process waits for it before and after the body. No other code sends it.
@@ -133,10 +134,21 @@ def probe():
         os.close(writer)
 
 
+def shorten(call, size, first, last):
+    """For shorts.py: from now on such calls of the core move fewer bytes. Its library is loaded before libc then."""
+    ctypes.CDLL(os.environ["LD_PRELOAD"]).shorts_begin(call.encode(), int(size), int(first), int(last))
+
+
+def count_shortened(calls):
+    """{call: how many there were that could be shortened; "": how many were}."""
+    library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    return {call: library.shorts_count(call.encode()) for call in [*calls.split(","), ""]}
+
+
 multiprobe = None
 
 
-def run_case(scenario_name, result_path):
+def run_case(scenario_name, result_path, calls="", *how):
     global multiprobe
     errors = []
     hub = gevent.get_hub()
@@ -159,6 +171,8 @@ def run_case(scenario_name, result_path):
     body = SCENARIOS[scenario_name](stack)
     mark()
     result = {}
+    if how:
+        shorten(*how)
     try:
         result["value"] = repr(body())
     except BaseException as ex:
@@ -168,6 +182,9 @@ def run_case(scenario_name, result_path):
         result["raised"] = described(ex)
     if os.getpid() != parent:
         os._exit(98)
+    if how:
+        result["counts"] = count_shortened(calls)
+        shorten("", 0, 0, 0)
     mark()
     began = time.monotonic()
     try:
@@ -196,7 +213,7 @@ def run_case(scenario_name, result_path):
     os.rename(result_path + ".new", result_path)
 
 
-def child(name, result_path):
+def child(name, result_path, *how):
     os.setsid()
     libc = ctypes.CDLL(None)
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -212,7 +229,7 @@ def child(name, result_path):
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     status = 1
     try:
-        run_case(name, result_path)
+        run_case(name, result_path, *how)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -74,6 +74,10 @@ KNOWN = [
     ("*", "waitid", "ECHILD", "the child is there all the same, and left"),
     ("*", "pidfd_open", "ESRCH", "the child is there all the same, and counts as lost"),
     ("popen_terminal", "*read*", "EIO", "read_pty() takes it for the end"),
+    ("posix_spawn", "rt_sigprocmask", "*", "posix_spawn(3) restores a mask that it could not save"),
+    ("run_program", "pwritev2", "EPIPE", "communicate() takes it for a program that doesn't read, as the stdlib's does"),
+    ("popen_killed", "pidfd_send_signal", "ESRCH", "the child is there all the same, and not killed"),
+    ("multiprocessing_process", "clone*", "*", "the stdlib's popen_fork leaves its pipes open if fork() fails"),
     ("multiprocessing_process", "pipe2", "*", "the stdlib's popen_fork leaves its first pipe open"),
     ("multiprocessing_process", "close", "*", "the stdlib's popen_fork closes none of the other ends then"),
     ("forkpty", "*read*", "EIO", "read_pty() takes it for the end"),
@@ -245,6 +249,12 @@ class Server:
             self.ask("status", pid)
         else:
             status = int(self.ask("status", pid))
+        result, log = self.take(path)
+        return result, status, lines, log
+
+    @staticmethod
+    def take(path):
+        """(what a process has written at its end or None, what it has printed); the files go."""
         with open(path + ".err", errors="replace") as file:
             log = file.read()
         result = None
@@ -253,7 +263,7 @@ class Server:
                 result = json.load(file)
         for suffix in ("", ".err", ".probe", ".new"):
             Path(path + suffix).unlink(missing_ok=True)
-        return result, status, lines, log
+        return result, log
 
     def follow(self, pid, under, reader, lines, limit):
         """Let the body run, under strace, and then what comes after it, without. Whether that takes too long."""

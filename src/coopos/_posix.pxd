@@ -190,6 +190,7 @@ cdef extern from "c/moving.h" nogil:
         int may_block
         int as_os
         int would_block
+        int has_parked
         size_t max_bytes
     ssize_t coopos_move(const Move *move)
     int coopos_may_move(int fd, int writes, off_t offset)

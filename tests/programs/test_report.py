@@ -285,6 +285,7 @@ def test_report_of_a_queued_job_and_of_a_close_that_is_put_off(tmp_path):
         _core.set_limit(limit)
     gevent.joinall([begun, queued])
     until(lambda: not facts()["put_off_closes"])
+    assert coopos.counters()["put_off_closes"] == 0
     os.close(second)
 
 

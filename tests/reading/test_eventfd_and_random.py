@@ -4,6 +4,7 @@ import contextlib
 import os
 import posix
 
+import gevent
 import pytest
 
 import coopos
@@ -78,6 +79,23 @@ def test_eventfd_of_an_object_with_fileno_and_a_semaphore():
     with closing(os.eventfd(0, os.EFD_SEMAPHORE)) as (fd,):
         coopos.eventfd_write(Object(), FULL)
         assert coopos.eventfd_read(Object()) == 1
+
+
+@needs_eventfd
+def test_eventfd_write_that_does_not_fit_yet_leaves_the_loop_asleep():
+    """An eventfd counts as ready while its counter can take 1. The write asks again now and then, not in each turn of the loop."""
+    turns = []
+    with eventfd(FULL - 1, True) as fd:
+        check = gevent.get_hub().loop.check(ref=False)
+        check.start(lambda: turns.append(1))
+        greenlet = parked(coopos.eventfd_write, fd, 5)
+        gevent.sleep(0.1)
+        assert not greenlet.ready() and len(turns) < 50
+        check.stop()
+        check.close()
+        assert os.eventfd_read(fd) == FULL - 1
+        result_of(greenlet)
+        assert os.eventfd_read(fd) == 5
 
 
 # ---- randomness --------------------------------------------------------------------------------------------------------------

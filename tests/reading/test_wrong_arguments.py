@@ -30,7 +30,10 @@ WRONG = {
         (),
     ],
     "truncate": [("/nonexistent/file", 0), ("/", 0), ("a\0b", 0), (None, 0), (1.5, 0), ("file", -1), ("file", "x"), ("file",)],
-    "ftruncate": [*[(fd, 0) for fd in BAD_FDS], ("reader", 0), ("file", -1), ("file", 1 << 70), ("file", "x"), ("file",)],
+    "ftruncate": [
+        *[(fd, size) for fd in BAD_FDS for size in (0, -1)],
+        ("reader", 0), ("file", -1), ("file", 1 << 70), ("file", "x"), ("file",),
+    ],
     "lockf": [
         *[(fd, os.F_LOCK, 0) for fd in BAD_FDS],
         (Nothing(), os.F_LOCK, 0),

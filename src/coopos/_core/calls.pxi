@@ -16,6 +16,8 @@ def on_file(str name not None, fd, Py_ssize_t length=0, Py_ssize_t offset=0):
     """fsync(2), fdatasync(2), ftruncate(2) or posix_fallocate(3)."""
     cdef int number = as_int(fd) if name in ("ftruncate", "posix_fallocate") else PyObject_AsFileDescriptor(fd)
     cdef Job job
+    if name == "ftruncate" and length < 0:
+        raise os_error(EINVAL, name, number)   # as the kernel does, before it looks at the descriptor
     check_fd(number, name)
     job = new_job(<coopos_operation><int>_operations[name], name, number)
     job.job.offset, job.job.length = offset, length

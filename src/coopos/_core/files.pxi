@@ -28,8 +28,8 @@ cdef Py_ssize_t read_buffer(Py_ssize_t fd, buffer, bint as_os=False) except -1:
     cdef iovec iov
     try:
         take_buffer(buffer, &view, True, &iov)
-    except BufferError as ex:
-        raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from ex
+    except BufferError:
+        raise TypeError(f"readinto() argument 2 must be read-write bytes-like object, not {type(buffer).__name__}") from None
     set_one_buffer(&move, &iov)
     try:
         return read_into(&move, "readinto")

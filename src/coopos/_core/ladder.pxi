@@ -248,7 +248,7 @@ cdef Move move_of(int fd, bint writes, off_t offset, int flags, bint as_os=False
     move.offset = offset
     move.flags = flags
     move.may_block, move.as_os, move.would_block = False, as_os, False
-    move.max_bytes = 0
+    move.has_parked, move.max_bytes = False, 0
     return move
 
 
@@ -284,6 +284,9 @@ cdef int next_step(Move *move, int err, str call, Py_ssize_t n=0) except -1:
         if move.as_os and is_nonblocking(move.fd) and not is_always_ready(move.fd):
             move.would_block = True
             raise os_error(err, call, move.fd)
+        if move.has_parked and move.writes and is_ready_now(move.fd, WRITE, call):
+            return wait_for_room(move, call)
+        move.has_parked = True
         if not park(move.fd, WRITE if move.writes else READ, call, move.may_block):
             if is_always_ready(move.fd):
                 return READ_NOTHING if not move.writes and is_at_end(move.fd, move.offset) else IN_WORKER
@@ -345,8 +348,22 @@ cdef int step_down(Move *move, Py_ssize_t n, str call) except -1:
     return AGAIN
 
 
-# How often to look at a terminal that has fewer bytes than the read wants: the kernel reports no event for the next ones.
-cdef double TERMINAL_POLL_S = 0.01
+# How often to look at a descriptor that counts as ready, and is not ready for this call: the kernel reports no event then. A terminal
+# may have fewer bytes than the read wants, an eventfd less room than the write needs.
+cdef double POLL_S = 0.01
+
+
+cdef int wait_for_room(Move *move, str call) except -1:
+    """An eventfd counts as ready for writing while its counter can take 1 (eventfd(2)). Try again later. Returns a Step."""
+    if reachable_hub() is not None:
+        let_others_run(move.fd, call, POLL_S)
+    elif is_nonblocking(move.fd):
+        with nogil:
+            poll(NULL, 0, <int>(POLL_S * 1000))
+        PyErr_CheckSignals()
+    else:
+        move.how = COOPOS_PLAIN        # nobody else could run
+    return AGAIN
 
 
 cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
@@ -380,7 +397,7 @@ cdef int wait_as_terminal(Move *move, Py_ssize_t n, str call) except -1:
         if there == 0 and (tenths or min_bytes <= wanted):
             park(move.fd, READ, call, move.may_block, left_us)
         else:
-            let_others_run(move.fd, call, TERMINAL_POLL_S)
+            let_others_run(move.fd, call, POLL_S)
     move.how = COOPOS_GUARDED      # the terminal's mode was changed meanwhile
     return AGAIN
 

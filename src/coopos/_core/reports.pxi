@@ -198,7 +198,7 @@ def counters():
         "workers": coopos_pool.threads,
         "busy_workers": coopos_pool.begun,
         "queued_jobs": coopos_pool_queued(),
-        "put_off_closes": len(_put_off),
+        "put_off_closes": len(put_off_closes()),
     }
 
 

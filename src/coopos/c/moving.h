@@ -33,6 +33,7 @@ struct coopos_move {
     int may_block;             /* a wait in the hub blocks, instead of raising BlockingSwitchOutError */
     int as_os;                 /* as the function of os: plain in the hub, EAGAIN in non-blocking mode */
     int would_block;           /* set where that EAGAIN is raised */
+    int has_parked;            /* it has been woken at least once */
     size_t max_bytes;          /* how much a guarded read may take; 0: as much as fits into the buffers */
 };
 
@@ -91,7 +92,7 @@ static inline ssize_t coopos_copy_buffers(const struct iovec *buffers, int count
 /* Whether a read or write of this descriptor at this offset is allowed: 0, or -1 with errno. Moves no byte. */
 static inline int coopos_may_move(int fd, int writes, off_t offset)
 {
-    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0, 0, 0};
+    struct coopos_move nothing = {fd, COOPOS_PLAIN, writes, NULL, 0, offset, 0, 0, 0, 0, 0};
     int rc;
     if (!COOPOS_HAVE_EMPTY_MOVES)
         return fcntl(fd, F_GETFL) < 0 ? -1 : 0;

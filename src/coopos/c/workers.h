@@ -105,7 +105,7 @@ static inline void coopos_pool_unlock(void)
 static inline ssize_t coopos_job_move(struct coopos_job *job)
 {
     struct iovec iov = {job->buf, job->size};
-    struct coopos_move move = {job->fd, COOPOS_PLAIN, job->writes, &iov, 1, job->offset, job->flags, 0, 0, 0};
+    struct coopos_move move = {job->fd, COOPOS_PLAIN, job->writes, &iov, 1, job->offset, job->flags, 0, 0, 0, 0, 0};
     ssize_t moved = coopos_move_plainly(&move);
     if (moved > 0 && job->is_undoable && job->offset < 0)
         job->end = lseek(job->fd, 0, SEEK_CUR);
