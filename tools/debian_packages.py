@@ -114,7 +114,8 @@ Acquire::ForceHash "sha256";
 class Packages:
     """The packages of a release of Debian: apt's lists of them, and those that were fetched, below *directory*."""
 
-    def __init__(self, name, directory, mirror):
+    def __init__(self, name, directory, mirror, architecture=None):
+        """*architecture*: Debian's name of the processor, by default that of this machine's."""
         self.name = name
         self.directory = directory / name
         self.archives = self.directory / "archives"
@@ -125,7 +126,8 @@ class Packages:
         (self.directory / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {name} main\n")
         # The machine's proxies are needed, its sources and hooks are not.
         proxies = re.findall(r"^Acquire::https?\b.*\n", run("apt-config", "dump", output=True), re.MULTILINE)
-        (self.directory / "apt.conf").write_text(APT_CONF.format(here=self.directory) + "".join(proxies))
+        others = f'APT::Architecture "{architecture}"; APT::Architectures {{ "{architecture}"; }};' if architecture else ""
+        (self.directory / "apt.conf").write_text(APT_CONF.format(here=self.directory) + "".join(proxies) + others)
         self.apt("apt-get", "update")
 
     def apt(self, program, *arguments, **kwargs):

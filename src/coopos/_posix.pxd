@@ -141,7 +141,7 @@ cdef extern from "c/system.h" nogil:
     idtype_t COOPOS_P_PIDFD
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH
-    pid_t c_forkpty "forkpty"(int *master, char *name, const termios *term, const winsize *size)
+    pid_t coopos_forkpty(int *master, const winsize *size)
     ctypedef struct Report "struct coopos_report":
         pid_t pid
         uid_t uid

@@ -95,6 +95,70 @@ def test_no_greenlet_of_the_parent_runs_in_the_child(place):
 
 
 @each_place
+def test_no_timer_of_the_parent_that_has_expired_is_called_in_the_child(place):
+    """Nor of those that expired with the one by which the greenlet that forks was woken."""
+    run(
+        """
+        import time
+
+        def parent():
+            loop = get_hub().loop
+            for _ in range(5):
+                timers = [loop.timer(0.001) for _ in range(20)]
+                for timer in timers[:10]:
+                    timer.start(trace.add, "timer")
+                gevent.spawn(gevent.sleep, 0.001)
+                gevent.spawn_later(0.001, trace.add, "spawned later")
+                forked = gevent.spawn_later(0.001, in_child, lambda: gevent.sleep(0.005))
+                for timer in timers[10:]:
+                    timer.start(trace.add, "timer")
+                gevent.sleep(0)
+                time.sleep(0.005)     # all of them expire in one turn of the loop
+                forked.get()
+                for timer in timers:
+                    timer.close()
+
+        at_place(parent)
+        assert trace.of_children() == []
+        """,
+        place=place,
+    )
+
+
+@each_place
+def test_watchers_of_the_parent_that_nobody_has_are_not_freed_in_the_child(place):
+    """libuv still points to them: their memory must not become another object's."""
+    run(
+        """
+        import time
+
+        def child():
+            others = [b"x" * size for size in range(500) for _ in range(50)]
+            gevent.sleep(0.005)
+            assert all(each.strip(b"x") == b"" for each in others)
+
+        def end(watcher):
+            trace.add("watcher")
+            watcher.close()
+
+        def parent():
+            for _ in range(10):
+                forked = gevent.spawn_later(0.001, in_child, child)
+                for _ in range(50):
+                    for watcher in (get_hub().loop.timer(0.001), get_hub().loop.check()):
+                        watcher.start(end, watcher)
+                watcher = None
+                time.sleep(0.005)
+                forked.get()
+
+        at_place(parent)
+        assert trace.of_children() == []
+        """,
+        place=place,
+    )
+
+
+@each_place
 def test_no_line_that_greenlets_write_is_a_childs(place, request):
     """However often the process forks: a hundred times, and a thousand with --soak."""
     run(

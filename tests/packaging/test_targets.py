@@ -19,7 +19,7 @@ from .conftest import ROOT, build, run, smoke
 UTIL_H = """
 #include <sys/ioctl.h>
 #include <termios.h>
-int forkpty(int *, char *, struct termios *, struct winsize *);
+int login_tty(int);
 """
 #: Those with wheels, but for this one's own kind, which test_wheel_for_an_old_glibc compiles for.
 TARGETS = ["aarch64-linux-gnu.2.28", "x86_64-linux-musl", "aarch64-linux-musl", "aarch64-macos", "x86_64-macos"]

@@ -350,7 +350,7 @@ cdef int fork_now(Fork call, bint has_pty, winsize *window, int *pid, int *maste
     # PyOS_BeforeFork() took, and we for the GIL.
     was_prepared = coopos_pending.is_prepared
     if call.failure is None and was_prepared:
-        pid[0] = c_forkpty(master, NULL, NULL, window) if has_pty else c_fork()
+        pid[0] = coopos_forkpty(master, window) if has_pty else c_fork()
         err = errno
     if pid[0] == 0:
         PyOS_AfterFork_Child()

@@ -236,10 +236,17 @@ cdef class Leaving:
             return 0
         for part in list(getattr(watcher, "_multiplex_watchers", ())):
             part.stop()
-        if type(watcher).__name__ == "async_" and hasattr(loop, "_keepaliveset"):
+        if not hasattr(loop, "_keepaliveset"):
+            if watcher.active or watcher.pending:
+                watcher.stop()
+        elif type(watcher).__name__ == "async_":
             watcher.close()        # libuv can't stop a uv_async_t: https://docs.libuv.org/en/v1.x/async.html
-        elif watcher.active or watcher.pending:
+        else:
+            # Active or not: gevent may have queued the callback of a timer, which is not active any more:
+            # https://github.com/gevent/gevent/blob/26.9.0/src/gevent/libuv/loop.py (__run_queued_callbacks)
             watcher.stop()
+            # Never freed: libuv's lists and gevent's queue go on pointing to its memory. Not closed: the child may use it.
+            Py_INCREF(watcher)
         return 0
 
     cdef int replace_main(self) except -1:

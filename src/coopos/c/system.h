@@ -14,6 +14,7 @@
 #include <semaphore.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
@@ -27,12 +28,12 @@
 #include <unistd.h>
 
 #if defined(__linux__)
-#  include <pty.h>
 #  include <sys/epoll.h>
 #  include <sys/eventfd.h>
 #  include <sys/sendfile.h>
 #  include <sys/syscall.h>
 #  include <sys/vfs.h>
+#  include <utmp.h>
 #elif defined(__APPLE__) || defined(__NetBSD__) || defined(__OpenBSD__)
 #  include <util.h>
 #else
@@ -692,6 +693,53 @@ static inline int coopos_can_poll(int fd)
 }
 
 /* ---- terminals ---- */
+
+static inline int coopos_open_slave(int master)
+{
+    char name[128];
+    int slave = -1;
+#if defined(TIOCGPTPEER)
+    /* Linux 4.13. It needs no path, which another mount namespace may lack: https://man7.org/linux/man-pages/man2/TIOCGPTPEER.2const.html */
+    slave = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+#endif
+    if (slave < 0 && (errno = ptsname_r(master, name, sizeof name)) == 0)
+        slave = open(name, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    return slave;
+}
+
+/* forkpty(3), but both descriptors are close-on-exec from the start. Those of libc's are not: a program that the process starts then
+ * or later would keep the terminal open, and could read what is typed there. In the child *master is -1. */
+static inline pid_t coopos_forkpty(int *master, const struct winsize *size)
+{
+    int err, slave = -1;
+    pid_t pid = -1;
+#if defined(__linux__)
+    int fd = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+#else
+    int fd = posix_openpt(O_RDWR | O_NOCTTY);      /* macOS refuses other flags */
+    if (fd >= 0)
+        (void)fcntl(fd, F_SETFD, FD_CLOEXEC);
+#endif
+    *master = -1;
+    if (fd < 0)
+        return -1;
+    if (grantpt(fd) == 0 && unlockpt(fd) == 0 && (slave = coopos_open_slave(fd)) >= 0) {
+        if (size != NULL)
+            (void)ioctl(slave, TIOCSWINSZ, size);
+        pid = fork();
+    }
+    err = errno;
+    if (pid == 0 && login_tty(slave))
+        _exit(1);
+    if (pid != 0 && slave >= 0)
+        close(slave);
+    if (pid > 0)
+        *master = fd;
+    else
+        close(fd);
+    errno = err;
+    return pid;
+}
 
 /* Whether *fd* is the master of a pseudoterminal. Its termios(3) and its foreground group are those of the slave: they don't govern
  * reads and writes of the master.
