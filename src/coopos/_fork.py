@@ -131,8 +131,8 @@ def fork_gevent(*, keep_greenlets: bool | None = None) -> int:
 def forkpty_gevent(*, keep_greenlets: bool | None = None, winsize: tuple[int, int] | None = None) -> tuple[int, int]:
     """Fork the process with a new pseudo-terminal as the child's controlling terminal and standard streams.
 
-    Like :func:`os.forkpty`, with gevent working in the child before it returns there. The child is not watched. Other children don't
-    inherit the master: it is close-on-exec from the start (:func:`os.set_inheritable` changes that).
+    Like :func:`os.forkpty`, with gevent working in the child before it returns there. The child is not watched. The master is
+    close-on-exec from the start, unlike that of :func:`os.forkpty`; :func:`os.set_inheritable` changes that.
 
     Args:
         keep_greenlets: as for :func:`fork_gevent`.

@@ -348,8 +348,8 @@ cdef int step_down(Move *move, Py_ssize_t n, str call) except -1:
     return AGAIN
 
 
-# How often to look at a descriptor that counts as ready, and is not ready for this call: the kernel reports no event then. A terminal
-# may have fewer bytes than the read wants, an eventfd less room than the write needs.
+# How often to look at a descriptor that counts as ready, and is not ready for this call: the kernel reports no event then. A
+# terminal may have fewer bytes than the read wants, an eventfd less room than the write needs.
 cdef double POLL_S = 0.01
 
 
