@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -86,6 +87,21 @@ def check_programs(parser, *programs):
             parser.error(f"there is no {program}")
     if not KEYRING.exists():
         parser.error(f"there is no {KEYRING}: apt-get install debian-archive-keyring")
+
+
+def try_each(names, attempt):
+    """Print what comes of each: attempt(name) returns its exit status and a line. Returns 1 if one has failed, else 0."""
+    has_failed = False
+    width = max(map(len, names))
+    for name in names:
+        started = time.monotonic()
+        try:
+            status, outcome = attempt(name)
+        except (CommandFailed, subprocess.TimeoutExpired, ValueError) as ex:
+            status, outcome = 1, f"FAILED: {ex}"
+        has_failed |= status != 0
+        print(f"{name:{width}} {time.monotonic() - started:5.0f} s  {outcome}", flush=True)
+    return int(has_failed)
 
 
 # ---- packages ----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ in the suite has to find each of them, too.
 """
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -35,18 +36,26 @@ SETTINGS = [
 # ---- planted faults ----------------------------------------------------------------------------------------------------------
 
 
-def wrong_errno(functions):
+def where_read_raises(functions, number, instead):
+    """A read() that returns what instead(ex, fd, n) does, where it would raise *ex* with this errno."""
     read = functions["read"]
 
     def planted(fd, n):
         try:
             return read(fd, n)
         except OSError as ex:
-            if ex.errno == 22:     # EINVAL
-                raise OSError(5, os.strerror(5)) from None
-            raise
+            if ex.errno != number:
+                raise
+            return instead(ex, fd, n)
 
     return {"read": planted}
+
+
+def wrong_errno(functions):
+    def instead(ex, fd, n):
+        raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
+
+    return where_read_raises(functions, errno.EINVAL, instead)
 
 
 def lost_bytes(functions):
@@ -67,17 +76,13 @@ def silent_close(functions):
 
 def late_close(functions):
     """A greenlet that waits is told, but reads from the number all the same, which may be another file's."""
-    read = functions["read"]
 
-    def planted(fd, n):
-        try:
-            return read(fd, n)
-        except OSError as ex:
-            if ex.errno == 9 and fd >= 0 and "read" in str(ex):     # EBADF
-                return os.read(fd, n)
-            raise
+    def instead(ex, fd, n):
+        if fd >= 0 and "read" in str(ex):
+            return os.read(fd, n)
+        raise ex
 
-    return {"read": planted}
+    return where_read_raises(functions, errno.EBADF, instead)
 
 
 PLANTED = {"errno": wrong_errno, "lost": lost_bytes, "silent": silent_close, "reused": late_close}

@@ -14,10 +14,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-from debian_packages import CommandFailed, Packages, check_programs, find_mirror, make_parser, run, split_arguments
+from debian_packages import CommandFailed, Packages, check_programs, find_mirror, make_parser, run, split_arguments, try_each
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The kernels of these releases: 5.10, 6.1, 6.12 and the newest.
@@ -198,22 +197,14 @@ def main(arguments):
     disk = Disk(directory / "disk", mirror)
     disk.make(pytest_arguments)
     limit_s = SMOKE_S if "smoke" in pytest_arguments else LONG_S
-    failed = 0
-    results = []
-    for name in names:
-        started = time.monotonic()
-        try:
-            log = directory / f"{name}.log"
-            kernel, doctor, status, last = Kernel(name, directory, mirror).test(disk, log, limit_s, options.kvm)
-            (directory / f"{name}.json").write_text(json.dumps({"kernel": kernel, "doctor": doctor, "tests": last}, indent=1))
-            outcome = f"{kernel:20} {last}"
-            failed += status != 0
-        except CommandFailed as ex:
-            outcome = f"FAILED: {ex}"
-            failed += 1
-        results.append(f"{name:10} {time.monotonic() - started:5.0f} s  {outcome}")
-        print(results[-1], flush=True)
-    return 1 if failed or not results else 0
+
+    def attempt(name):
+        log = directory / f"{name}.log"
+        kernel, doctor, status, last = Kernel(name, directory, mirror).test(disk, log, limit_s, options.kvm)
+        (directory / f"{name}.json").write_text(json.dumps({"kernel": kernel, "doctor": doctor, "tests": last}, indent=1))
+        return status, f"{kernel:20} {last}"
+
+    return try_each(names, attempt)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-from debian_packages import CommandFailed, Packages, check_programs, find_mirror, make_parser, run, split_arguments
+from debian_packages import Packages, check_programs, find_mirror, make_parser, run, split_arguments, try_each
 
 ROOT = Path(__file__).resolve().parent.parent
 #: {Debian's name: (that of GNU and of qemu, the release of Debian)}. Not every mirror has all of Debian 13 for s390x.
@@ -132,25 +131,17 @@ def main(arguments):
         parser.error(f"this is not Python {PYTHON}")
     check_programs(parser, "timeout", *(f"qemu-{PROCESSORS[name][0]}-static" for name in names))
     mirror = options.mirror or find_mirror()
-    failed = 0
-    results = []
-    for name in names:
-        started = time.monotonic()
-        try:
-            processor = Processor(name, directory, mirror)
-            processor.make()
-            log = directory / f"{name}.log"
-            doctor, status, last = processor.test(pytest_arguments or [*TESTS, *MORE_TESTS], log)
-            (directory / f"{name}.json").write_text(json.dumps({"doctor": doctor, "tests": last}, indent=1))
-            failed += status != 0
-            unwell = [f"{check['name']}: {check['mechanism']}" for check in doctor["checks"] if check["state"] == "failed"]
-            outcome = f"{last}; the doctor: {'; '.join(unwell) or 'all works'}"
-        except (CommandFailed, subprocess.TimeoutExpired, ValueError) as ex:
-            outcome = f"FAILED: {ex}"
-            failed += 1
-        results.append(f"{name:6} {time.monotonic() - started:5.0f} s  {outcome}")
-        print(results[-1], flush=True)
-    return 1 if failed or not results else 0
+
+    def attempt(name):
+        processor = Processor(name, directory, mirror)
+        processor.make()
+        log = directory / f"{name}.log"
+        doctor, status, last = processor.test(pytest_arguments or [*TESTS, *MORE_TESTS], log)
+        (directory / f"{name}.json").write_text(json.dumps({"doctor": doctor, "tests": last}, indent=1))
+        unwell = [f"{check['name']}: {check['mechanism']}" for check in doctor["checks"] if check["state"] == "failed"]
+        return status, f"{last}; the doctor: {'; '.join(unwell) or 'all works'}"
+
+    return try_each(names, attempt)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,6 @@ cdef extern from "c/turns.h" nogil:
     void coopos_forget_ready_calls()
     void coopos_loop_asked()
     void coopos_turn_taken()
-    long long coopos_coarse_now_us()
 
 
 cdef extern from "c/system.h" nogil:
@@ -141,6 +140,7 @@ cdef extern from "c/system.h" nogil:
     idtype_t COOPOS_P_PIDFD
     size_t COOPOS_IO_MAX
     enum: COOPOS_SET_BATCH
+    long long coopos_coarse_now_us()
     pid_t coopos_forkpty(int *master, const winsize *size)
     ctypedef struct Report "struct coopos_report":
         pid_t pid

@@ -397,9 +397,9 @@ cdef object lost_child(Child child):
     if child.born != generation:
         return error_with_message(ECHILD, f"{child.pid} is a child of the process that has forked this one")
     return error_with_message(
-        ECHILD, f"somebody else in this process collected child {child.pid}, before it was watched or on a kernel that doesn't tell "
-        f"its status (Linux does since 6.15). gevent.subprocess does that unless coopos.patch() was called; so does whoever calls "
-        f"waitpid(-1), and ignoring SIGCHLD")
+        ECHILD, f"somebody else in this process collected child {child.pid}, before it was watched or on a kernel that doesn't "
+        f"tell its status (Linux does since 6.15). gevent.subprocess does that unless coopos.patch() was called; so does whoever "
+        f"calls waitpid(-1), and ignoring SIGCHLD")
 
 
 cdef bint is_used_again(int pid) except -1:

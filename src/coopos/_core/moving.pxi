@@ -190,6 +190,7 @@ cdef Py_ssize_t write_once(Move *move, str call, bint is_undoable, Py_ssize_t *l
     while True:
         written = attempt(move, &err)
         if written >= 0:
+            move.has_parked = False
             return written
         if has_written and err != EAGAIN and not is_undecided(err) and not is_about_nowait(err, move):
             return -1

@@ -335,6 +335,7 @@ cdef bint has_answer(Job job) noexcept:
 cdef Mailbox submit(Job job, loop):
     cdef Mailbox mailbox = mailbox_of(loop)
     cdef int err
+    job.since_us = coopos_coarse_now_us()
     try:
         # Before a worker has it: from then on the job must stay until it arrives, so nothing may fail in between.
         mailbox.jobs.add(job)
@@ -347,7 +348,6 @@ cdef Mailbox submit(Job job, loop):
         raise
     job.mailbox = mailbox
     job.born = generation
-    job.since_us = coopos_coarse_now_us()
     return mailbox
 
 

@@ -236,9 +236,9 @@ def on_did_patch_all() -> None:
 
 def mode() -> str:
     """What of :func:`patch` is in place: "off", "on", or "io"."""
-    if _wants_io:
-        return "io"
-    return "on" if any(getattr(owner, name, None) is ours for owner, name, _, ours in _gevents + _stdlibs) else "off"
+    if not any(getattr(owner, name, None) is ours for owner, name, _, ours in _gevents + _stdlibs):
+        return "off"
+    return "io" if _wants_io else "on"
 
 
 def patched() -> dict[str, str]:

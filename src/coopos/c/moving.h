@@ -33,7 +33,7 @@ struct coopos_move {
     int may_block;             /* a wait in the hub blocks, instead of raising BlockingSwitchOutError */
     int as_os;                 /* as the function of os: plain in the hub, EAGAIN in non-blocking mode */
     int would_block;           /* set where that EAGAIN is raised */
-    int has_parked;            /* it has been woken at least once */
+    int has_parked;            /* it was woken, and has moved nothing since */
     size_t max_bytes;          /* how much a guarded read may take; 0: as much as fits into the buffers */
 };
 
