@@ -455,7 +455,9 @@ def test_threads_with_hubs_share_a_file():
 
 
 def test_signal_handler_waits_inside_a_buffer():
-    """The greenlet that it interrupts may be in the middle of a print(). Others wait until that is over."""
+    """The greenlet that it interrupts may be in the middle of a write or flush. Others wait until that is over. (The end of a line is
+    a write of its own in print(), and a signal handler may be called before it.)
+    """
     run("""
         reader, writer = os.pipe()
         out = open(writer, "w")
@@ -463,7 +465,7 @@ def test_signal_handler_waits_inside_a_buffer():
         signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
         def write(number):
             for _ in range(50):
-                print(f"{number}" * 3000, file=out, flush=True)
+                print(f"{number}" * 3000 + "\\n", end="", file=out, flush=True)
         jobs = [gevent.spawn(write, number) for number in range(5)]
         gevent.spawn(lambda: (gevent.joinall(jobs), out.close()))
         with open(reader) as file:
