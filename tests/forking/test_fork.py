@@ -6,6 +6,7 @@ import pytest
 
 import coopos
 
+from ..helpers.children import needs_pidfds
 from ..helpers.forks import run
 from ..helpers.support import error_of, run_script
 
@@ -190,6 +191,43 @@ def test_fork_with_callbacks_a_thousand_times():
         gevent.idle()
         until(lambda: psutil.Process().num_threads() <= before[1])
         assert belongings() == before, (before, belongings(), fd_names(), active_watchers())
+    """)
+
+
+@needs_pidfds
+@pytest.mark.skipif(os.environ.get("COOPOS_SETS") == "watchers", reason="each wait has a watcher, which is stopped in the child")
+def test_fork_among_a_thousand_children_copies_no_page_for_each():
+    """What the parent knows of its children stays unwritten in a new child, so that the kernel copies no page of it."""
+    run_script("""
+        import os, resource
+        import coopos
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 5000), hard))
+        reader, writer = os.pipe()
+        def start():
+            pid = coopos.fork_and_watch()
+            if not pid:
+                os.close(writer)
+                os.read(reader, 1)
+                os._exit(0)
+            return pid
+        def copied():
+            'Page faults of a child that ends at once; the least of some.'
+            faults = []
+            for _ in range(5):
+                pid = coopos.fork()
+                if not pid:
+                    os._exit(0)
+                faults.append(coopos.wait4(pid, 0)[2].ru_minflt)
+            return min(faults)
+        pids = [start()]
+        alone = copied()
+        pids += [start() for _ in range(1000)]
+        among = copied()
+        os.close(writer)
+        for pid in pids:
+            assert coopos.waitpid(pid, 0) == (pid, 0)
+        assert among <= alone + 20, (alone, among)
     """)
 
 

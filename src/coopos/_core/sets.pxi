@@ -108,8 +108,8 @@ cdef bint delist(Wait wait) noexcept:
     cdef PyObject **link
     if wait.is_listed:
         wait.is_listed = False
-        link = &_parked.at[wait.fd]
-        while link[0] != NULL:
+        link = &_parked.at[wait.fd] if wait.fd < _parked.size else NULL
+        while link != NULL and link[0] != NULL:
             if link[0] == <PyObject *>wait:
                 link[0] = wait.next
                 return True
@@ -617,6 +617,7 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
     """In a forked child, once its loop is its own: leave the parent's epolls and make new ones. Only greenlets of this thread go on
     waiting, and only if *keeps_greenlets*.
     """
+    cdef Table parents = take_table(&_parked)
     cdef PyObject *link
     cdef PyObject *next
     cdef Set here
@@ -628,22 +629,21 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
         here.shut()
         here.members = here.n_keep_alive = 0
         here.posted = []
-    # Waits that are dropped are not written to: the kernel would copy their pages.
-    for fd in range(_parked.size):
-        if _parked.at[fd] == NULL:
-            continue
-        link, _parked.at[fd] = _parked.at[fd], NULL
+    # A Wait that is dropped is not written to, not even its reference count: the kernel would copy its page.
+    for fd in range(parents.size):
+        link = parents.at[fd]
         while link != NULL:
             next = (<Wait>link).next
             if (<Wait>link).set is not None and (<Wait>link).set.born == generation:
-                wait = <Wait>link
-                if keeps_greenlets and wait.greenlet is not None:
+                if keeps_greenlets and (<Wait>link).greenlet is not None:
+                    wait = <Wait>link
                     enlist(wait)
                     wait.set.members += 1
                     wait.set.n_keep_alive += wait.keeps_alive
-                elif wait.watcher is not None:
-                    stop_watcher(wait)
+                elif (<Wait>link).watcher is not None:
+                    stop_watcher(<Wait>link)
             link = next
+    free(parents.at)
     for here in by_loop.values():
         if here.members and _has_epoll:
             here.renew()
