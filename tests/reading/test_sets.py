@@ -442,6 +442,36 @@ def test_forked_child_has_a_set_of_its_own():
     )
 
 
+def test_forked_child_serves_its_greenlets_in_the_parents_order():
+    """Whoever began to wait for a descriptor first is the first to be told, in the child too."""
+    run_script(
+        """
+        import os
+        import gevent
+        import coopos
+
+        reader, writer = os.pipe()
+        served = []
+
+        def read(number):
+            coopos.read(reader, 1)
+            served.append(number)
+
+        waiters = [gevent.spawn(read, number) for number in range(4)]
+        gevent.idle()
+        if not coopos.fork(keep_greenlets=True):
+            for count in range(1, 5):
+                os.write(writer, b"x")
+                with gevent.Timeout(20):
+                    while len(served) < count:
+                        gevent.sleep(0.001)
+            os._exit(served != [0, 1, 2, 3])
+        gevent.killall(waiters)
+        assert coopos.wait()[1] == 0
+        """
+    )
+
+
 # ---- direct switches ---------------------------------------------------------------------------------------------------------
 
 

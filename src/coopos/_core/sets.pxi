@@ -620,6 +620,7 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
     cdef Table parents = take_table(&_parked)
     cdef PyObject *link
     cdef PyObject *next
+    cdef PyObject **end
     cdef Set here
     cdef Wait wait
     cdef int fd
@@ -631,13 +632,17 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
         here.posted = []
     # A Wait that is dropped is not written to, not even its reference count: the kernel would copy its page.
     for fd in range(parents.size):
-        link = parents.at[fd]
+        link, end = parents.at[fd], NULL
         while link != NULL:
             next = (<Wait>link).next
             if (<Wait>link).set is not None and (<Wait>link).set.born == generation:
                 if keeps_greenlets and (<Wait>link).greenlet is not None:
                     wait = <Wait>link
-                    enlist(wait)
+                    if end == NULL:
+                        reserve(&_parked, fd)
+                        end = &_parked.at[fd]
+                    end[0], wait.next = link, NULL
+                    end = &wait.next
                     wait.set.members += 1
                     wait.set.n_keep_alive += wait.keeps_alive
                 elif (<Wait>link).watcher is not None:
