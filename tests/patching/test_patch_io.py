@@ -455,8 +455,8 @@ def test_threads_with_hubs_share_a_file():
 
 
 def test_signal_handler_waits_inside_a_buffer():
-    """The greenlet that it interrupts may be in the middle of a write or flush. Others wait until that is over. (The end of a line is
-    a write of its own in print(), and a signal handler may be called before it.)
+    """The greenlet that it interrupts may be in the middle of a write or flush. Others wait until that is over. (The end of a line
+    is a write of its own in print(), and a signal handler may be called before it.)
     """
     run("""
         reader, writer = os.pipe()
