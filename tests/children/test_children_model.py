@@ -686,7 +686,10 @@ def test_model_is_the_kernels():
     run(ChildrenOfTheKernel, 20)
 
 
-def test_wait_family_is_the_models():
-    """Whatever happens, every report is told as the kernel would, once, to somebody who asked for it; and nothing is left."""
-    run(ChildrenOfCoopos, 100)
+def test_wait_family_is_the_models(request):
+    """Whatever happens, every report is told as the kernel would, once, to somebody who asked for it; and nothing is left.
+
+    Forty runs of fifty steps, and a thousand with --soak.
+    """
+    run(ChildrenOfCoopos, 1000 if request.config.getoption("--soak") else 40)
     print(ChildrenOfCoopos.steps, "steps")

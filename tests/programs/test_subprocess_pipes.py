@@ -91,7 +91,7 @@ def test_communicate_in_a_signal_handler_of_communicate():
     import signal
     from coopos import subprocess
 
-    process = subprocess.Popen(["head", "-c", str(3 << 24), "/dev/zero"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(["head", "-c", str(3 << 22), "/dev/zero"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     called = []
 
     def handle(*_):
@@ -104,7 +104,7 @@ def test_communicate_in_a_signal_handler_of_communicate():
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     out, _ = process.communicate()
     signal.setitimer(signal.ITIMER_REAL, 0)
-    assert len(out) == 3 << 24 and called, (len(out), called)
+    assert len(out) == 3 << 22 and called, (len(out), called)
     """)
 
 

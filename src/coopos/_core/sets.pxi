@@ -28,10 +28,8 @@ cdef bint _has_epoll = COOPOS_HAVE_EPOLL and _settings.SETS == "epoll"
 # close(). Borrowed: the waiting call owns its Wait.
 cdef Table _parked
 
-
 # By number, the Set whose epoll it is; of all threads. Borrowed.
 cdef Table _sets
-
 
 cdef enum:
     MAX_DIRECT = 64        # direct switches from one greenlet to the next, before the loop has a turn
@@ -39,8 +37,6 @@ cdef enum:
 
 cdef enum:
     UNKNOWN = -1       # a watcher's state, if start() or stop() has raised in the middle
-
-cdef enum:
     ARMED = 1          # results of Set.arm() and start_watcher()
     ALWAYS_READY = 2
     FULL = 3
