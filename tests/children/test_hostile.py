@@ -129,6 +129,27 @@ def test_forkpty_another_child_does_not_keep_the_terminal():
     )
 
 
+def test_forkpty_while_standard_streams_are_closed():
+    """The terminal is all three standard streams of the child and of its program, whichever of their numbers it was opened with."""
+    run_script(
+        """
+        import os
+        import coopos
+
+        for closed in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)):
+            pid = coopos.fork()
+            if pid == 0:
+                for fd in closed:
+                    os.close(fd)
+                pid, master = coopos.forkpty()
+                if pid == 0:
+                    os.execv("/bin/sh", ["sh", "-c", "test -t 0 && test -t 1 && test -t 2"])
+                os._exit(os.waitstatus_to_exitcode(coopos.waitpid(pid, 0)[1]))
+            assert coopos.waitpid(pid, 0) == (pid, 0), closed
+        """
+    )
+
+
 # ---- children that do their worst --------------------------------------------------------------------------------------------
 
 

@@ -729,14 +729,18 @@ static inline pid_t coopos_forkpty(int *master, const struct winsize *size)
         pid = fork();
     }
     err = errno;
-    if (pid == 0 && login_tty(slave))
-        _exit(1);
-    if (pid != 0 && slave >= 0)
-        close(slave);
     if (pid > 0)
         *master = fd;
     else
-        close(fd);
+        close(fd);                     /* in the child before login_tty(3), which may give its number to the terminal */
+    if (pid == 0) {
+        /* Where the parent has closed its standard streams the slave may have such a number, which it keeps. */
+        if (slave <= STDERR_FILENO)
+            (void)fcntl(slave, F_SETFD, 0);
+        if (login_tty(slave))
+            _exit(1);
+    } else if (slave >= 0)
+        close(slave);
     errno = err;
     return pid;
 }
