@@ -131,7 +131,7 @@ def test_patch_before_monkey_warns_once():
             coopos.patch()
             coopos.patch()
         assert [warning.category for warning in caught] == [RuntimeWarning]
-        assert "call gevent.monkey.patch_all() first" in str(caught[0].message) and caught[0].filename == "<string>"
+        assert str(caught[0].message).endswith(": call gevent.monkey.patch_all() first") and caught[0].filename == "<string>"
     """)
     run_names("""
         warnings.simplefilter("error")
@@ -155,7 +155,7 @@ def test_patch_after_any_part_of_monkey_warns_not():
     """)
 
 
-@pytest.mark.parametrize("calls", ["", "p", "i", "iu"])
+@pytest.mark.parametrize("calls", ["", "p", "i", "iu", "iup"])
 def test_patched_says_what_is_replaced(calls):
     """A line for each name that may be replaced: coopos, if its value is ours, or the reason. It replaces nothing."""
     run_names(f"""
@@ -169,14 +169,18 @@ def test_patched_says_what_is_replaced(calls):
         states = coopos.patched()
         assert changed(before, snapshot()) == []
         for name in [f"os.{{name}}" for _, name in IN_OS] + ["gevent.fork", "subprocess.Popen", "fcntl.flock"]:
-            assert (states[name] == "coopos") is ({calls!r} in ("p", "i")), (name, states[name])
+            expected = "coopos" if {calls!r} in ("p", "i", "iup") else "patch() was not called"
+            assert states[name] == expected or (name, states[name]) == ("os.close", "gevent.monkey leaves it alone"), (name, states[name])
         if "close" not in gevent.os.__implements__:
-            assert states["os.close"] == "this version of gevent leaves it alone"
+            assert states["os.close"] == "gevent.monkey leaves it alone"
         others = {{"close", "fdopen", "register_at_fork", *(name for _, name in IN_OS)}}
         ios = ["os." + name for name in set(coopos.__cooperative__) - others]
         for name in [*ios, "io.open", "builtins.open", "builtins.input"]:
             assert states[name] == ("coopos" if {calls!r} == "i" else "patch(io=True) was not called"), (name, states[name])
         assert states["os.fdopen"] == "it calls io.open"
+        streams = [states["sys." + name] for name in ("stdin", "stdout", "stderr")]
+        never = "it is not the interpreter's, or never makes anybody wait"  # /dev/null
+        assert streams == ([never, "coopos", "coopos"] if {calls!r} == "i" else ["patch(io=True) was not called"] * 3), streams
         os.forkpty = lambda: None
         assert coopos.patched()["os.forkpty"] == "somebody else has replaced it"
     """)
@@ -229,6 +233,16 @@ def test_patch_before_monkey():
         import gevent.os
         for name in {name for _, name in IN_OS}:
             assert getattr(os, name) is getattr(gevent.os, name) is before["gevent.os", name], name
+    """)
+
+
+def test_import_of_coopos_before_monkey_patches_nothing():
+    """The program hasn't asked for patch()."""
+    run_names("""
+        import coopos
+        from gevent import monkey
+        monkey.patch_all()
+        assert set(coopos.patched().values()).isdisjoint({"coopos"})
     """)
 
 
@@ -322,6 +336,7 @@ def test_patch_with_nowaitpid():
         assert (os.waitpid, os.posix_spawn, os.posix_spawnp) == plain
         assert os.fork is coopos.fork and os.close is (coopos.close if ("os", "close") in IN_OS else before_close)
         assert gevent.os.waitpid is coopos.waitpid
+        assert coopos.patched()["os.waitpid"] == "gevent.monkey leaves it alone"
         coopos.unpatch()
         assert (os.waitpid, os.posix_spawn, os.posix_spawnp) == plain
         """,
@@ -431,6 +446,10 @@ def test_os_read_of_a_pipe_of_popen(io):
         with subprocess.Popen(["sh", "-c", "sleep 0.05; echo hello"], stdout=subprocess.PIPE) as first:
             code = "import os; assert os.get_blocking(0); print(os.read(0, 10))"
             assert subprocess.check_output([sys.executable, "-c", code], stdin=first.stdout) == b"b'hello\\\\n'\\n"
+        # unpatch() gives os.read back, and coopos.subprocess its own pipes.
+        coopos.unpatch()
+        with coopos.subprocess.Popen(["true"], stdout=subprocess.PIPE, bufsize=0) as process:
+            assert os.get_blocking(process.stdout.fileno())
     """)
 
 

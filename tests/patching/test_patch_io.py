@@ -524,7 +524,6 @@ def test_keywords_in_any_order():
 # ---- the standard streams ----------------------------------------------------------------------------------------------------
 
 
-
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_streams_are_as_they_were(unbuffered):
     """The same encoding, errors, buffering and names; the interpreter's own are in sys.__stdout__ and its kin."""
@@ -543,6 +542,54 @@ for plain, ours in zip(before_streams[1:], (sys.stdout, sys.stderr)):
         PYTHONIOENCODING="latin-1:replace",
         PYTHONUNBUFFERED=unbuffered,
     )
+
+
+def test_unpatch_writes_first_what_streams_hold():
+    """What is printed later, to the interpreter's own stream, comes later."""
+    out = run("""
+        print("first")
+        coopos.unpatch()
+        print("second")
+    """, PYTHONUNBUFFERED="")
+    assert out == "first\nsecond\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_unpatch_while_streams_are_redirected(name):
+    """The stream that comes back at the end of the block works, and the next unpatch() takes it out."""
+    run(f"""
+        import contextlib
+        with contextlib.redirect_{name}(io.StringIO()):
+            coopos.unpatch()
+        assert coopos.patched()["sys.{name}"] == "coopos" and sys.{name} is not sys.__{name}__
+        print(end="", file=sys.{name})
+        coopos.unpatch()
+        assert coopos.patched()["sys.{name}"] != "coopos" and sys.{name} is sys.__{name}__
+    """)
+
+
+def test_streams_whose_buffer_the_program_takes():
+    """A program that wants another encoding calls detach(). Nothing complains, at the end neither, and patch() makes a new one."""
+    out = run("""
+        sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding="latin-1")
+        print("\xe4".isalpha())
+        coopos.unpatch()
+        sys.stdout.flush()
+        sys.stdout = sys.__stdout__
+        coopos.patch(io=True)
+        assert sys.stdout is not sys.__stdout__
+        print("second")
+    """)
+    assert out == "True\nsecond\n"
+
+
+def test_unpatch_after_streams_were_closed():
+    """By a daemon, for instance."""
+    run("""
+        sys.stdout.close()
+        coopos.unpatch()
+        assert sys.stdout is sys.__stdout__ and input is before_input
+    """)
 
 
 def test_end_of_the_program_while_a_greenlet_prints():

@@ -63,6 +63,21 @@ def test_patch_leaves_multiprocessing_alone_until_gevent_patches():
     """)
 
 
+def test_patch_leaves_multiprocessing_alone_on_a_system_without_semaphores():
+    """There the module _multiprocessing can't be imported. All else is patched."""
+    run_script("""
+    import sys
+    sys.modules["_multiprocessing"] = None
+    from gevent import monkey
+    monkey.patch_all()
+    import coopos, os
+    for _ in range(2):
+        coopos.patch()
+        assert os.fork is coopos.fork
+        coopos.unpatch()
+    """)
+
+
 def test_patch_imports_no_more_of_multiprocessing_than_the_program():
     """And what the program imports later is patched then, or not, once unpatch() was called."""
     run_script("""

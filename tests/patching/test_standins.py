@@ -172,5 +172,6 @@ def test_stdlib_that_is_another(tmp_path, old, new, missing):
                 assert {missing!r} in str(ex) and sys.version.split()[0] in str(ex), str(ex)
             else:
                 raise AssertionError("no error")
+        coopos.unpatch()
         assert os.waitpid is plain
     """, PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))

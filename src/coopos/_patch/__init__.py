@@ -37,9 +37,8 @@ _offered: list[Callable[[], dict[str, Any]]] = []
 _gevents: list[_Place] = []
 # These gevent leaves alone. They are replaced only if gevent.monkey has patched os.
 _stdlibs: list[_Place] = []
-# What patch(io=True) replaces besides, and the standard streams, as they were at its last call.
+# What patch(io=True) replaces besides, but for the standard streams: _io has noted those.
 _ios: list[_Place] = []
-_streams: list[_Place] = []
 # Whether patch(io=True) was called, and unpatch() not since.
 _wants_io = False
 # Whether the warning about an early patch() has been given.
@@ -102,9 +101,7 @@ def _patch_io() -> None:
     if not _ios:
         _ios.extend(_io.places(_forms()))
     _replace(_ios)
-    streams = _io.streams()
-    _streams.extend(streams)
-    _replace(streams)
+    _replace(_io.streams())
 
 
 def _unpatch_io() -> None:
@@ -112,8 +109,7 @@ def _unpatch_io() -> None:
 
     _put_back(_ios)
     _io.flush_streams()
-    _put_back([place for place in _streams if not _io.is_in_use(place[3])])
-    _streams.clear()
+    _put_back(_io.made_streams())
 
 
 def _adopt(places: list[_Place]) -> None:
@@ -259,17 +255,14 @@ def patched() -> dict[str, str]:
         return found
     from coopos._patch import _io, _os
 
-    found |= {f"os.{name}": "this version of gevent leaves it alone" for name in _os.names_left_to_os(_ours(), _gevents)}
+    found |= {f"os.{name}": "gevent.monkey leaves it alone" for name in _os.names_left_to_os(_ours(), _gevents)}
 
     if not _ios:
         _ios.extend(_io.places(_forms()))
     found |= {_name_of(place): _state_of(place, "patch(io=True) was not called") for place in _ios}
     found |= {f"os.{name}": reason for name, reason in _io.LEFT_ALONE.items()}
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        ours = any(place[1] == name and place[3] is stream for place in _streams) or _io.is_in_use(stream)
-        reason = "it is not the interpreter's, or never makes anybody wait" if _wants_io else "patch(io=True) was not called"
-        found[f"sys.{name}"] = "coopos" if ours else reason
+    reason = "it is not the interpreter's, or never makes anybody wait" if _wants_io else "patch(io=True) was not called"
+    found |= {f"sys.{name}": "coopos" if _io.is_ours(getattr(sys, name)) else reason for name in _io.STREAMS}
     return found
 
 

@@ -224,15 +224,21 @@ def _take_read_ahead(stream: Any, raw: Any) -> bytes:
         posix.close(null)
 
 
+STREAMS = ("stdin", "stdout", "stderr")
 # (the stream before, ours), all that were ever made. print() of CPython before 3.14 doesn't hold the stream that it waits in: if
 # unpatch() freed it the process would crash. https://github.com/python/cpython/blob/3.13/Python/bltinmodule.c (builtin_print_impl)
 _made: list[tuple[Any, Any]] = []
 
 
+def _is_open(stream: Any) -> bool:
+    """Whether *stream* has a buffer, which detach() takes from it, and nobody has closed it."""
+    return stream.buffer is not None and not stream.closed
+
+
 def _flush(stream: Any) -> None:
     """At the end, while the hub still works: a greenlet may be in print(). Of ``sys.stdout`` the interpreter reports the errors."""
     try:
-        if not stream.closed:
+        if _is_open(stream):
             stream.flush()
     except Exception:
         if stream not in (sys.stdout, sys.stderr):
@@ -256,7 +262,7 @@ def _wrap_stream(stream: Any, fd: int) -> Any:
     else:
         stream.flush()
         for theirs, ours in _made:
-            if theirs is stream and not ours.closed and _settings_of(ours) == _settings_of(stream):
+            if theirs is stream and _is_open(ours) and _settings_of(ours) == _settings_of(stream):
                 return ours
     file: Any = (_Input if raw.readable() else FileIO)(fd, raw.mode.replace("b", ""), False)
     file.name = raw.name
@@ -277,7 +283,7 @@ def _wrap_stream(stream: Any, fd: int) -> Any:
 
 def streams() -> list[tuple[Any, str, Any, Any]]:
     """Places for the standard streams, as they are now."""
-    pairs = [(name, getattr(sys, name, None), fd) for fd, name in enumerate(("stdin", "stdout", "stderr"))]
+    pairs = [(name, getattr(sys, name, None), fd) for fd, name in enumerate(STREAMS)]
     made = [(name, stream, _wrap_stream(stream, fd)) for name, stream, fd in pairs]
     return [(sys, name, stream, ours) for name, stream, ours in made if ours is not None]
 
@@ -285,15 +291,24 @@ def streams() -> list[tuple[Any, str, Any, Any]]:
 def flush_streams() -> None:
     """Write what ours hold, before others take their places."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(getattr(stream, "buffer", None), (BufferedWriter, FileIO)):
+        if isinstance(getattr(stream, "buffer", None), (BufferedWriter, FileIO)) and _is_open(stream):
             stream.flush()
 
 
-def is_in_use(stream: Any) -> bool:
-    """Whether *stream* is a standard input of ours that may hold bytes nobody has taken."""
-    buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)
+def is_ours(stream: Any) -> bool:
+    """Whether *stream* was made here."""
+    return any(stream is ours for _, ours in _made)
+
+
+def _is_in_use(stream: Any) -> bool:
+    """Whether *stream*, which was made here, is a standard input that may hold bytes nobody has taken."""
+    raw = getattr(stream.buffer, "raw", stream.buffer)
     return isinstance(raw, _Input) and (raw.was_read or bool(raw.ahead))
+
+
+def made_streams() -> list[tuple[Any, str, Any, Any]]:
+    """Places for all streams that were ever made here and can be taken back, wherever the program has put them since."""
+    return [(sys, name, theirs, ours) for theirs, ours in _made if not _is_in_use(ours) for name in STREAMS]
 
 
 # ---- input() -----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import gevent
 import gevent.os
 
-from coopos._originals import get_original
+from coopos._originals import get_original, is_module_patched
 
 #: What gevent.monkey replaces in os, in its newest version.
 _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp")
@@ -34,8 +34,13 @@ def places_of_gevent(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
 
 
 def names_left_to_os(ours: dict[str, Any], places: list[tuple[Any, str, Any, Any]]) -> list[str]:
-    """Names of os that newer versions of gevent replace, and the one that is here doesn't. *places*: of places_of_gevent()."""
+    """Names of os that gevent.monkey replaces elsewhere, and here not. *places*: of places_of_gevent().
+
+    This gevent is too old, or GEVENT_NOWAITPID is in the environment.
+    """
     replaced = [name for owner, name, *_ in places if owner is os]
+    if is_module_patched("os"):
+        replaced = [name for name in replaced if getattr(os, name) is not get_original("os", name)]
     return [name for name in _GEVENTS if name in ours and hasattr(os, name) and name not in replaced]
 
 
