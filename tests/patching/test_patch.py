@@ -247,6 +247,35 @@ def test_import_of_coopos_before_monkey_patches_nothing():
     """)
 
 
+def test_patched_lockf_is_a_builtin_of_its_module():
+    """It has the signature of the one that it replaces, and can be pickled."""
+    run_names("""
+        from gevent import monkey
+        monkey.patch_all()
+        import coopos, fcntl, inspect, pickle
+        plain = inspect.signature(fcntl.lockf)
+        coopos.patch()
+        assert fcntl.lockf.__module__ == "fcntl" and inspect.signature(fcntl.lockf) == plain
+        assert pickle.loads(pickle.dumps(fcntl.lockf)) is fcntl.lockf
+    """)
+
+
+def test_patch_leaves_alone_what_an_older_gevent_does():
+    """Before 25.8 gevent.os.close was the plain one of os, and so was os.close under gevent.monkey."""
+    run_names("""
+        import gevent.os
+        plain = gevent.os.close = os.close
+        from gevent import monkey
+        monkey.patch_all()
+        import coopos
+        coopos.patch()
+        assert os.close is plain and coopos.patched()["os.close"] == "gevent.monkey leaves it alone"
+        assert gevent.os.close is coopos.close
+        coopos.unpatch()
+        assert os.close is gevent.os.close is plain
+    """)
+
+
 def test_patch_leaves_read_and_write_alone():
     """Signal handlers and servers rely on os.read and os.write being the plain ones."""
     run_names("""

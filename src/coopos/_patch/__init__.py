@@ -255,7 +255,7 @@ def patched() -> dict[str, str]:
         return found
     from coopos._patch import _io, _os
 
-    found |= {f"os.{name}": "gevent.monkey leaves it alone" for name in _os.names_left_to_os(_ours(), _gevents)}
+    found |= {f"os.{name}": "gevent.monkey leaves it alone" for name in _os.names_left_to_os(_gevents)}
 
     if not _ios:
         _ios.extend(_io.places(_forms()))

@@ -1,7 +1,8 @@
 """What :func:`coopos.patch` replaces in ``gevent.os``, :mod:`os`, :mod:`fcntl` and the interpreter's import lock.
 
-Both functions are given *ours*, {name: function}, which the façade offers. They return places: (module, name, what the name holds
-now, ours). Nothing is replaced here. The places must be looked for before anything is replaced, so that each keeps what was there.
+places_of_gevent() and places_of_stdlib() are given *ours*, {name: function}, which the façade offers. They return places: (module,
+name, what the name holds now, ours). Nothing is replaced here. The places must be looked for before anything is replaced, so that
+each keeps what was there.
 The façade doesn't offer `read` and `write`: signal handlers rely on the plain `os.read` and `os.write`.
 """
 
@@ -23,25 +24,24 @@ _GEVENTS = ("fork", "forkpty", "waitpid", "close", "posix_spawn", "posix_spawnp"
 def places_of_gevent(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
     """Names that hold a function of gevent's: in os only once gevent.monkey has patched it."""
     places = [(gevent.os, name, getattr(gevent.os, name), ours[name]) for name in ours if hasattr(gevent.os, name)]
-    for name in ours.keys() & _GEVENTS:
-        theirs = getattr(gevent.os, name, None)
-        # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone.
-        if theirs is not None and theirs is not get_original("os", name) and hasattr(os, name):
-            places.append((os, name, theirs, ours[name]))
+    for _, name, theirs, function in places[:]:
+        # Before 25.8 gevent had no close and posix_spawn of its own, and left those of os alone: gevent.os has the plain ones.
+        if name in _GEVENTS and theirs is not get_original("os", name):
+            places.append((os, name, theirs, function))
     if "fork" in ours:
         places.append((gevent, "fork", gevent.os.fork, ours["fork"]))
     return places
 
 
-def names_left_to_os(ours: dict[str, Any], places: list[tuple[Any, str, Any, Any]]) -> list[str]:
-    """Names of os that gevent.monkey replaces elsewhere, and here not. *places*: of places_of_gevent().
+def names_left_to_os(places: list[tuple[Any, str, Any, Any]]) -> list[str]:
+    """Names of os that gevent.monkey replaces elsewhere, and here not. POSIX only. *places*: of places_of_gevent().
 
     This gevent is too old, or GEVENT_NOWAITPID is in the environment.
     """
     replaced = [name for owner, name, *_ in places if owner is os]
     if is_module_patched("os"):
         replaced = [name for name in replaced if getattr(os, name) is not get_original("os", name)]
-    return [name for name in _GEVENTS if name in ours and hasattr(os, name) and name not in replaced]
+    return [name for name in _GEVENTS if name not in replaced]
 
 
 def places_of_stdlib(ours: dict[str, Any]) -> list[tuple[Any, str, Any, Any]]:
