@@ -549,7 +549,7 @@ def test_unpatch_writes_first_what_streams_hold():
     out = run("""
         print("first")
         coopos.unpatch()
-        print("second")
+        print("second", flush=True)
     """, PYTHONUNBUFFERED="")
     assert out == "first\nsecond\n"
 
