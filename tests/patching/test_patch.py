@@ -188,8 +188,11 @@ def test_patched_says_what_is_replaced(calls):
 
 
 def test_patched_without_monkey():
+    """What is gevent's own waits for patch() alone."""
     run_names("""
         import coopos
+        states = coopos.patched()
+        assert states["os.wait"] == "gevent.monkey has not patched os" and states["gevent.os.tp_read"] == "patch() was not called"
         coopos.patch()
         states = coopos.patched()
         assert states["os.wait"] == "gevent.monkey has not patched os" and states["gevent.os.tp_read"] == "coopos"
