@@ -170,8 +170,7 @@ def test_patched_says_what_is_replaced(calls):
         assert changed(before, snapshot()) == []
         for name in [f"os.{{name}}" for _, name in IN_OS] + ["gevent.fork", "subprocess.Popen", "fcntl.flock"]:
             expected = "coopos" if {calls!r} in ("p", "i", "iup") else "patch() was not called"
-            left = name == "os.close" and states[name] == "gevent.monkey leaves it alone"
-            assert left or states[name] == expected, (name, states[name])
+            assert states[name] == expected, (name, states[name])
         if "close" not in gevent.os.__implements__:
             assert states["os.close"] == "gevent.monkey leaves it alone"
         others = {{"close", "fdopen", "register_at_fork", *(name for _, name in IN_OS)}}
