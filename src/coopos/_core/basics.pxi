@@ -71,13 +71,6 @@ cdef int reserve(Table *table, int fd) except -1:
     return 0
 
 
-cdef Table take_table(Table *table) noexcept:
-    """In a forked child: leave the table empty, and return what it was, to be freed. To clear it would copy all of its pages."""
-    cdef Table taken = table[0]
-    table.at, table.size = NULL, 0
-    return taken
-
-
 cdef inline PyObject *at_fd(Table *table, int fd) noexcept:
     """The object for *fd*, borrowed, or NULL."""
     return table.at[fd] if 0 <= fd < table.size else NULL

@@ -27,17 +27,16 @@ cdef int open_pidfd(int pid) except -2:
 
 cdef int close_all_pidfds() noexcept:
     """In a forked child. Closes each run of adjacent numbers by one call: thousands of close(2) take milliseconds."""
-    cdef Table parents = take_table(&_watch_of)
     cdef int first
     cdef int fd = 0
-    while fd < parents.size:
+    while fd < _watch_of.size:
         first = fd
-        while fd < parents.size and parents.at[fd] != NULL:
+        while fd < _watch_of.size and _watch_of.at[fd] != NULL:
+            _watch_of.at[fd] = NULL
             fd += 1
         if fd > first:
             coopos_close_run(first, fd - 1)
         fd += 1
-    free(parents.at)
     return 0
 
 

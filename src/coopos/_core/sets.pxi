@@ -37,6 +37,8 @@ cdef enum:
 
 cdef enum:
     UNKNOWN = -1       # a watcher's state, if start() or stop() has raised in the middle
+
+cdef enum:
     ARMED = 1          # results of Set.arm() and start_watcher()
     ALWAYS_READY = 2
     FULL = 3
@@ -104,8 +106,8 @@ cdef bint delist(Wait wait) noexcept:
     cdef PyObject **link
     if wait.is_listed:
         wait.is_listed = False
-        link = &_parked.at[wait.fd] if wait.fd < _parked.size else NULL
-        while link != NULL and link[0] != NULL:
+        link = &_parked.at[wait.fd]
+        while link[0] != NULL:
             if link[0] == <PyObject *>wait:
                 link[0] = wait.next
                 return True
@@ -613,7 +615,6 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
     """In a forked child, once its loop is its own: leave the parent's epolls and make new ones. Only greenlets of this thread go on
     waiting, and only if *keeps_greenlets*.
     """
-    cdef Table parents = take_table(&_parked)
     cdef PyObject *link
     cdef PyObject *next
     cdef PyObject **end
@@ -627,24 +628,23 @@ cdef int remake_sets_in_child(bint keeps_greenlets) except -1:
         here.members = here.n_keep_alive = 0
         here.posted = []
     # A Wait that is dropped is not written to, not even its reference count: the kernel would copy its page.
-    for fd in range(parents.size):
-        link, end = parents.at[fd], NULL
+    for fd in range(_parked.size):
+        if _parked.at[fd] == NULL:
+            continue
+        link, _parked.at[fd] = _parked.at[fd], NULL
+        end = &_parked.at[fd]
         while link != NULL:
             next = (<Wait>link).next
             if (<Wait>link).set is not None and (<Wait>link).set.born == generation:
                 if keeps_greenlets and (<Wait>link).greenlet is not None:
                     wait = <Wait>link
-                    if end == NULL:
-                        reserve(&_parked, fd)
-                        end = &_parked.at[fd]
-                    end[0], wait.next = link, NULL
+                    end[0], wait.next = link, NULL     # in the parent's order
                     end = &wait.next
                     wait.set.members += 1
                     wait.set.n_keep_alive += wait.keeps_alive
                 elif (<Wait>link).watcher is not None:
                     stop_watcher(<Wait>link)
             link = next
-    free(parents.at)
     for here in by_loop.values():
         if here.members and _has_epoll:
             here.renew()
