@@ -175,3 +175,16 @@ def test_release_is_refused_when_something_does_not_agree(tmp_path, version, hea
     done = check_release(tmp_path, *([tag] if tag else []))
     assert (done.returncode == 0) == (complaint is None), done.stderr
     assert complaint is None or complaint in done.stderr
+
+
+@pytest.mark.parametrize("group", ["sdist", "wheels"])
+def test_tools_of_a_release_are_installed_by_hash(group):
+    """The workflow installs nothing else, and the file has a hash and one version of everything, in the group's own version."""
+    installs = re.findall(r"pip install .*", (ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    path = f".github/requirements/{group}.txt"
+    assert f"pip install --require-hashes -r {path}" in installs and all("--require-hashes" in install for install in installs)
+    versions = re.findall(r"^([\w.-]+)==(\S+)[^\\\n]*\\\n +--hash=sha256:", (ROOT / path).read_text(), re.MULTILINE)
+    for wanted in PYPROJECT["dependency-groups"][group]:
+        name, _, version = wanted.partition("==")
+        assert dict(versions)[name].startswith(version), wanted
+    assert len(versions) == len(re.findall(r"^\w", (ROOT / path).read_text(), re.MULTILINE))
