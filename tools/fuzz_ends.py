@@ -147,28 +147,37 @@ class There:
         started = Future()
         self.thread = threading.Thread(target=self.run, args=(started,), daemon=True)
         self.thread.start()
-        self.loop = started.result(LIMIT_S)
+        started.result(LIMIT_S)
 
     def run(self, started):
         hub = get_hub()
-        stay = hub.loop.async_()
-        stay.start(lambda: None)
+        self.posted = []
+        self.news = hub.loop.async_()  # its send() is all of a loop that other threads may use
+        self.news.start(self.run_posted)
         self.over = gevent.event.Event()
-        started.set_result(hub.loop)
+        started.set_result(None)
         self.over.wait()
         self.is_posted.wait(LIMIT_S)   # a loop must not be destroyed while it is being posted to
-        stay.stop()
-        stay.close()
+        self.news.stop()
+        self.news.close()
         hub.destroy(destroy_loop=True)
+
+    def run_posted(self):
+        while self.posted:
+            self.posted.pop(0)()
+
+    def post(self, call):
+        self.posted.append(call)
+        self.news.send()
 
     def call(self, function, *args):
         future = Future()
-        self.loop.run_callback_threadsafe(gevent.spawn, lambda: future.set_result(function(*args)))
+        self.post(lambda: gevent.spawn(lambda: future.set_result(function(*args))))
         return future.result(LIMIT_S)
 
     def end(self):
         self.is_posted = threading.Event()
-        self.loop.run_callback_threadsafe(self.over.set)
+        self.post(self.over.set)
         self.is_posted.set()
         self.thread.join(LIMIT_S)
 

@@ -398,16 +398,18 @@ def foreign_reaper(soak):
 def in_thread(function, *args):
     """Run it in a new thread, which may have a hub; a greenlet of this hub that brings what it returns."""
     done = gevent.event.AsyncResult()
-    loop = get_hub().loop
+    news = get_hub().loop.async_()  # its send() is all of a loop that other threads may use
+    result = []
+    news.start(lambda: result[0](result[1]))
 
     def run():
         try:
-            result = done.set, function(*args)
+            result[:] = done.set, function(*args)
         except BaseException as ex:
-            result = done.set_exception, ex
+            result[:] = done.set_exception, ex
         finally:
             get_hub().destroy(destroy_loop=True)
-        loop.run_callback_threadsafe(*result)
+        news.send()
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -418,6 +420,8 @@ def in_thread(function, *args):
                 return done.get()
             finally:
                 thread.join()
+                news.stop()
+                news.close()
 
     return gevent.spawn(finish)
 

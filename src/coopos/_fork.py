@@ -392,8 +392,9 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
 
 def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def make_hub(*args: Any, **kwargs: Any) -> None:
-        _core.keeping_sigchld(init, *args, **kwargs)
+    def make_hub(hub: Hub, *args: Any, **kwargs: Any) -> None:
+        _core.keeping_sigchld(init, hub, *args, **kwargs)
+        _core.open_door(hub.loop)
 
     return make_hub
 
@@ -413,10 +414,12 @@ def _tell_sigchld_handlers() -> None:
         if hub is get_hub_if_exists():
             gevent.spawn(_call_handler, handler)
         elif hub.loop is not None:
-            hub.loop.run_callback_threadsafe(gevent.spawn, _call_handler, handler)
+            _core.post(hub.loop, gevent.spawn, (_call_handler, handler))
     gevent.os._on_child_hook()  # type: ignore[attr-defined]  # gevent.signal's
 
 
+if (_hub := get_hub_if_exists()) is not None:
+    _core.open_door(_hub.loop)
 Hub.__init__ = _keeping_sigchld(Hub.__init__)  # type: ignore[method-assign]
 _core.call_when_left(_handlers.clear)
 SignalHandler.__init__ = _noting(SignalHandler.__init__)  # type: ignore[method-assign]

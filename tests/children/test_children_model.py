@@ -47,7 +47,7 @@ from ..helpers.children_model import (
     until_dead,
     until_stopped,
 )
-from ..helpers.support import DEADLINE_S, LOOP, HubThread, active_watchers, open_fds, turn_loop
+from ..helpers.support import DEADLINE_S, LOOP, HubThread, Inbox, active_watchers, open_fds, turn_loop
 
 MAX_LIVING = 6
 MAX_WAITING = 10
@@ -121,6 +121,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
+        self.inbox = Inbox(ref=False)
         self.fds = open_fds()
         self.watchers = active_watchers()
         self.threads = psutil.Process().num_threads()
@@ -190,6 +191,14 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
             self.thread = HubThread().__enter__()
             self.thread.call(lambda: setattr(get_hub(), "print_exception", self.complain))
         return self.thread.call(function, *args)
+
+    def kill_in_its_hub(self, waiter):
+        """In its own hub's thread."""
+        kill = functools.partial(waiter.greenlet.kill, block=False)
+        if waiter.place == "main":
+            self.hub.loop.run_callback(kill)
+        elif self.thread is not None:
+            self.thread.post(kill)
 
     def turn(self, place):
         """Let a hub run until nothing is ready any more."""
@@ -504,7 +513,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
     def finish(self, waiter, outcome):
         waiter.outcome = outcome
         self.finished.append(waiter)
-        self.hub.loop.run_callback_threadsafe(self.news.set)
+        self.inbox.post(self.news.set)
 
     @with_some("children")
     @stateful.rule(question=questions(os.P_PID, "waitpid", "wait4", "waitid"), child=some("children"), **ASKED_AS)
@@ -558,7 +567,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
     def kill_a_waiter(self, waiter, hurry):
         self.note("kill the waiter", waiter)
         waiter.is_killed = True
-        waiter.hub.loop.run_callback_threadsafe(functools.partial(waiter.greenlet.kill, block=False))
+        self.kill_in_its_hub(waiter)
         self.happens(hurry)
 
     @stateful.rule(place=places, goes_on=strategies.sampled_from([True, True, True, False]))
@@ -647,7 +656,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
     def clean_up(self):
         """Whatever went wrong, it is not the next example's."""
         for waiter in self.waiting:
-            waiter.hub.loop.run_callback_threadsafe(functools.partial(waiter.greenlet.kill, block=False))
+            self.kill_in_its_hub(waiter)
         turn_loop()
         for child in self.children:
             with contextlib.suppress(ChildProcessError):
@@ -660,6 +669,7 @@ class ChildrenOfCoopos(stateful.RuleBasedStateMachine):
         turn_loop()
         self.leave_thread()
         self.close()
+        self.inbox.close()
         del self.hub.print_exception
 
 

@@ -4,7 +4,9 @@ Helpers are named by the state they make. What is waited for is waited for under
 and measures nothing.
 """
 
+import collections
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -197,6 +199,30 @@ class Broken:
         raise ZeroDivisionError
 
 
+class Inbox:
+    """Other threads may have this thread's hub call functions. *ref*: the loop goes on running, also with nothing to wait for.
+
+    Not by gevent's run_callback_threadsafe(), which crashes libuv: it starts a watcher in the loop of another thread.
+    """
+
+    def __init__(self, ref=True):
+        self._calls = collections.deque()
+        self._watcher = get_hub().loop.async_(ref=ref)
+        self._watcher.start(self._run)
+
+    def _run(self):
+        while self._calls:
+            self._calls.popleft()()
+
+    def post(self, function, *args):
+        self._calls.append(functools.partial(function, *args))
+        self._watcher.send()
+
+    def close(self):
+        self._watcher.stop()
+        self._watcher.close()
+
+
 class HubThread:
     """Another thread, with a hub of its own that runs what it is told to; a context manager."""
 
@@ -205,7 +231,7 @@ class HubThread:
         self._has_posted = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
-        self._loop = started.result(DEADLINE_S)
+        self.inbox = started.result(DEADLINE_S)
         return self
 
     def __exit__(self, *exc_info):
@@ -216,21 +242,19 @@ class HubThread:
 
     def _run(self, started):
         hub = get_hub()
-        stay = hub.loop.async_()  # keeps the loop running with nothing to wait for
-        stay.start(lambda: None)
+        inbox = Inbox()
         try:
             self._told_to_end = gevent.event.Event()
-            started.set_result(hub.loop)
+            started.set_result(inbox)
             self._told_to_end.wait()
             self._has_posted.wait(DEADLINE_S)  # a loop must not be destroyed while it is being posted to
         finally:
-            stay.stop()
-            stay.close()
+            inbox.close()
             hub.destroy(destroy_loop=True)
 
     def post(self, function, *args):
         """Have its hub call ``function(*args)``, and don't wait."""
-        self._loop.run_callback_threadsafe(function, *args)
+        self.inbox.post(function, *args)
 
     def call(self, function, *args):
         """``function(*args)`` in a new greenlet there; returns what it returns. This thread stands still meanwhile."""

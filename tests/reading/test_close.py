@@ -772,3 +772,47 @@ def test_close_while_anothers_watcher_is_about_to_be_called(wait, is_first):
         [copy] = [greenlet.value for greenlet in greenlets if greenlet.value != b"its own"]
         with closing(copy):
             assert copy == fd or not is_open(fd)
+
+
+def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
+    """Each of two threads has readers whose descriptors a third closes. Their loops are busy meanwhile, without the GIL too."""
+    run_script("""
+        import errno, gevent, os, sys, threading, coopos
+        from gevent.hub import get_hub
+
+        sys.setswitchinterval(1e-5)
+        to_close = []
+
+        def read_again_and_again():
+            for _ in range(500):
+                reader, writer = os.pipe()
+                to_close.append(reader)
+                try:
+                    coopos.nb_read(reader, 1)
+                except OSError as ex:
+                    assert ex.errno == errno.EBADF, ex
+                else:
+                    raise AssertionError("nothing to read")
+                os.close(writer)
+
+        def turn(readers):
+            while not all(reader.ready() for reader in readers):
+                gevent.sleep(0)
+
+        def run():
+            get_hub()
+            readers = [gevent.spawn(read_again_and_again) for _ in range(2)]
+            gevent.joinall([gevent.spawn(turn, readers)], raise_error=True)
+            count.extend(reader.successful() for reader in readers)
+            get_hub().destroy(destroy_loop=True)
+
+        count = []
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            while to_close:
+                coopos.close(to_close.pop())
+            threads[0].join(0)
+        assert count == [True] * 4, count
+    """)

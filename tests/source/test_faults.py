@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from ..helpers.support import LOOP
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "faults.py"
 TABLE = ROOT / "docs" / "concepts" / "faults_table.csv"
@@ -32,7 +34,10 @@ def load_tool():
 @pytest.mark.parametrize(
     ("scenario", "call", "errno"),
     [
-        pytest.param("flock_contended", "epoll_ctl", "EPERM", id="a set that takes no bell"),
+        pytest.param(
+            "flock_contended", "epoll_ctl", "EPERM", id="a set that takes no bell",
+            marks=pytest.mark.skipif(LOOP == "libuv", reason="libuv's own calls are the first, and gevent's faults aren't counted"),
+        ),
         pytest.param("flock_contended", "write", "EIO", id="a bell that can't be rung"),
         pytest.param("read_fifo_guarded", "rt_sigprocmask", "EINVAL", id="the guard's signal can't be unblocked"),
         pytest.param("close_under_worker", "rt_sigprocmask", "EINVAL", id="a worker's signal can't be unblocked"),

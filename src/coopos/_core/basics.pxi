@@ -76,6 +76,12 @@ cdef inline PyObject *at_fd(Table *table, int fd) noexcept:
     return table.at[fd] if 0 <= fd < table.size else NULL
 
 
+cdef bint is_always_ready(int fd) noexcept:
+    """True for regular files and block devices: poll(2) always calls them ready, but reads and writes block all the same."""
+    cdef stat_t st
+    return fstat(fd, &st) == 0 and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode))
+
+
 # ---- functions that stand for builtins ---------------------------------------------------------------------------------------
 
 cdef extern from "Python.h":

@@ -229,33 +229,29 @@ cdef int fail_waits_of(int fd, list greenlets) except -1:
 
 def fail_waiters(int fd):
     """For Python: raise EBADF in the greenlets that are parked on *fd*, which the caller is going to close by other means."""
-    cdef PyObject *link = at_fd(&_parked, fd)
-    cdef list greenlets = []
-    while link != NULL:
-        greenlets.append((<Wait>link).greenlet)
-        link = (<Wait>link).next
-    fail_waits_of(fd, greenlets)
+    fail_waits_of(fd, [(<Wait>wait).greenlet for wait in waits_of(fd)])
 
 
 cdef PutOffClose fail_waits(int fd, list greenlets=None):
     """Raise EBADF in all greenlets that are parked on *fd*, or in those of *greenlets*. Returns a PutOffClose if the close has to
     wait for other threads to stop their watchers, else None.
     """
-    cdef PyObject *link = _parked.at[fd]
     cdef PutOffClose later = None
     cdef Wait wait
-    loop = None if get_hub_if_exists() is None else get_hub().loop
-    while link != NULL:
-        wait = <Wait>link
-        link = wait.next
-        if wait.greenlet is None or wait.error or wait.set.is_over or wait.set.born != generation:
-            continue
-        if greenlets is not None and wait.greenlet not in greenlets:
-            continue
-        wait.error = EBADF
-        if wait.set.loop is loop:
-            wake_with_error(wait)
-        else:
+    cdef bint are_more = True
+    loop = loop_of_this_thread()
+    while are_more:                # another thread may have begun to wait meanwhile
+        are_more = False
+        for wait in waits_of(fd):
+            if wait.greenlet is None or wait.error or wait.set.is_over or wait.set.born != generation:
+                continue
+            if greenlets is not None and wait.greenlet not in greenlets:
+                continue
+            are_more = True
+            wait.error = EBADF
+            if wait.set.loop is loop:
+                wake_with_error(wait)
+                continue
             if wait.watcher is not None and greenlets is None:
                 if later is None:
                     later = put_off_close(fd)

@@ -191,10 +191,83 @@ cdef bint is_alive(object loop) noexcept:
         return False
 
 
-cdef bint post(object loop, object callback, tuple args=()) except -1:
+cdef int set_ref(watcher, bint ref) except -1:
+    """Say whether a watcher keeps its loop alive. In gevent's libuv loop the io watchers of a descriptor share one handle, and only
+    that one counts: _watcher_ref in https://github.com/gevent/gevent/blob/master/src/gevent/libuv/watcher.py.
+    """
+    getattr(watcher, "_watcher_ref", watcher).ref = ref
+    return 0
+
+
+# {loop: its Door}, of all threads
+cdef dict _doors = {}
+
+
+@cython.final
+@cython.internal
+cdef class Door:
+    """Calls that other threads have left for the thread of *loop*.
+
+    Behind an async watcher: its send() is all that libev and libuv let other threads do to a loop. gevent's
+    run_callback_threadsafe() does more: it changes counts and lists that the loop may be using without the GIL.
+    https://docs.libuv.org/en/v1.x/async.html, https://github.com/gevent/gevent/blob/26.9.0/src/gevent/_ffi/loop.py
+    """
+    cdef object loop
+    cdef object watcher
+    cdef list posted               # [(callback, args), ...]
+    cdef int born                  # generation
+
+    cdef int open(self, object loop) except -1:
+        """In the thread of *loop*."""
+        self.loop = loop
+        self.posted = []
+        self.born = generation
+        self.watcher = loop.async_(ref=False)
+        self.watcher.start(self.run_posted)
+        _doors[loop] = self
+        return 0
+
+    cdef int shut(self) noexcept:
+        """In the thread of *loop*, which will run nothing more."""
+        try:
+            if _doors.get(self.loop) is self:
+                del _doors[self.loop]
+            if self.born == generation and is_alive(self.loop):
+                self.watcher.stop()
+                self.watcher.close()
+        except:
+            pass                   # the interpreter is finalizing
+        return 0
+
+    cdef int forget_parents_calls(self) except -1:
+        if self.born != generation:
+            self.born = generation
+            self.posted = []
+        return 0
+
+    def run_posted(self):
+        """In the hub."""
+        self.forget_parents_calls()
+        while self.posted:
+            callback, args = self.posted.pop(0)
+            try:
+                callback(*args)
+            except:
+                self.loop.handle_error(None, *sys.exc_info())
+
+
+cpdef bint post(object loop, object callback, tuple args=()) except -1:
     """Make *callback* run in the thread of *loop*. False: the loop is destroyed, or its thread is destroying it now."""
+    cdef Door door = _doors.get(loop)
+    if not is_alive(loop):
+        return False
     try:
-        loop.run_callback_threadsafe(callback, *args)
+        if door is None:           # its hub is older than this module, and has not waited here yet
+            loop.run_callback_threadsafe(callback, *args)
+        else:
+            door.forget_parents_calls()
+            door.posted.append((callback, args))
+            door.watcher.send()
     except MemoryError:
         raise
     except Exception:

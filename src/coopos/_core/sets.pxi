@@ -14,12 +14,6 @@
 # Where there is no epoll (macOS), or under COOPOS_SETS=watchers, each wait has an io watcher of its own: start_watcher() and
 # stop_watcher() are all that differs.
 
-cdef bint is_always_ready(int fd) noexcept:
-    """True for regular files and block devices: poll(2) always calls them ready, but reads and writes block all the same."""
-    cdef stat_t st
-    return fstat(fd, &st) == 0 and (S_ISREG(st.st_mode) or S_ISBLK(st.st_mode))
-
-
 # ---- waiting for a descriptor ------------------------------------------------------------------------------------------------
 
 cdef bint _has_epoll = COOPOS_HAVE_EPOLL and _settings.SETS == "epoll"
@@ -115,12 +109,14 @@ cdef bint delist(Wait wait) noexcept:
     return False
 
 
-cdef int set_ref(watcher, bint ref) except -1:
-    """Say whether a watcher keeps its loop alive. In gevent's libuv loop the io watchers of a descriptor share one handle, and only
-    that one counts: _watcher_ref in https://github.com/gevent/gevent/blob/master/src/gevent/libuv/watcher.py.
-    """
-    getattr(watcher, "_watcher_ref", watcher).ref = ref
-    return 0
+cdef list waits_of(int fd):
+    """The Waits for *fd*, of all threads, the newest first. (Other code may free them, and the links are borrowed.)"""
+    cdef list found = []
+    cdef PyObject *link = at_fd(&_parked, fd)
+    while link != NULL:
+        found.append(<object>link)
+        link = (<Wait>link).next
+    return found
 
 
 # Where there is no epoll each wait has an io watcher, from start_watcher() to leave(). A close of such a number waits until other
@@ -204,6 +200,7 @@ cdef class Set:
     cdef int n_direct          # direct switches since the loop had its turn
     cdef long long direct_since_us
     cdef Wait mailbox          # of the loop's workers, or None
+    cdef Door door             # for other threads
     cdef list posted           # by other threads that have closed a descriptor: [(Wait, PutOffClose or None), ...]
 
     def __cinit__(self, loop):
@@ -211,6 +208,8 @@ cdef class Set:
         self.fd = -1
         self.born = generation
         self.posted = []
+        self.door = Door()
+        self.door.open(loop)
 
     def __dealloc__(self):
         global _latest_set
@@ -281,6 +280,7 @@ cdef class Set:
         cdef PyObject **link
         cdef int fd
         self.is_over = True
+        self.door.shut()
         self.shut()
         self.hub = None
         if self.born == generation:
@@ -433,15 +433,11 @@ cdef class Set:
 
     cdef int arm_again(self, int fd) except -1:
         """Arm *fd* for the Waits that are left. If that fails, wake their greenlets: their next system call raises the error."""
-        cdef PyObject *link
         cdef Wait wait
         cdef int events = self.events_of(fd)
         if not events or self.fd < 0 or coopos_set_arm(self.fd, fd, events) == 0:
             return 0
-        link = _parked.at[fd]
-        while link != NULL:
-            wait = <Wait>link
-            link = wait.next
+        for wait in waits_of(fd):
             if wait.set is self and wait.queued is None:
                 wait.queued = self.loop.run_callback(wait.wake)
         return 0
@@ -592,6 +588,10 @@ cdef Set set_of_loop(object loop):
     if here.born != generation:
         remake_sets_in_child(True)
     return here
+
+
+def open_door(loop):
+    set_of_loop(loop)              # other threads may post() to it from now on
 
 
 def set_error(loop):
