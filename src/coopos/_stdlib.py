@@ -156,8 +156,12 @@ class _Selector(CooperativeSelector):
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        if self._thrown is not None:
-            raise self._thrown
+        thrown, self._thrown = self._thrown, None
+        if thrown is not None:
+            try:
+                raise thrown
+            finally:
+                del thrown  # its traceback holds this frame, and so the Popen
 
 
 def _check_stdlib(module: Any) -> None:

@@ -608,6 +608,28 @@ def test_popen_that_is_dropped_when_it_has_ended():
     assert error_of(coopos.waitpid, -1, os.WNOHANG) == no_child
 
 
+def test_popen_that_a_greenlet_drops_that_is_killed_in_communicate():
+    """What was thrown in keeps neither it nor its pipes until the garbage collector runs."""
+    run_script("""
+        import gc, os, warnings, weakref, gevent
+        from coopos import subprocess
+        def talk():
+            process = subprocess.Popen(["sh", "-c", "read line"], stdin=reader, stdout=pipe, stderr=pipe)
+            popens.append(weakref.ref(process))
+            process.communicate()
+        reader, writer = os.pipe()  # the program ends when this one does
+        gc.disable()
+        warnings.simplefilter("ignore", ResourceWarning)
+        pipe, popens = subprocess.PIPE, []
+        talking = gevent.spawn(talk)
+        gevent.sleep(0.01)
+        talking.kill()
+        del talking
+        gevent.sleep(0)
+        assert [popen() for popen in popens] == [None]
+    """)
+
+
 def test_popens_that_are_dropped_in_threads_that_are_gone():
     """The next Popen collects their children, which the threads' hubs can't."""
     run_script("""
