@@ -816,3 +816,62 @@ def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
             threads[0].join(0)
         assert count == [True] * 4, count
     """)
+
+
+def test_close_of_what_another_thread_waits_for_while_a_signal_handler_raises():
+    """The handler's exceptions come out of close(), and whoever waits gets EBADF all the same."""
+    run_script("""
+        import errno, gevent, os, signal, threading, time, coopos
+        from gevent.hub import get_hub
+
+        class Alarm(Exception):
+            pass
+
+        raised = caught = 0
+        closing = False
+
+        def handler(*_):
+            global raised
+            if closing:
+                raised += 1
+                raise Alarm
+
+        def wait_for_readers():
+            get_hub()
+            for _ in range(1000):
+                reader, writer = os.pipe()
+                readers.append(reader)
+                try:
+                    coopos.read(reader, 1)
+                except OSError as ex:
+                    assert ex.errno == errno.EBADF, ex
+                os.close(writer)
+            ended.append(True)
+            get_hub().destroy(destroy_loop=True)
+
+        readers, ended = [], []
+        thread = threading.Thread(target=wait_for_readers)
+        thread.start()
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+        while thread.is_alive():
+            if not readers:
+                time.sleep(0)
+                continue
+            reader = readers.pop()
+            time.sleep(0.0003)     # most have begun to wait by then
+            while True:
+                try:
+                    closing = True
+                    coopos.close(reader)
+                    closing = False
+                    break
+                except Alarm:
+                    closing = False
+                    caught += 1
+                except OSError:        # the exception came after the close
+                    closing = False
+                    break
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert ended and raised == caught, (ended, raised, caught)
+    """)

@@ -182,9 +182,12 @@ if pthread_atfork(NULL, NULL, count_generation):
 
 
 cdef bint is_alive(object loop) noexcept:
-    """Whether the loop still exists; gevent destroys it with its thread."""
+    """Whether the loop still exists; gevent destroys it with its thread. Runs no Python code: a signal handler may raise there."""
     try:
-        return bool(loop.ptr)
+        if not hasattr(loop, "_keepaliveset"):
+            return bool(loop.ptr)
+        pointer = loop._ptr        # libuv's `ptr` is a function
+        return bool(pointer) and bool(getattr(pointer, "data", True))
     except MemoryError:
         return True                # a loop that exists has an address, and there was no memory for that number
     except Exception:
@@ -245,6 +248,21 @@ cdef class Door:
             self.posted = []
         return 0
 
+    cdef bint send(self) except -1:
+        """Have run_posted() called. False: the loop was destroyed. What a signal handler raises meanwhile comes out afterwards."""
+        raised = None
+        for _ in range(100):
+            try:
+                self.watcher.send()
+                break
+            except BaseException as ex:
+                if not is_alive(self.loop):
+                    return False
+                raised = ex
+        if raised is not None:
+            raise raised
+        return True
+
     def run_posted(self):
         """In the hub."""
         self.forget_parents_calls()
@@ -261,15 +279,9 @@ cpdef bint post(object loop, object callback, tuple args=()) except -1:
     cdef Door door = _doors.get(loop)
     if not is_alive(loop):
         return False
-    try:
-        if door is None:           # its hub is older than this module, and has not waited here yet
-            loop.run_callback_threadsafe(callback, *args)
-        else:
-            door.forget_parents_calls()
-            door.posted.append((callback, args))
-            door.watcher.send()
-    except MemoryError:
-        raise
-    except Exception:
-        return False
+    if door is not None:
+        door.forget_parents_calls()
+        door.posted.append((callback, args))
+        return door.send()
+    loop.run_callback_threadsafe(callback, *args)  # its hub is older than this module, and has not waited here yet
     return True
