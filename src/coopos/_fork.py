@@ -394,7 +394,7 @@ def _keeping_sigchld(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def make_hub(hub: Hub, *args: Any, **kwargs: Any) -> None:
         _core.keeping_sigchld(init, hub, *args, **kwargs)
-        _core.open_door(hub.loop)
+        _core.open_inbox(hub.loop)  # other threads may post to it from now on
 
     return make_hub
 
@@ -419,7 +419,7 @@ def _tell_sigchld_handlers() -> None:
 
 
 if (_hub := get_hub_if_exists()) is not None:
-    _core.open_door(_hub.loop)
+    _core.open_inbox(_hub.loop)
 Hub.__init__ = _keeping_sigchld(Hub.__init__)  # type: ignore[method-assign]
 _core.call_when_left(_handlers.clear)
 SignalHandler.__init__ = _noting(SignalHandler.__init__)  # type: ignore[method-assign]

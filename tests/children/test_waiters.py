@@ -152,7 +152,22 @@ assert sorted(os.listdir("/dev/fd")) == fds
 
 IN_A_SEND = """
 import os, threading, gevent, coopos
-from gevent.libuv import watcher
+from gevent.libuv import loop
+
+parked, in_send, go_on, results = threading.Event(), threading.Event(), threading.Event(), []
+
+class Libuv:
+    def __getattr__(self, name):
+        return getattr(libuv, name)
+
+    def uv_async_send(self, handle):
+        '''As if the other thread got the GIL in the middle.'''
+        if threading.current_thread() is thread and parked.is_set() and not in_send.is_set():
+            in_send.set()
+            assert go_on.wait(30)
+        return libuv.uv_async_send(handle)
+
+libuv, loop.libuv = loop.libuv, Libuv()
 
 reader, writer = os.pipe()
 pid = coopos.fork()
@@ -160,18 +175,6 @@ if pid == 0:
     os.close(writer)
     os.read(reader, 1)
     os._exit(7)
-
-parked, in_send, go_on, results = threading.Event(), threading.Event(), threading.Event(), []
-send = watcher.async_.send
-
-def send_slowly(self, *args):
-    '''As if the other thread got the GIL in the middle.'''
-    if threading.current_thread() is thread and parked.is_set() and not in_send.is_set():
-        in_send.set()
-        assert go_on.wait(30)
-    return send(self, *args)
-
-watcher.async_.send = send_slowly
 
 def outcome(*args):
     try:

@@ -774,17 +774,14 @@ def test_close_while_anothers_watcher_is_about_to_be_called(wait, is_first):
             assert copy == fd or not is_open(fd)
 
 
-def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
-    """Each of two threads has readers whose descriptors a third closes. Their loops are busy meanwhile, without the GIL too."""
-    run_script("""
-        import errno, gevent, os, sys, threading, coopos
+CLOSED_AGAIN_AND_AGAIN = """
+        import errno, gevent, os, signal, sys, threading, time, coopos
         from gevent.hub import get_hub
 
-        sys.setswitchinterval(1e-5)
         to_close = []
 
-        def read_again_and_again():
-            for _ in range(500):
+        def read_again_and_again(count):
+            for _ in range(count):
                 reader, writer = os.pipe()
                 to_close.append(reader)
                 try:
@@ -794,6 +791,15 @@ def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
                 else:
                     raise AssertionError("nothing to read")
                 os.close(writer)
+"""
+
+
+def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
+    """Each of two threads has readers whose descriptors a third closes. Their loops are busy meanwhile, without the GIL too."""
+    run_script(
+        CLOSED_AGAIN_AND_AGAIN
+        + """
+        sys.setswitchinterval(1e-5)
 
         def turn(readers):
             while not all(reader.ready() for reader in readers):
@@ -801,7 +807,7 @@ def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
 
         def run():
             get_hub()
-            readers = [gevent.spawn(read_again_and_again) for _ in range(2)]
+            readers = [gevent.spawn(read_again_and_again, 500) for _ in range(2)]
             gevent.joinall([gevent.spawn(turn, readers)], raise_error=True)
             count.extend(reader.successful() for reader in readers)
             get_hub().destroy(destroy_loop=True)
@@ -815,15 +821,15 @@ def test_closes_by_another_thread_while_loops_run_and_numbers_are_used_again():
                 coopos.close(to_close.pop())
             threads[0].join(0)
         assert count == [True] * 4, count
-    """)
+"""
+    )
 
 
 def test_close_of_what_another_thread_waits_for_while_a_signal_handler_raises():
     """The handler's exceptions come out of close(), and whoever waits gets EBADF all the same."""
-    run_script("""
-        import errno, gevent, os, signal, threading, time, coopos
-        from gevent.hub import get_hub
-
+    run_script(
+        CLOSED_AGAIN_AND_AGAIN
+        + """
         class Alarm(Exception):
             pass
 
@@ -838,27 +844,20 @@ def test_close_of_what_another_thread_waits_for_while_a_signal_handler_raises():
 
         def wait_for_readers():
             get_hub()
-            for _ in range(1000):
-                reader, writer = os.pipe()
-                readers.append(reader)
-                try:
-                    coopos.read(reader, 1)
-                except OSError as ex:
-                    assert ex.errno == errno.EBADF, ex
-                os.close(writer)
+            read_again_and_again(1000)
             ended.append(True)
             get_hub().destroy(destroy_loop=True)
 
-        readers, ended = [], []
+        ended = []
         thread = threading.Thread(target=wait_for_readers)
         thread.start()
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
         while thread.is_alive():
-            if not readers:
+            if not to_close:
                 time.sleep(0)
                 continue
-            reader = readers.pop()
+            reader = to_close.pop()
             time.sleep(0.0003)     # most have begun to wait by then
             while True:
                 try:
@@ -874,4 +873,5 @@ def test_close_of_what_another_thread_waits_for_while_a_signal_handler_raises():
                     break
         signal.setitimer(signal.ITIMER_REAL, 0)
         assert ended and raised == caught, (ended, raised, caught)
-    """)
+"""
+    )

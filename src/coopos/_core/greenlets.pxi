@@ -232,8 +232,8 @@ cdef class Leaving:
     cdef int stop(self, watcher) except -1:
         """Stop a watcher of this thread's loop, unless it is there to run in a forked child."""
         loop = self.loop
-        cdef Door door = _doors.get(loop)
-        if watcher.loop is not loop or type(watcher).__name__ == "fork" or (door is not None and watcher is door.watcher):
+        cdef Inbox inbox = _inboxes.get(loop)
+        if watcher.loop is not loop or type(watcher).__name__ == "fork" or (inbox is not None and watcher is inbox.watcher):
             return 0
         for part in list(getattr(watcher, "_multiplex_watchers", ())):
             part.stop()

@@ -202,13 +202,13 @@ cdef int set_ref(watcher, bint ref) except -1:
     return 0
 
 
-# {loop: its Door}, of all threads
-cdef dict _doors = {}
+# {loop: its Inbox}, of all threads
+cdef dict _inboxes = {}
 
 
 @cython.final
 @cython.internal
-cdef class Door:
+cdef class Inbox:
     """Calls that other threads have left for the thread of *loop*.
 
     Behind an async watcher: its send() is all that libev and libuv let other threads do to a loop. gevent's
@@ -217,6 +217,8 @@ cdef class Door:
     """
     cdef object loop
     cdef object watcher
+    cdef object send               # the watcher's send(), in C, and its arguments
+    cdef tuple send_args
     cdef list posted               # [(callback, args), ...]
     cdef int born                  # generation
 
@@ -227,14 +229,19 @@ cdef class Door:
         self.born = generation
         self.watcher = loop.async_(ref=False)
         self.watcher.start(self.run_posted)
-        _doors[loop] = self
+        if hasattr(loop, "_io_watchers"):
+            # libuv's send() is Python code, in which signal handlers run. What they raised would leave calls unsent.
+            self.send, self.send_args = loop._lib.uv_async_send, (self.watcher._watcher,)
+        else:
+            self.send, self.send_args = self.watcher.send, ()
+        _inboxes[loop] = self
         return 0
 
     cdef int shut(self) noexcept:
         """In the thread of *loop*, which will run nothing more."""
         try:
-            if _doors.get(self.loop) is self:
-                del _doors[self.loop]
+            if _inboxes.get(self.loop) is self:
+                del _inboxes[self.loop]
             if self.born == generation and is_alive(self.loop):
                 self.watcher.stop()
                 self.watcher.close()
@@ -248,21 +255,6 @@ cdef class Door:
             self.posted = []
         return 0
 
-    cdef bint send(self) except -1:
-        """Have run_posted() called. False: the loop was destroyed. What a signal handler raises meanwhile comes out afterwards."""
-        raised = None
-        for _ in range(100):
-            try:
-                self.watcher.send()
-                break
-            except BaseException as ex:
-                if not is_alive(self.loop):
-                    return False
-                raised = ex
-        if raised is not None:
-            raise raised
-        return True
-
     def run_posted(self):
         """In the hub."""
         self.forget_parents_calls()
@@ -275,13 +267,14 @@ cdef class Door:
 
 
 cpdef bint post(object loop, object callback, tuple args=()) except -1:
-    """Make *callback* run in the thread of *loop*. False: the loop is destroyed, or its thread is destroying it now."""
-    cdef Door door = _doors.get(loop)
+    """Make *callback* run in the thread of *loop*. False: the loop is destroyed. No signal handler runs in between."""
+    cdef Inbox inbox = _inboxes.get(loop)
     if not is_alive(loop):
         return False
-    if door is not None:
-        door.forget_parents_calls()
-        door.posted.append((callback, args))
-        return door.send()
+    if inbox is not None:
+        inbox.forget_parents_calls()
+        inbox.posted.append((callback, args))
+        inbox.send(*inbox.send_args)
+        return True
     loop.run_callback_threadsafe(callback, *args)  # its hub is older than this module, and has not waited here yet
     return True

@@ -200,7 +200,7 @@ cdef class Set:
     cdef int n_direct          # direct switches since the loop had its turn
     cdef long long direct_since_us
     cdef Wait mailbox          # of the loop's workers, or None
-    cdef Door door             # for other threads
+    cdef Inbox inbox             # for other threads
     cdef list posted           # by other threads that have closed a descriptor: [(Wait, PutOffClose or None), ...]
 
     def __cinit__(self, loop):
@@ -208,8 +208,8 @@ cdef class Set:
         self.fd = -1
         self.born = generation
         self.posted = []
-        self.door = Door()
-        self.door.open(loop)
+        self.inbox = Inbox()
+        self.inbox.open(loop)
 
     def __dealloc__(self):
         global _latest_set
@@ -280,7 +280,7 @@ cdef class Set:
         cdef PyObject **link
         cdef int fd
         self.is_over = True
-        self.door.shut()
+        self.inbox.shut()
         self.shut()
         self.hub = None
         if self.born == generation:
@@ -590,8 +590,8 @@ cdef Set set_of_loop(object loop):
     return here
 
 
-def open_door(loop):
-    set_of_loop(loop)              # other threads may post() to it from now on
+def open_inbox(loop):
+    set_of_loop(loop)              # which has the inbox
 
 
 def set_error(loop):
