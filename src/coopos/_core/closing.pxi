@@ -252,7 +252,7 @@ cdef PutOffClose fail_waits(int fd, list greenlets=None):
             if wait.set.loop is loop:
                 wake_with_error(wait)
                 continue
-            if wait.watcher is not None and greenlets is None:
+            if (wait.watcher is not None or wait.set.fd < 0) and greenlets is None:    # it has a watcher, or makes one now
                 if later is None:
                     later = put_off_close(fd)
                 coopos_closing_enter(later.closing)
